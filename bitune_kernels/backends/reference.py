@@ -1,0 +1,116 @@
+"""The formula. Every other backend is tested against this one, so it is written to be read, not to be fast.
+
+For one sample with m cached prefix tokens, n prompt tokens and a answer tokens at positions 0 .. m+n+a-1:
+
+    bidir stream    o_b = attend(q_b, [prefix; k_b], [prefix; v_b])    all of the prompt is visible ("full")
+    causal stream   o_c = attend(q_c, [prefix; k_c], [prefix; v_c])    key j is visible to query i if j <= i
+    mixed cache     k_m = (1 - alpha_k) k_c + alpha_k k_b,  v_m = (1 - alpha_v) v_c + alpha_v v_b
+    answer          o_a = attend(q_a, [prefix; k_m; k_a], [prefix; v_m; v_a])    causal
+
+with attend(q, k, v) = softmax(cap(scale q k^T) over the visible keys and the sink) v, computed in float32
+(float64 for float64 input). k_m and v_m are rounded to the dtype of k and v before the answer attends to them,
+as a key/value cache would hold them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..masks import visible_to_answer, visible_to_prompt
+from ..mixing import mix
+from ..plan import SegmentPlan
+
+
+def unsupported(**call) -> str | None:
+    """Why this backend can't run a call, or None: it runs everything."""
+    return None
+
+
+def attend(q, k, v, see, softmax_scale, softcap=None, sinks=None, upcast=True):
+    """softmax(cap(scale q k^T)) v over the visible keys. A query that sees nothing gives 0.
+
+    q [Lq, Hq, D], k [Lk, Hkv, D], v [Lk, Hkv, Dv], see bool [Lq, Lk], sinks [Hq] or None -> [Lq, Hq, Dv].
+    Query head h uses key/value head h // (Hq / Hkv). A sink is one more score per head without a value.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32) if upcast else q.dtype
+    group_size = q.shape[1] // k.shape[1]
+    k, v = (x.to(dtype).repeat_interleave(group_size, dim=1) for x in (k, v))
+    scores = torch.einsum("ihd,jhd->hij", q.to(dtype), k) * softmax_scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~see, float("-inf"))
+    if sinks is not None:
+        sink = sinks.to(dtype)[:, None, None].expand(-1, q.shape[0], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    highest = scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores.new_zeros(1)
+    weights = torch.exp(scores - highest.clamp_min(torch.finfo(dtype).min))
+    total = weights.sum(-1, keepdim=True)
+    weights = weights / torch.where(total == 0, torch.ones_like(total), total)
+    return torch.einsum("hij,jhd->ihd", weights[..., : k.shape[0]], v).to(q.dtype)
+
+
+def attention(
+    q,
+    k,
+    v,
+    alpha_k,
+    alpha_v,
+    plan: SegmentPlan,
+    *,
+    softmax_scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    stream_mask: str = "full",
+    shared_qkv: bool = False,
+    beta: torch.Tensor | None = None,
+    prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
+    upcast: bool = True,
+):
+    """``bitune_kernels.ops.bitune_attention`` sample by sample. ``upcast=False`` computes in the input's own dtype."""
+    N, prompts = plan.num_prompt, q.shape[0] == plan.num_rows  # False: q holds the answer rows alone
+    two_streams = plan.num_streams == 2 or shared_qkv
+    dtype = torch.promote_types(q.dtype, torch.float32) if upcast else q.dtype
+    q_prompt, q_answer = q[: q.shape[0] - plan.num_answer], q[q.shape[0] - plan.num_answer :]
+
+    # The prompt rows of each stream. With one set of rows both streams are the same (shared_qkv) or there is one.
+    k_bidir, k_causal = k[:N], k[plan.answer_start - N : plan.answer_start]
+    v_bidir, v_causal = v[:N], v[plan.answer_start - N : plan.answer_start]
+    q_bidir, q_causal = q_prompt[:N], q_prompt[len(q_prompt) - N :]
+    k_answer, v_answer = k[plan.answer_start :], v[plan.answer_start :]
+    if plan.num_streams == 2:
+        k_mixed, v_mixed = mix(k_causal, k_bidir, alpha_k, dtype), mix(v_causal, v_bidir, alpha_v, dtype)
+    else:
+        k_mixed, v_mixed = k_bidir, v_bidir
+
+    def rows_of(sample: int, cumulative: list[int]) -> slice:
+        return slice(cumulative[sample], cumulative[sample + 1])
+
+    cu_prompt, cu_answer = plan.cu_prompt.tolist(), plan.cu_answer.tolist()
+    cu_prefix = [0] * (plan.batch_size + 1) if prefix is None else plan.cu_prefix.tolist()
+    k_prefix, v_prefix = (k[:0], v[:0]) if prefix is None else prefix
+    bidir, causal, answer = [], [], []
+    for b in range(plan.batch_size):
+        p, r, past = rows_of(b, cu_prompt), rows_of(b, cu_answer), rows_of(b, cu_prefix)
+        m, n, a = past.stop - past.start, p.stop - p.start, r.stop - r.start
+        options = dict(softmax_scale=softmax_scale, softcap=softcap, sinks=sinks, upcast=upcast)
+
+        def keys(*parts, m=m, past=past):  # the sample's prefix, then these rows
+            return torch.cat([k_prefix[past], *parts]) if m else torch.cat(parts)
+
+        def values(*parts, m=m, past=past):
+            return torch.cat([v_prefix[past], *parts]) if m else torch.cat(parts)
+
+        if prompts:
+            see = visible_to_prompt(stream_mask, n, m, window, q.device)
+            bidir.append(attend(q_bidir[p], keys(k_bidir[p]), values(v_bidir[p]), see, **options))
+        if prompts and two_streams:
+            see = visible_to_prompt("causal", n, m, window, q.device)
+            causal.append(attend(q_causal[p], keys(k_causal[p]), values(v_causal[p]), see, **options))
+        see = visible_to_answer(a, m + n, window, q.device)
+        k_seen, v_seen = keys(k_mixed[p], k_answer[r]), values(v_mixed[p], v_answer[r])
+        answer.append(attend(q_answer[r], k_seen, v_seen, see, **options))
+
+    if beta is not None and prompts:
+        bidir, causal = [mix(c, o, beta, dtype) for c, o in zip(causal, bidir, strict=True)], []
+    return torch.cat([q.new_empty(0, q.shape[1], v.shape[2]), *bidir, *causal, *answer]), k_mixed, v_mixed

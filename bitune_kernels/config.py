@@ -1,0 +1,135 @@
+"""Every variant of Bitune as data: one table, one config, validated when it is made."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+CONFIG_NAME = "bitune_config.json"
+
+MIXINGS = ("abs", "relu")
+GRANULARITIES = ("layer", "head", "global")
+
+
+class Variant(NamedTuple):
+    """What distinguishes one variant of the paper's ablations from another."""
+
+    num_streams: int  # how often the prompt runs: 2 = bidirectional and causal, 1 = bidirectional alone
+    separate_adapters: bool  # whether the bidirectional stream has an adapter of its own
+    stream_mask: str  # what a prompt token of the bidirectional stream sees
+
+
+VARIANTS = {
+    "bitune": Variant(2, True, "full"),
+    "naive_bidir": Variant(1, False, "full"),
+    "no_mixing": Variant(1, True, "full"),
+    "only_causal": Variant(2, True, "causal"),
+    "shared_weights": Variant(2, False, "full"),
+    "anti_causal": Variant(2, True, "anti_causal"),
+}
+
+
+def paper_lora():
+    """The LoRA setting of the paper: r=8 on every linear of attention and MLP, scale 1/8."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=8, lora_alpha=1, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+@dataclass
+class BituneConfig:
+    """How a decoder is turned into a Bitune model. The defaults are the paper's.
+
+    Args:
+        peft: a ``peft.PeftConfig`` (LoRA, DoRA, IA3, ...) made once per adapter, or None for full
+            finetuning with one set of weights per adapter.
+        variant: a key of ``VARIANTS``; the paper's method is "bitune".
+        mixing: f in ``alpha = f(theta) / (f(theta) + theta_init)``: "abs" or "relu".
+        mixing_granularity: one theta per "layer", per key/value "head" of each layer, or one "global" pair.
+        theta_init: positive; also the start of every theta, so that alpha starts at 0.5.
+        skip_bidir: n > 0 makes the bidirectional stream causal in the first n layers; n < 0 keeps it
+            bidirectional in the first -n layers only.
+        use_fused: True runs the model once over all rows; False is the paper's schedule of three calls.
+        backend: attention backend of the fused pass, see ``bitune_kernels.backends``.
+
+    Raises:
+        ValueError, TypeError: naming the field, what was expected and what came.
+    """
+
+    peft: Any = field(default_factory=paper_lora)
+    variant: str = "bitune"
+    mixing: str = "abs"
+    mixing_granularity: str = "layer"
+    theta_init: float = 0.01
+    skip_bidir: int = 0
+    use_fused: bool = True
+    backend: str = "auto"
+
+    def __post_init__(self):
+        from .backends import BACKENDS
+
+        for name, allowed in (
+            ("variant", tuple(VARIANTS)),
+            ("mixing", MIXINGS),
+            ("mixing_granularity", GRANULARITIES),
+            ("backend", ("auto", *BACKENDS)),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+        if isinstance(self.theta_init, bool) or not isinstance(self.theta_init, (int, float)):
+            raise TypeError(f"theta_init: expected a number, got {type(self.theta_init).__name__}")
+        if not 0 < self.theta_init < float("inf"):
+            raise ValueError(f"theta_init: expected a finite number > 0, got {self.theta_init}")
+        if isinstance(self.skip_bidir, bool) or not isinstance(self.skip_bidir, int):
+            raise TypeError(f"skip_bidir: expected an int, got {type(self.skip_bidir).__name__}")
+        if not isinstance(self.use_fused, bool):
+            raise TypeError(f"use_fused: expected a bool, got {type(self.use_fused).__name__}")
+        if self.peft is not None and not hasattr(self.peft, "peft_type"):
+            raise TypeError(f"peft: expected a peft.PeftConfig or None, got {type(self.peft).__name__}")
+
+    @property
+    def num_streams(self) -> int:
+        """How often the prompt runs through the model: 2, or 1 for the variants without mixing."""
+        return VARIANTS[self.variant].num_streams
+
+    @property
+    def separate_adapters(self) -> bool:
+        """Whether the bidirectional stream uses the adapter "bidir" rather than "causal"."""
+        return VARIANTS[self.variant].separate_adapters
+
+    def stream_masks(self, num_layers: int) -> tuple[str, ...]:
+        """The mask of the bidirectional stream in each layer, ``skip_bidir`` applied."""
+        if abs(self.skip_bidir) > num_layers:
+            raise ValueError(f"skip_bidir: expected at most the {num_layers} layers, got {self.skip_bidir}")
+        mask, skip = VARIANTS[self.variant].stream_mask, self.skip_bidir
+        if skip >= 0:
+            return ("causal",) * skip + (mask,) * (num_layers - skip)
+        return (mask,) * -skip + ("causal",) * (num_layers + skip)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as json types; ``peft`` only as its type, since PEFT saves its own configs."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "peft"}
+        return fields | {"peft_type": None if self.peft is None else str(getattr(self.peft.peft_type, "value", ""))}
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``bitune_config.json`` into ``folder``."""
+        Path(folder, CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path, peft: Any, **changes) -> BituneConfig:
+        """Read ``bitune_config.json`` from ``folder``.
+
+        ``peft`` is the adapter's own saved config, unused after full finetuning; ``changes`` override fields.
+        """
+        path = Path(folder, CONFIG_NAME)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: not found; expected a folder written by BituneModel.save_pretrained")
+        fields = json.loads(path.read_text())
+        unknown = sorted(set(fields) - set(cls.__dataclass_fields__) - {"peft_type"})
+        if unknown:
+            raise ValueError(f"{path}: unknown fields {', '.join(unknown)}; written by a newer bitune_kernels?")
+        full_finetuning = fields.pop("peft_type", None) is None
+        return cls(peft=None if full_finetuning else peft, **fields | changes)

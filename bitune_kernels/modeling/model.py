@@ -1,0 +1,357 @@
+"""BituneModel: a PEFT model whose prompts run through both streams."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..config import CONFIG_NAME, BituneConfig
+from ..mixing import MixingCoefficients
+from ..plan import SegmentPlan
+from .adapters import BIDIR, CAUSAL, adapter_configs, route_rows
+from .backbone import BackboneHooks
+from .self_test import check_one_pass
+from .structure import Structure, find_structure
+
+logger = logging.getLogger(__name__)
+
+MIXING_NAME = "bitune_mixing.safetensors"
+
+
+def get_bitune_model(
+    base_model: nn.Module,
+    config: BituneConfig | None = None,
+    *,
+    self_test: bool = True,
+    autocast_adapter_dtype: bool = True,
+) -> BituneModel:
+    """Turn a transformers causal LM into a Bitune model, ready to be trained.
+
+    Args:
+        base_model: any decoder whose attention goes through transformers' attention interface. Its weights are
+            frozen and shared, not copied; its modules get adapters as with ``peft.get_peft_model``.
+        config: the method and the adapters; default: the paper's.
+        self_test: compare one pass with three passes on a few tokens and refuse the model where they disagree.
+        autocast_adapter_dtype: as in PEFT: adapters of a float16 or bfloat16 model are kept in float32.
+
+    Raises:
+        ValueError, TypeError: naming what was expected and what came; ``base_model`` is left as it was.
+    """
+    config = BituneConfig() if config is None else config
+    if not isinstance(config, BituneConfig):
+        raise TypeError(f"config: expected a BituneConfig, got {type(config).__name__}")
+    if not isinstance(base_model, nn.Module):
+        raise TypeError(f"base_model: expected a transformers causal LM, got {type(base_model).__name__}")
+    attached = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    if isinstance(base_model, PeftModel) or any(isinstance(m, attached) for m in base_model.modules()):
+        raise ValueError(
+            f"base_model: expected a plain causal LM, got {type(base_model).__name__} that has adapters already; "
+            "merge or unload them first"
+        )
+    if getattr(config.peft, "is_prompt_learning", False):
+        raise ValueError(
+            f"peft: expected adapters inside the model, got {type(config.peft).__name__}, whose virtual tokens would "
+            "not be part of the prompt"
+        )
+    structure = find_structure(base_model)
+    config.stream_masks(structure.num_layers)  # skip_bidir against the number of layers
+    frozen = [(p, p.requires_grad) for p in base_model.parameters()]
+    modules = set(base_model.modules())
+    model = None
+    try:
+        model = BituneModel(base_model, config, structure, autocast_adapter_dtype=autocast_adapter_dtype)
+        if self_test and config.use_fused:
+            check_one_pass(model)
+    except Exception:
+        _restore(base_model, model, modules, frozen)
+        raise
+    return model
+
+
+def _restore(base_model, model, modules, frozen) -> None:
+    # Adapters stand between a parent and its original child: put the child back.
+    if model is not None:
+        model._hooks.remove()
+    for parent in [m for m in base_model.modules() if m in modules]:
+        for name, child in parent.named_children():
+            while child not in modules:
+                child = getattr(child, "base_layer", None) or child.original_module
+            setattr(parent, name, child)
+    for parameter, requires_grad in frozen:
+        parameter.requires_grad_(requires_grad)
+
+
+def _full_finetuning(base_model: nn.Module) -> PeftConfig:
+    """A PEFT config that gives each adapter a trained copy of every module with parameters."""
+    kinds = (nn.Linear, nn.Embedding)
+    names = []
+    for name, module in base_model.named_modules():
+        if not any(True for _ in module.parameters(recurse=False)):
+            continue
+        norm = "norm" in type(module).__name__.lower()
+        if not (isinstance(module, kinds) or norm or type(module).__name__ == "Conv1D"):
+            raise ValueError(
+                f"peft: full finetuning (None) supports linear, embedding and norm modules, got {name} "
+                f"({type(module).__name__}); use adapters instead"
+            )
+        names.append(name)
+    tied = base_model.get_output_embeddings().weight is base_model.get_input_embeddings().weight
+    if tied:  # one trained table per adapter would serve both ends: keep the shared one frozen instead
+        ends = {id(base_model.get_output_embeddings()), id(base_model.get_input_embeddings())}
+        names = [n for n, m in base_model.named_modules() if n in set(names) and id(m) not in ends]
+        logger.warning("full finetuning: the embedding is tied to the output matrix and stays frozen")
+    # PEFT's own way of saying that no module gets a low-rank adapter
+    return LoraConfig(target_modules="dummy-target-modules", modules_to_save=names, task_type="CAUSAL_LM")
+
+
+class BituneModel(PeftModelForCausalLM):
+    """A PEFT model with the adapters "causal" and (for most variants) "bidir", and trained mixing coefficients.
+
+    Made by ``get_bitune_model`` or ``BituneModel.from_pretrained``. Trainers, ``generate()``, ``save_pretrained()``
+    and ``disable_adapter()`` work as for any PEFT model.
+    """
+
+    def __init__(
+        self, base_model: nn.Module, config: BituneConfig, structure: Structure, autocast_adapter_dtype: bool = True
+    ):
+        peft_config = _full_finetuning(base_model) if config.peft is None else config.peft
+        causal, bidir = adapter_configs(peft_config)
+        super().__init__(base_model, causal, adapter_name=CAUSAL, autocast_adapter_dtype=autocast_adapter_dtype)
+        if config.separate_adapters:
+            self.add_adapter(BIDIR, bidir, autocast_adapter_dtype=autocast_adapter_dtype)
+        self.bitune_config = config
+        device = next(structure.backbone.parameters()).device
+        self.mixing = None
+        if config.num_streams == 2:
+            if config.mixing_granularity == "head" and len(set(structure.num_heads_kv)) > 1:
+                raise ValueError(
+                    f"mixing_granularity: expected 'layer' or 'global' for layers with different numbers of key/value "
+                    f"heads ({sorted(set(structure.num_heads_kv))}), got 'head'"
+                )
+            self.mixing = MixingCoefficients(
+                structure.num_layers,
+                structure.num_heads_kv[0],
+                mixing=config.mixing,
+                granularity=config.mixing_granularity,
+                theta_init=config.theta_init,
+                device=device,
+            )
+        structure.adapted = route_rows(base_model)
+        self._hooks = BackboneHooks(structure, config, self.mixing)
+        self._train_adapters(True)
+
+    def _train_adapters(self, trainable: bool) -> None:
+        # PEFT trains one adapter at a time; both streams and the thetas learn together here. What the bidirectional
+        # stream never runs through (the last layer behind its keys and values) is frozen, so that distributed
+        # training meets no parameter without a gradient.
+        for name in self.peft_config:
+            super().set_requires_grad(name, trainable)
+        if self.mixing is not None:
+            self.mixing.requires_grad_(trainable)
+        if not trainable or BIDIR not in self.peft_config:
+            return
+        unused = self._hooks.structure.unused_bidir
+        for module in self._hooks.structure.adapted:
+            base = module.base_layer if isinstance(module, BaseTunerLayer) else module.original_module
+            if base in unused:
+                for name, parameter in module.named_parameters():
+                    if BIDIR in name.split("."):
+                        parameter.requires_grad_(False)
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Only "causal" can be active: it decodes, and each stream finds its own adapter by itself."""
+        if adapter_name != CAUSAL:
+            raise ValueError(f"adapter_name: expected {CAUSAL!r} (streams choose their adapters), got {adapter_name!r}")
+        trainable = any(p.requires_grad for n, p in self.named_parameters() if f".{BIDIR}" in n) or not inference_mode
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._train_adapters(trainable and not inference_mode)
+
+    @contextmanager
+    def disable_adapter(self):
+        """Inside, the model is the base model: one causal stream, no adapter (a reference model, for example)."""
+        with super().disable_adapter(), self._hooks.disabled():
+            yield
+
+    def unload(self) -> nn.Module:
+        """Remove adapters and hooks; returns the base model."""
+        self._hooks.remove()
+        return self.base_model.unload()
+
+    def merge_and_unload(self, *args, **kwargs):
+        raise ValueError(
+            "merge_and_unload: expected a model with one adapter, got a Bitune model, whose prompts need two; use "
+            "unload() for the base model"
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        prompt_lengths: torch.Tensor | Sequence[int] | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ):
+        """One training or evaluation step, or (without ``labels`` and ``prompt_lengths``) prefill and decoding.
+
+        Args:
+            input_ids: int64 [batch, seq], each row prompt then answer, padded left or right.
+            attention_mask: [batch, seq], nonzero at real tokens. None: no padding.
+            labels: int64 [batch, seq], -100 at the prompt and at padding; the loss is the mean over answer tokens
+                as in transformers. The prompt of a row is what stands before its first label that is not -100.
+            prompt_lengths: prompt tokens of each row, 1 to its real tokens; instead of, or beside, ``labels``.
+            inputs_embeds: [batch, seq, hidden] instead of ``input_ids``.
+
+        Returns:
+            The causal LM's output. ``logits`` [batch, seq, vocab] are computed for the last prompt token and the
+            answer, and zero elsewhere. Without labels and lengths every token is prompt, and only the last one has
+            logits.
+
+        Raises:
+            ValueError: naming the argument, what was expected and what came, before anything is computed.
+        """
+        common = dict(attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        if (labels is None and prompt_lengths is None) or not self._hooks.enabled:
+            return super().forward(input_ids, labels=labels, return_dict=return_dict, **common)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is None:
+            raise ValueError("input_ids: expected token ids [batch, seq] (or inputs_embeds), got None")
+        if not isinstance(kwargs.get("logits_to_keep", 0), int) or kwargs.get("logits_to_keep", 0):
+            raise ValueError("logits_to_keep: expected 0 with labels or prompt_lengths, which already choose the rows")
+        if kwargs.get("shift_labels") is not None:
+            raise ValueError("shift_labels: expected None (labels are shifted by the model), got a tensor")
+        shape = tuple(tokens.shape[:2])
+        if prompt_lengths is None:
+            prompt_lengths = _prompt_lengths(labels, attention_mask, shape)
+        elif labels is not None and tuple(labels.shape) != shape:
+            raise ValueError(f"labels: expected shape {list(shape)} as the tokens, got {list(labels.shape)}")
+        plan = SegmentPlan.from_batch(
+            shape, attention_mask, prompt_lengths, num_streams=self.bitune_config.num_streams, device=tokens.device
+        )
+        if labels is not None:
+            labels = plan.pack_answers(labels)
+            labels[plan.cu_answer[:-1].long()] = -100  # the last prompt token is not predicted
+            labels = labels[None]
+        with self._hooks.request(plan):
+            out = super().forward(input_ids, labels=labels, return_dict=True, **common)
+        if getattr(out, "logits", None) is not None:
+            out.logits = plan.unpack_answers(out.logits[0])
+        return out if return_dict is not False else out.to_tuple()
+
+    def generate(self, *args, **kwargs):
+        """``generate()`` of transformers: the whole prompt is prefilled by both streams, answers are decoded causally."""
+        generation_config = kwargs.get("generation_config")
+        for source in (kwargs, vars(generation_config) if generation_config is not None else {}):
+            if source.get("prefill_chunk_size") is not None:
+                raise ValueError(
+                    "prefill_chunk_size: expected None, since bidirectional attention needs the whole prompt at once, "
+                    f"got {source['prefill_chunk_size']}"
+                )
+        self._hooks.padding_mask = kwargs.get("attention_mask")
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            self._hooks.padding_mask = None
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+        """Write both adapters (as PEFT does, a folder each), the mixing coefficients and the config."""
+        super().save_pretrained(str(save_directory), **kwargs)
+        if kwargs.get("is_main_process", True):
+            self.bitune_config.save(save_directory)
+            if self.mixing is not None:
+                state = kwargs.get("state_dict") or {}
+                thetas = {n: state.get(f"mixing.{n}", p) for n, p in self.mixing.named_parameters()}
+                thetas = {n: t.detach().float().cpu().contiguous() for n, t in thetas.items()}
+                save_file(thetas, Path(save_directory, MIXING_NAME), metadata={"format": "pt"})
+
+    def load_adapter(self, model_id: str | Path, adapter_name: str, is_trainable: bool = False, **kwargs):
+        """Load one adapter's weights from its own folder, and with "causal" the mixing coefficients beside it."""
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"adapter_name: expected one of {', '.join(self.peft_config)}, got {adapter_name!r}")
+        training, trainable = self.training, [(p, p.requires_grad) for p in self.parameters()]
+        result = super().load_adapter(str(model_id), adapter_name, is_trainable=is_trainable, **kwargs)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+        self.train(training)
+        if result.unexpected_keys:
+            raise ValueError(f"{model_id}: unexpected weights {', '.join(result.unexpected_keys[:3])}, ...")
+        if adapter_name == CAUSAL and self.mixing is not None:
+            self._load_mixing(Path(model_id).parent)
+        return result
+
+    def _load_mixing(self, folder: Path) -> None:
+        path = folder / MIXING_NAME
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: not found; expected a folder written by BituneModel.save_pretrained")
+        state = load_file(path)
+        for name, theta in self.mixing.named_parameters():
+            found = None if name not in state else tuple(state[name].shape)
+            if found != tuple(theta.shape):
+                raise ValueError(f"{path}: expected {name} of shape {tuple(theta.shape)}, got {found}")
+            if not bool(torch.isfinite(state[name]).all()):
+                raise ValueError(f"{path}: expected finite {name}, got {state[name].flatten().tolist()}")
+        self.mixing.load_state_dict(state)
+
+    @classmethod
+    def from_pretrained(
+        cls, base_model: nn.Module, folder: str | Path, *, is_trainable: bool = False, self_test: bool = True, **changes
+    ) -> BituneModel:
+        """Load what ``save_pretrained`` wrote.
+
+        Args:
+            base_model: the causal LM that was adapted.
+            folder: a local folder or the id of a repository on the Hugging Face Hub.
+            is_trainable: keep training, instead of inference with everything frozen.
+            self_test: as in ``get_bitune_model``.
+            changes: fields of BituneConfig to override, ``use_fused`` or ``backend`` for example.
+        """
+        if not Path(folder).is_dir():
+            from huggingface_hub import snapshot_download
+
+            folder = snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors", "*.md"])
+        for name in (CONFIG_NAME, CAUSAL):
+            if not Path(folder, name).exists():
+                raise FileNotFoundError(f"{Path(folder, name)}: not found; expected a folder of save_pretrained")
+        peft_config = PeftConfig.from_pretrained(str(Path(folder, CAUSAL)))
+        config = BituneConfig.load(folder, peft_config, **changes)
+        model = get_bitune_model(base_model, config, self_test=self_test)
+        for name in model.peft_config:
+            model.load_adapter(Path(folder, name), name)
+        model._train_adapters(is_trainable)
+        return model.train(is_trainable)
+
+
+def _prompt_lengths(labels: torch.Tensor, attention_mask: torch.Tensor | None, shape: tuple[int, int]) -> list[int]:
+    """Prompt tokens of each row: the real tokens before its first label that is not -100."""
+    if tuple(labels.shape) != shape:
+        raise ValueError(f"labels: expected shape {list(shape)} as the tokens, got {list(labels.shape)}")
+    if attention_mask is not None and tuple(attention_mask.shape) != shape:
+        raise ValueError(
+            f"attention_mask: expected shape {list(shape)} as the tokens, got {list(attention_mask.shape)}"
+        )
+    is_answer = (labels != -100).cpu()
+    real = torch.ones(shape, dtype=torch.bool) if attention_mask is None else attention_mask.ne(0).cpu()
+    if bool((is_answer & ~real).any()):
+        raise ValueError("labels: expected -100 wherever attention_mask is 0, got labels on padding")
+    empty = (~is_answer.any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"labels: expected an answer token (a label that is not -100) in every row, rows {empty} have none")
+    first = is_answer.int().argmax(1)
+    lengths = [int(real[b, :f].sum()) for b, f in enumerate(first.tolist())]
+    whole = [b for b, n in enumerate(lengths) if n == 0]
+    if whole:
+        raise ValueError(
+            f"labels: expected -100 on the prompt, got a label on the first token of rows {whole}; mask the prompt "
+            "(completion-only loss), since Bitune needs to know where it ends"
+        )
+    return lengths

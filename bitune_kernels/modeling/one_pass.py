@@ -1,0 +1,114 @@
+"""The fused schedule: [bidir prompts | causal prompts | answers] run through the backbone once."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import pad
+
+from ..mixing import MixingCoefficients
+from ..ops import bitune_attention, bitune_prefill
+from ..plan import SegmentPlan
+from .passes import Pass, current
+from .structure import Structure
+
+
+class OnePass(Pass):
+    """One run over all rows of a plan. With ``caches`` attention also writes the keys and values to keep."""
+
+    def __init__(
+        self,
+        structure: Structure,
+        plan: SegmentPlan,
+        mixing: MixingCoefficients | None,
+        stream_masks: tuple[str, ...],
+        separate_adapters: bool,
+        backend: str,
+        keep_cache: bool,
+        trims: bool,
+    ):
+        super().__init__(structure, plan.cu_prompt.device)
+        self.plan, self.mixing, self.stream_masks, self.backend = plan, mixing, stream_masks, backend
+        self.num_rows, self.answer_rows = plan.num_rows, plan.num_answer
+        self.bidir_rows = plan.num_prompt if separate_adapters else 0
+        self.trims = trims and structure.trim is not None and plan.answer_start > 0
+        self.caches: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = {} if keep_cache else None
+
+    def attend(self, module, query, key, value, scaling, softcap, sinks):
+        plan, layer = self.plan, self.structure.layer_index(module)
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [1, heads, T, dim] -> [T, heads, dim]
+        last = self.trims and layer == self.structure.num_layers - 1
+        if last:
+            q = q[plan.answer_start :]
+        alpha_k, alpha_v = (None, None) if self.mixing is None else self.mixing.alpha(layer)
+        options = dict(
+            softmax_scale=scaling,
+            window=self.structure.windows[layer],
+            softcap=softcap,
+            sinks=sinks,
+            stream_mask=self.stream_masks[layer],
+            backend=self.backend,
+        )
+        if self.caches is None:
+            out, _, _ = bitune_attention(q, k, v, alpha_k, alpha_v, plan, **options)
+        else:
+            batch, seq = plan.padded_shape
+            k_cache, v_cache = (x.new_zeros(batch * seq, *x.shape[1:]) for x in (k, v))
+            out = bitune_prefill(
+                q,
+                k,
+                v,
+                alpha_k,
+                alpha_v,
+                plan,
+                k_cache=k_cache,
+                v_cache=v_cache,
+                cache_positions=plan.token_index,
+                **options,
+            )
+            self.caches[layer] = tuple(x.unflatten(0, (batch, seq)).transpose(1, 2) for x in (k_cache, v_cache))
+        if last:  # attention must return as many rows as it was given; the module behind it drops these again
+            out = pad(out, (0, 0, 0, 0, plan.answer_start, 0))
+        return out[None]
+
+
+class TrimHooks:
+    """In the last layer the prompt rows are needed for keys and values only.
+
+    The layer is given the answer rows alone, its attention the norm of all rows, and the module that reads the
+    attention's output the answer rows again.
+    """
+
+    def __init__(self, structure: Structure):
+        self.trim = trim = structure.trim
+        self.handles = []
+        if trim is not None:
+            self.handles = [
+                trim.layer.register_forward_pre_hook(self.enter_layer, with_kwargs=True),
+                trim.attention.register_forward_pre_hook(self.enter_attention, with_kwargs=True),
+                trim.exit.register_forward_pre_hook(self.leave_attention),
+            ]
+
+    @staticmethod
+    def _pass() -> OnePass | None:
+        p = current()
+        return p if p is not None and p.trims else None
+
+    def enter_layer(self, layer, args, kwargs):
+        p = self._pass()
+        if p is None:
+            return None
+        p.all_rows = args[0] if args else kwargs["hidden_states"]
+        answer = p.all_rows[:, p.plan.answer_start :]
+        return ((answer, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": answer})
+
+    def enter_attention(self, attention, args, kwargs):
+        p = self._pass()
+        if p is None:
+            return None
+        rows = p.all_rows if self.trim.norm is None else self.trim.norm(p.all_rows)
+        del p.all_rows
+        return ((rows, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": rows})
+
+    def leave_attention(self, module, args):
+        p = self._pass()
+        return None if p is None else (args[0][:, p.plan.answer_start :], *args[1:])

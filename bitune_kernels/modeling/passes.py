@@ -1,0 +1,124 @@
+"""What is true while a packed batch runs through a backbone: the current pass.
+
+Adapters, attention and trimming ask for it. It is kept per thread beside the model and not in the model's keyword
+arguments, because some families drop unknown arguments before their attention is called.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+
+import torch
+
+from .structure import ATTENTION_NAME, Structure
+
+_state = threading.local()
+
+
+def current() -> Pass | None:
+    """The pass that this thread is in, or None."""
+    return getattr(_state, "current", None)
+
+
+class Pass:
+    """One run of the backbone over packed rows. Subclasses say what attention does.
+
+    Attributes:
+        num_rows: rows of every linear's input (T), of which the first ``bidir_rows`` use the adapter "bidir".
+        answer_rows: rows after the last layer's trimming; they all use the adapter "causal".
+        adapter: the adapter that serves all rows, where that isn't the active one ("causal"); else None.
+        mask: a tensor handed through the backbone as its attention mask. Its identity proves to attention that this
+            pass is the one it is called for, and a 4-D mask makes transformers build none of its own.
+    """
+
+    adapter: str | None = None
+    trims = False
+    bidir_rows = num_rows = answer_rows = 0
+
+    def __init__(self, structure: Structure, device):
+        self.structure = structure
+        self.mask = torch.zeros(1, 1, 1, 1, device=device)
+        self.pending = []  # blocks of rows that adapter hooks have run and not yet joined
+
+    def attend(self, module, query, key, value, scaling, softcap, sinks):
+        """The attention of one layer, [batch, heads, rows, head_dim] -> [batch, rows, heads, head_dim]."""
+        raise NotImplementedError
+
+    def split(self, x: torch.Tensor) -> tuple[int, int] | None:
+        """(dim, n) where rows [0, n) of ``x`` along dim belong to the adapter "bidir", or None if no row does."""
+        if not self.bidir_rows:
+            return None
+        dim = 1 if x.ndim > 1 and x.shape[0] == 1 else 0
+        rows = x.shape[dim]
+        if rows == self.num_rows:
+            return dim, self.bidir_rows
+        if rows == self.answer_rows:
+            return None
+        raise RuntimeError(
+            f"an adapted module got {rows} rows, expected all {self.num_rows} or the {self.answer_rows} answer rows: "
+            "modules that see a selection of the tokens (experts, for example) can't have two adapters"
+        )
+
+    @contextmanager
+    def active(self):
+        """Inside, this is the current pass and attention is ours. May be entered again within itself."""
+        outer, configs = current(), self.structure.configs
+        adapted = [] if self.adapter is None else self.structure.adapted
+        implementations = [c._attn_implementation for c in configs]
+        adapters = [m._active_adapter for m in adapted]
+        _state.current = self
+        for c in configs:
+            c._attn_implementation = ATTENTION_NAME
+        # PEFT's public set_adapter also switches requires_grad, which must not change in the middle of a pass.
+        for m in adapted:
+            m._active_adapter = [self.adapter]
+        try:
+            yield self
+        finally:
+            _state.current = outer
+            for m, adapter in zip(adapted, adapters, strict=True):
+                m._active_adapter = adapter
+            for c, implementation in zip(configs, implementations, strict=True):
+                c._attn_implementation = implementation
+
+    @contextmanager
+    def checkpointing(self):
+        """Inside, layers recomputed in the backward pass find this pass again, long after it has ended."""
+        layers = [m for m in self.structure.layers if getattr(m, "gradient_checkpointing", False) and m.training]
+        originals = [m._gradient_checkpointing_func for m in layers]
+        trimmed = self.structure.trim.layer if self.trims else None
+        for layer, original in zip(layers, originals, strict=True):
+            layer._gradient_checkpointing_func = self._resumed(original)
+            # The trimmed layer's hooks would not run again in a recomputation, so it keeps its activations.
+            layer.gradient_checkpointing = layer is not trimmed
+        try:
+            yield self
+        finally:
+            for layer, original in zip(layers, originals, strict=True):
+                layer._gradient_checkpointing_func = original
+                layer.gradient_checkpointing = True
+
+    def _resumed(self, checkpoint):
+        def checkpointed(run, *args):
+            def run_in_pass(*inner):
+                with self.active():
+                    return run(*inner)
+
+            return checkpoint(run_in_pass, *args)
+
+        return checkpointed
+
+
+def attention_forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """The attention function that transformers calls during a pass."""
+    p = current()
+    if p is None or attention_mask is not p.mask:
+        raise RuntimeError(
+            f"{type(module).__name__}: attention of a Bitune pass was called outside of it, or with another mask; "
+            "this model family rewrites the attention mask and can't be used"
+        )
+    if dropout:
+        raise ValueError(f"attention_dropout: expected 0 in training with Bitune, got {dropout}")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return p.attend(module, query, key, value, scaling, kwargs.get("softcap"), kwargs.get("s_aux")), None

@@ -1,0 +1,72 @@
+"""The check that a model family is computed as it should be: one pass against three passes on a few tokens."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import torch
+
+from ..plan import SegmentPlan
+
+logger = logging.getLogger(__name__)
+
+# Relative error of the answer's hidden states that rounding explains; a wrong path is off by tens of percent.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_ROUNDED = 0.1
+
+
+def check_one_pass(model) -> None:
+    """Compare both schedules on a small ragged batch; switch trimming off where only that disagrees.
+
+    Raises:
+        ValueError: the family gives another result in one pass than in three.
+    """
+    hooks = model._hooks
+    backbone = hooks.structure.backbone
+    weight = next(backbone.parameters())
+    vocab = backbone.get_input_embeddings().num_embeddings
+    ids = (torch.arange(14, device=weight.device) * 7919 % vocab).view(2, 7)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+
+    def run(fused: bool) -> torch.Tensor:
+        config = hooks.config
+        hooks.config = replace(config, use_fused=fused)
+        try:
+            plan = SegmentPlan.from_batch((2, 7), mask, [3, 5], num_streams=config.num_streams, device=ids.device)
+            with hooks.request(plan):
+                return backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.double()
+        finally:
+            hooks.config = config
+
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            expected = run(fused=False)
+            error = _failure(run, expected, weight.dtype)
+            if error and hooks.structure.trim is not None:
+                hooks.trims = False
+                logger.info("%s: the last layer is not trimmed (%s)", type(backbone).__name__, error)
+                error = _failure(run, expected, weight.dtype)
+    finally:
+        for m in training:
+            m.training = True
+    if error:
+        name = type(model.get_base_model()).__name__
+        raise ValueError(
+            f"base_model: {name} can't be used in one pass: {error}. "
+            "get_bitune_model(..., BituneConfig(use_fused=False)) runs the three-pass schedule"
+        )
+
+
+def _failure(run, expected: torch.Tensor, dtype: torch.dtype) -> str | None:
+    try:
+        found = run(fused=True)
+    except Exception as e:
+        return f"it raised {type(e).__name__}: {e}"
+    error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+    if error <= _TOLERANCE.get(dtype, _ROUNDED):
+        return None
+    return f"its hidden states differ from three passes by {error:.1e} of their norm"

@@ -1,0 +1,208 @@
+"""The paper's schedule in plain PyTorch: one call of the model per stream, then one over the mixed cache.
+
+Batched and padded, with the model's own attention function (SDPA, or eager where it must be), flags instead of mask
+tensors where the batch allows it, and neither head nor answer rows in the prompt passes. It is the baseline of the
+benchmarks and the independent check of the one-pass schedule.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from ..masks import visible_to_answer, visible_to_prompt
+from ..mixing import MixingCoefficients, mix
+from ..plan import SegmentPlan
+from .passes import Pass
+from .structure import Structure
+
+
+class PaddedPass(Pass):
+    """A call of the backbone over [batch, width] rows of one segment, padded on the right, that records k and v."""
+
+    def __init__(self, structure: Structure, plan: SegmentPlan, implementations: list[str], adapter: str | None):
+        super().__init__(structure, plan.cu_prompt.device)
+        self.plan, self.adapter, self.implementation = plan, adapter, implementations[0]
+        self.recorded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # [batch, num_heads_kv, width, head_dim]
+        self._masks: dict = {}
+
+    def seen(self, layer: int, window: int | None) -> torch.Tensor | str | None:
+        """The visibility of one layer: None (everything), "causal", or bool [batch, 1, queries, keys]."""
+        raise NotImplementedError
+
+    def attend(self, module, query, key, value, scaling, softcap, sinks):
+        layer = self.structure.layer_index(module)
+        self.recorded[layer] = key, value
+        key, value = self.with_past(layer, key, value)
+        see = self.seen(layer, self.structure.windows[layer])
+        function = self._function(module, softcap, sinks)
+        if isinstance(see, torch.Tensor) and function is not self._registered("sdpa"):
+            see = torch.zeros(see.shape, dtype=query.dtype, device=see.device).masked_fill(
+                ~see, torch.finfo(query.dtype).min
+            )
+        elif see == "causal" and function is not self._registered("sdpa"):  # eager wants a tensor
+            length = query.shape[2]
+            see = torch.full((length, length), torch.finfo(query.dtype).min, dtype=query.dtype, device=query.device)
+            see = see.triu(1)[None, None]
+        causal, see = see == "causal" if isinstance(see, str) else False, None if isinstance(see, str) else see
+        options = {k: v for k, v in (("softcap", softcap), ("s_aux", sinks)) if v is not None}
+        return function(module, query, key, value, see, scaling=scaling, dropout=0.0, is_causal=causal, **options)[0]
+
+    def with_past(self, layer: int, key: torch.Tensor, value: torch.Tensor):
+        return key, value
+
+    @staticmethod
+    def _registered(name: str):
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        return ALL_ATTENTION_FUNCTIONS[name]
+
+    def _function(self, module, softcap, sinks):
+        # The model's own attention function; flash and flex kernels take no dense mask, SDPA no softcap and no sinks.
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        if eager is not None and (self.implementation == "eager" or softcap is not None or sinks is not None):
+            return eager
+        return self._registered("sdpa")
+
+    def _cached_mask(self, key, build):
+        if key not in self._masks:
+            rows = [build(b) for b in range(self.plan.batch_size)]
+            self._masks[key] = torch.stack(rows)[:, None]
+        return self._masks[key]
+
+
+class PromptPass(PaddedPass):
+    """One stream over the prompts."""
+
+    def __init__(self, structure, plan, implementations, adapter, stream_masks: tuple[str, ...]):
+        super().__init__(structure, plan, implementations, adapter)
+        self.stream_masks = stream_masks
+
+    def seen(self, layer, window):
+        mask, plan, width = self.stream_masks[layer], self.plan, self.plan.max_prompt
+        if window is not None and window >= width:
+            window = None
+        if window is None and mask == "causal":
+            return "causal"  # padding on the right is never seen by a real token
+        if window is None and mask == "full" and min(plan.prompt_lengths) == width:
+            return None
+
+        def build(b):
+            see = visible_to_prompt(mask, width, 0, window, self.mask.device)
+            # padding sees itself, so that no row is empty
+            real = torch.arange(width, device=self.mask.device) < plan.prompt_lengths[b]
+            return (see & real[None]) | torch.eye(width, dtype=torch.bool, device=self.mask.device)
+
+        return self._cached_mask((mask, window), build)
+
+
+class AnswerPass(PaddedPass):
+    """The answers over the mixed cache of the prompts."""
+
+    def __init__(self, structure, plan, implementations, mixed):
+        super().__init__(structure, plan, implementations, None)
+        self.mixed = mixed  # per layer k, v [batch, num_heads_kv, max_prompt, head_dim], or None without prompt rows
+
+    def with_past(self, layer, key, value):
+        if self.mixed is None:
+            return key, value
+        k_mixed, v_mixed = self.mixed[layer]
+        return torch.cat([k_mixed, key], dim=2), torch.cat([v_mixed, value], dim=2)
+
+    def seen(self, layer, window):
+        plan, n, a = self.plan, self.plan.max_prompt, self.plan.max_answer
+        if window is not None and window >= n + a:
+            window = None
+        equal = min(plan.prompt_lengths) == n
+        if window is None and equal and a == 1:
+            return None
+        if window is None and n == 0:
+            return "causal"
+
+        def build(b):  # columns: n prompt places, of which the sample fills some, then a answer places
+            m = plan.prompt_lengths[b]
+            see = visible_to_answer(a, m, window, self.mask.device)
+            hidden = torch.zeros(a, n - m, dtype=torch.bool, device=self.mask.device)
+            return torch.cat([see[:, :m], hidden, see[:, m:]], dim=1)
+
+        return self._cached_mask(window, build)
+
+
+class ThreePass:
+    """Runs the prompt passes of a batch and prepares the answer pass."""
+
+    def __init__(self, structure: Structure, plan: SegmentPlan, mixing: MixingCoefficients | None, stream_masks):
+        self.structure, self.plan, self.mixing, self.stream_masks = structure, plan, mixing, stream_masks
+        self.implementations = [c._attn_implementation for c in structure.configs]
+        # Where a padded place lies in the flattened tokens; padding repeats a real token, whose rows are dropped again.
+        index = plan.token_index.cpu()
+        self.prompt_index = self._padded(index[: plan.num_prompt], plan.prompt_lengths, plan.max_prompt)
+        self.answer_index = self._padded(index[plan.num_prompt :], plan.answer_lengths, plan.max_answer)
+
+    def _padded(self, index, lengths, width) -> torch.Tensor:
+        padded = self.plan.token_index[0].cpu().repeat(len(lengths), width)
+        for b, rows in enumerate(index.split(list(lengths))):
+            padded[b, : len(rows)] = rows
+        return padded.to(self.plan.cu_prompt.device)
+
+    @staticmethod
+    def _call(tokens: torch.Tensor, name: str, index: torch.Tensor, first: list[int], p: PaddedPass) -> dict:
+        positions = torch.tensor(first, device=index.device)[:, None] + torch.arange(index.shape[1], device=index.device)
+        return {name: tokens.flatten(0, 1)[index], "position_ids": positions, "attention_mask": p.mask}
+
+    def prompts(self, tokens: torch.Tensor, name: str, kwargs: dict, bidir_adapter: str | None) -> AnswerPass:
+        """Run the stream(s) over the prompts of ``tokens`` [batch, seq, ...] and mix their keys and values."""
+        plan, structure = self.plan, self.structure
+        if any(getattr(m, "gradient_checkpointing", False) and m.training for m in structure.layers):
+            for m in structure.layers:
+                keywords = getattr(m._gradient_checkpointing_func, "keywords", {})
+                if keywords.get("use_reentrant", True):
+                    raise ValueError(
+                        "gradient checkpointing: use_fused=False keeps keys and values between calls and needs "
+                        "gradient_checkpointing_kwargs={'use_reentrant': False}, got use_reentrant=True"
+                    )
+        recorded = []
+        streams = [(bidir_adapter, self.stream_masks), (None, ("causal",) * structure.num_layers)]
+        for adapter, masks in streams[: plan.num_streams] if plan.num_prompt else []:
+            p = PromptPass(structure, plan, self.implementations, adapter, masks)
+            call = self._call(tokens, name, self.prompt_index, [0] * plan.batch_size, p)
+            with p.active(), p.checkpointing():
+                structure.backbone(**kwargs | call)
+            recorded.append(p.recorded)
+        return AnswerPass(structure, plan, self.implementations, self._mix(recorded))
+
+    def _mix(self, recorded):
+        if not recorded or self.mixing is None:
+            return recorded[0] if recorded else None
+        bidir, causal = recorded
+        mixed = {}
+        for layer in bidir:
+            triples = zip(causal[layer], bidir[layer], self.mixing.alpha(layer), strict=True)
+            mixed[layer] = tuple(mix(c.transpose(1, 2), b.transpose(1, 2), a).transpose(1, 2) for c, b, a in triples)
+        return mixed
+
+    def answers(self, tokens: torch.Tensor, name: str, p: AnswerPass) -> dict:
+        """The keyword arguments of the last call."""
+        return self._call(tokens, name, self.answer_index, list(self.plan.prompt_lengths), p)
+
+    def answer_rows(self, padded: torch.Tensor) -> torch.Tensor:
+        """[batch, max_answer, ...] -> [A, ...]"""
+        return torch.cat([row[:a] for row, a in zip(padded, self.plan.answer_lengths, strict=True)])
+
+    def caches(self, p: AnswerPass) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Per layer k, v [batch, num_heads_kv, seq, head_dim] in the places of the tokens, zeros at padding."""
+        plan, caches = self.plan, {}
+        batch, seq = plan.padded_shape
+        for layer, own in p.recorded.items():
+            both = []
+            for i in (0, 1):
+                rows = [x[:, :a].transpose(0, 1) for x, a in zip(own[i], plan.answer_lengths, strict=True)]
+                if p.mixed is not None:
+                    past = zip(p.mixed[layer][i], plan.prompt_lengths, strict=True)
+                    rows = [x[:, :n].transpose(0, 1) for x, n in past] + rows
+                cache = own[i].new_zeros(batch * seq, own[i].shape[1], own[i].shape[3])
+                cache[plan.token_index] = torch.cat(rows)
+                both.append(cache.unflatten(0, (batch, seq)).transpose(1, 2))
+            caches[layer] = tuple(both)
+        return caches

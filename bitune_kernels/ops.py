@@ -1,0 +1,412 @@
+"""The public operators. Their docstrings are the specification that every backend is tested against."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from . import backends, mixing
+from .masks import STREAM_MASKS
+from .plan import SegmentPlan
+
+
+def bitune_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    alpha_k: torch.Tensor | float | None,
+    alpha_v: torch.Tensor | float | None,
+    plan: SegmentPlan,
+    *,
+    softmax_scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    stream_mask: str = "full",
+    shared_qkv: bool = False,
+    beta: torch.Tensor | float | None = None,
+    prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Both prompt attentions, the mixed key/value cache and the answer's attention over it (arXiv 2405.14862).
+
+    Rows are packed without padding, segment-major over the batch (``plan``); keys already carry their positions.
+    Per sample, with n prompt rows per stream, a answer rows, and n <= N, a <= A their sums over the batch::
+
+                     bidir k,v   causal k,v   mixed k,v   answer k,v
+        bidir q      full            .            .            .        "full", "causal" or "anti_causal"
+        causal q       .          causal          .            .
+        answer q       .             .          full        causal
+
+        k_mixed = (1 - alpha_k) k_causal + alpha_k k_bidir      v_mixed likewise, float32, rounded to k's dtype
+
+    Softmax is computed in float32 (float64 for float64 input). Differentiable in q, k, v, alpha_k, alpha_v,
+    beta, sinks and prefix. Samples without prompt or answer rows are allowed.
+
+    Args:
+        q: [T, num_heads_q, head_dim], or [A, ...] the answer rows alone when the prompt's own attention isn't needed
+            (a model's last layer). T = plan.num_rows.
+        k: [T, num_heads_kv, head_dim]; query head h uses key/value head h // (num_heads_q / num_heads_kv).
+        v: [T, num_heads_kv, head_dim_v].
+        alpha_k, alpha_v: weight of the bidirectional stream in [0, 1], scalar or [num_heads_kv]. None when
+            ``plan.num_streams`` is 1: nothing is mixed, and k_mixed, v_mixed are the prompt rows themselves.
+        plan: lengths of the samples.
+        softmax_scale: default head_dim ** -0.5.
+        window: a query sees keys with |i - j| < window only; positions count from the sample's first token.
+        softcap: scores become softcap * tanh(scores / softcap) before the softmax.
+        sinks: [num_heads_q], one further score per head that takes weight and gives no value.
+        stream_mask: what a prompt token of the bidirectional stream sees: "full", "causal" (j <= i) or
+            "anti_causal" (j >= i).
+        shared_qkv: both streams have the same q, k, v: the plan has num_streams 1 and the output both streams' rows.
+        beta: the prompt's two outputs become one, ``(1 - beta) causal + beta bidir`` in float32; scalar or
+            [num_heads_q].
+        prefix: (k, v) [sum of plan.prefix_lengths, num_heads_kv, head_dim] of an already cached past, which every
+            row of its sample sees (within the window).
+        backend: "auto" or a name of ``bitune_kernels.backends.BACKENDS``, which is then used or refused.
+
+    Returns:
+        out [rows, num_heads_q, head_dim_v]: bidir, causal and answer rows; with ``beta`` or one stream, prompt and
+        answer rows; for q of A rows, answer rows. k_mixed, v_mixed [N, num_heads_kv, head_dim].
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    alpha_k, alpha_v, beta = _check(
+        q, k, v, alpha_k, alpha_v, plan, window, softcap, sinks, stream_mask, shared_qkv, beta, prefix
+    )
+    softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    name, _ = backends.resolve(
+        backend,
+        device=q.device,
+        dtype=q.dtype,
+        head_dim=q.shape[-1],
+        head_dim_v=v.shape[-1],
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        stream_mask=stream_mask,
+        prefix=prefix,
+        requires_grad=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
+    )
+    if not torch.compiler.is_compiling():
+        return backends.load(name).attention(
+            q,
+            k,
+            v,
+            alpha_k,
+            alpha_v,
+            plan,
+            softmax_scale=softmax_scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            stream_mask=stream_mask,
+            shared_qkv=shared_qkv,
+            beta=beta,
+            prefix=prefix,
+        )
+    # A compiled graph must not specialize on the lengths of one batch, so there the call is one opaque operator.
+    k_prefix, v_prefix = prefix or (None, None)
+    return torch.ops.bitune.attention(
+        q,
+        k,
+        v,
+        alpha_k,
+        alpha_v,
+        beta,
+        sinks,
+        k_prefix,
+        v_prefix,
+        plan.cu_prompt,
+        plan.cu_answer,
+        plan.cu_prefix,
+        plan.num_prompt,
+        plan.num_streams,
+        softmax_scale,
+        window,
+        softcap,
+        stream_mask,
+        shared_qkv,
+        name,
+    )
+
+
+def bitune_prefill(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    alpha_k: torch.Tensor | float | None,
+    alpha_v: torch.Tensor | float | None,
+    plan: SegmentPlan,
+    *,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_positions: torch.Tensor,
+    **options,
+) -> torch.Tensor:
+    """``bitune_attention`` for inference, which also writes what later tokens attend to into a key/value cache.
+
+    Args:
+        q, k, v, alpha_k, alpha_v, plan, options: as in ``bitune_attention``.
+        k_cache, v_cache: [num_slots, num_heads_kv, head_dim], any strides; written in place.
+        cache_positions: int64 [N + A], the slot of each mixed prompt row and then of each answer row.
+
+    Returns:
+        out, as ``bitune_attention``. Not differentiable: call it under ``torch.no_grad()``.
+    """
+    rows = plan.num_prompt + plan.num_answer
+    if cache_positions.dtype != torch.int64 or tuple(cache_positions.shape) != (rows,):
+        raise ValueError(
+            f"cache_positions: expected int64 [{rows}] (prompt and answer rows), got {cache_positions.dtype} "
+            f"{list(cache_positions.shape)}"
+        )
+    for name, cache, rows_of in (("k_cache", k_cache, k), ("v_cache", v_cache, v)):
+        if cache.ndim != 3 or cache.shape[1:] != rows_of.shape[1:] or cache.dtype != rows_of.dtype:
+            raise ValueError(
+                f"{name}: expected {rows_of.dtype} [num_slots, {rows_of.shape[1]}, {rows_of.shape[2]}], got "
+                f"{cache.dtype} {list(cache.shape)}"
+            )
+        if cache.device != rows_of.device:
+            raise ValueError(f"{name}: expected it on {rows_of.device}, got {cache.device}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError("q, k, v: expected no gradients (bitune_prefill is for inference), got requires_grad=True")
+    out, k_mixed, v_mixed = bitune_attention(q, k, v, alpha_k, alpha_v, plan, **options)
+    prompt_slots, answer_slots = cache_positions.split([plan.num_prompt, plan.num_answer])
+    for cache, mixed, own in ((k_cache, k_mixed, k), (v_cache, v_mixed, v)):
+        cache.index_copy_(0, prompt_slots, mixed)
+        cache.index_copy_(0, answer_slots, own[plan.answer_start :])
+    return out
+
+
+def mix_kv(causal: torch.Tensor, bidir: torch.Tensor, alpha: torch.Tensor | float) -> torch.Tensor:
+    """The mix alone: ``(1 - alpha) * causal + alpha * bidir`` in float32, rounded to the dtype of ``causal``.
+
+    Args:
+        causal, bidir: [rows, num_heads_kv, head_dim], same dtype and device.
+        alpha: in [0, 1], scalar or [num_heads_kv].
+
+    Returns:
+        [rows, num_heads_kv, head_dim]. Differentiable in all three.
+    """
+    if causal.shape != bidir.shape or causal.dtype != bidir.dtype:
+        raise ValueError(
+            f"bidir: expected {causal.dtype} {list(causal.shape)} as causal, got {bidir.dtype} {list(bidir.shape)}"
+        )
+    return mixing.mix(causal, bidir, _coefficient("alpha", alpha, causal.shape[1], causal))
+
+
+def _coefficient(name: str, value, heads: int, like: torch.Tensor) -> torch.Tensor:
+    # A mixing weight as a float tensor of shape [] or [heads] on the device of `like`.
+    if not isinstance(value, torch.Tensor):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
+        if not math.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number, got {value}")
+        return torch.full((), float(value), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name}: expected float32 (or float64), got {value.dtype}")
+    if value.ndim and tuple(value.shape) != (heads,):
+        raise ValueError(f"{name}: expected a scalar or shape [{heads}] (one per head), got {list(value.shape)}")
+    if value.device != like.device:
+        raise ValueError(f"{name}: expected it on {like.device}, got {value.device}")
+    # Reading the values of a GPU tensor would stall every layer, so there the model checks theta when it is loaded.
+    if value.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{name}: expected finite values, got {value.tolist()}")
+    return value
+
+
+def _check(q, k, v, alpha_k, alpha_v, plan, window, softcap, sinks, stream_mask, shared_qkv, beta, prefix):
+    if not isinstance(plan, SegmentPlan):
+        raise TypeError(f"plan: expected a SegmentPlan, got {type(plan).__name__}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            raise TypeError(f"{name}: expected a floating point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        if x.ndim != 3:
+            raise ValueError(f"{name}: expected [rows, heads, head_dim], got shape {list(x.shape)}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name}: expected {q.dtype} on {q.device} as q, got {x.dtype} on {x.device}")
+        if x.shape[0] != plan.num_rows and not (x is q and x.shape[0] == plan.num_answer):
+            raise ValueError(f"{name}: expected {plan.num_rows} rows (plan.num_rows), got {x.shape[0]}")
+    if k.shape[2] != q.shape[2] or v.shape[1] != k.shape[1]:
+        raise ValueError(
+            f"k, v: expected head_dim {q.shape[2]} as q and the same heads, got k {list(k.shape)}, v {list(v.shape)}"
+        )
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q: expected a multiple of the {k.shape[1]} key/value heads, got {q.shape[1]} heads")
+    if stream_mask not in STREAM_MASKS:
+        raise ValueError(f"stream_mask: expected one of {', '.join(STREAM_MASKS)}, got {stream_mask!r}")
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise ValueError(f"window: expected an int >= 1 or None, got {window!r}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: expected a number > 0 or None, got {softcap!r}")
+    if sinks is not None and tuple(sinks.shape) != (q.shape[1],):
+        raise ValueError(f"sinks: expected shape [{q.shape[1]}] (one per query head), got {list(sinks.shape)}")
+    if shared_qkv and plan.num_streams != 1:
+        raise ValueError("shared_qkv: expected a plan with num_streams=1 (the rows stand once), got num_streams=2")
+    if plan.num_streams == 2:
+        alpha_k = _coefficient("alpha_k", alpha_k, k.shape[1], k)
+        alpha_v = _coefficient("alpha_v", alpha_v, k.shape[1], v)
+    elif alpha_k is not None or alpha_v is not None:
+        raise ValueError("alpha_k, alpha_v: expected None for a plan with num_streams=1, where nothing is mixed")
+    if beta is not None:
+        if plan.num_streams == 1 and not shared_qkv:
+            raise ValueError("beta: expected two streams to mix (num_streams=2 or shared_qkv=True), got one")
+        beta = _coefficient("beta", beta, q.shape[1], q)
+    if (prefix is None) != (plan.prefix_lengths is None):
+        raise ValueError("prefix: expected it together with plan.prefix_lengths, got one without the other")
+    if prefix is not None:
+        for name, x, like in (("prefix[0]", prefix[0], k), ("prefix[1]", prefix[1], v)):
+            expected = [sum(plan.prefix_lengths), *like.shape[1:]]
+            if list(x.shape) != expected or x.dtype != like.dtype:
+                raise ValueError(f"{name}: expected {like.dtype} {expected}, got {x.dtype} {list(x.shape)}")
+    return alpha_k, alpha_v, beta
+
+
+@torch.library.custom_op("bitune::attention", mutates_args=())
+def _attention_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    alpha_k: torch.Tensor | None,
+    alpha_v: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    k_prefix: torch.Tensor | None,
+    v_prefix: torch.Tensor | None,
+    cu_prompt: torch.Tensor,
+    cu_answer: torch.Tensor,
+    cu_prefix: torch.Tensor | None,
+    num_prompt: int,
+    num_streams: int,
+    softmax_scale: float,
+    window: int | None,
+    softcap: float | None,
+    stream_mask: str,
+    shared_qkv: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    out, k_mixed, v_mixed = backends.load(backend).attention(
+        q,
+        k,
+        v,
+        alpha_k,
+        alpha_v,
+        SegmentPlan.from_cu_seqlens(cu_prompt, cu_answer, cu_prefix, num_streams),
+        softmax_scale=softmax_scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        stream_mask=stream_mask,
+        shared_qkv=shared_qkv,
+        beta=beta,
+        prefix=None if k_prefix is None else (k_prefix, v_prefix),
+    )
+    if num_streams == 1:  # an operator's outputs may not alias its inputs
+        k_mixed, v_mixed = k_mixed.clone(), v_mixed.clone()
+    return out.contiguous(), k_mixed.contiguous(), v_mixed.contiguous()
+
+
+@_attention_op.register_fake
+def _(
+    q,
+    k,
+    v,
+    alpha_k,
+    alpha_v,
+    beta,
+    sinks,
+    k_prefix,
+    v_prefix,
+    cu_prompt,
+    cu_answer,
+    cu_prefix,
+    num_prompt,
+    num_streams,
+    softmax_scale,
+    window,
+    softcap,
+    stream_mask,
+    shared_qkv,
+    backend,
+):
+    rows = q.shape[0]
+    if rows == k.shape[0] and num_prompt:
+        rows += num_prompt * (int(shared_qkv) - int(beta is not None))
+    return (
+        q.new_empty(rows, q.shape[1], v.shape[2]),
+        k.new_empty(num_prompt, *k.shape[1:]),
+        v.new_empty(num_prompt, *v.shape[1:]),
+    )
+
+
+_DIFFERENTIABLE = 9  # the tensor arguments that stand first: q .. v_prefix
+
+
+@torch.library.custom_op("bitune::attention_backward", mutates_args=())
+def _attention_backward_op(
+    d_out: torch.Tensor,
+    d_k_mixed: torch.Tensor,
+    d_v_mixed: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    alpha_k: torch.Tensor | None,
+    alpha_v: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    k_prefix: torch.Tensor | None,
+    v_prefix: torch.Tensor | None,
+    cu_prompt: torch.Tensor,
+    cu_answer: torch.Tensor,
+    cu_prefix: torch.Tensor | None,
+    num_prompt: int,
+    num_streams: int,
+    softmax_scale: float,
+    window: int | None,
+    softcap: float | None,
+    stream_mask: str,
+    shared_qkv: bool,
+    backend: str,
+) -> list[torch.Tensor]:
+    # The PyTorch backends have no backward of their own: run them again under autograd.
+    inputs = (q, k, v, alpha_k, alpha_v, beta, sinks, k_prefix, v_prefix)
+    with torch.enable_grad():
+        leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+        outputs = backends.load(backend).attention(
+            *leaves[:5],
+            SegmentPlan.from_cu_seqlens(cu_prompt, cu_answer, cu_prefix, num_streams),
+            softmax_scale=softmax_scale,
+            window=window,
+            softcap=softcap,
+            sinks=leaves[6],
+            stream_mask=stream_mask,
+            shared_qkv=shared_qkv,
+            beta=leaves[5],
+            prefix=None if k_prefix is None else (leaves[7], leaves[8]),
+        )
+    given = [x for x in leaves if x is not None]
+    pairs = zip(outputs, (d_out, d_k_mixed, d_v_mixed), strict=True)
+    used = [(o, d) for o, d in pairs if o.requires_grad]
+    grads = torch.autograd.grad([o for o, _ in used], given, [d for _, d in used], allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g.contiguous() for x, g in zip(given, grads, strict=True)]
+
+
+@_attention_backward_op.register_fake
+def _(d_out, d_k_mixed, d_v_mixed, *args):
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in args[:_DIFFERENTIABLE] if x is not None]
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.options = inputs[12:]
+    ctx.save_for_backward(*inputs[:12])
+
+
+def _attention_backward(ctx, d_out, d_k_mixed, d_v_mixed):
+    saved = ctx.saved_tensors
+    grads = iter(torch.ops.bitune.attention_backward(d_out, d_k_mixed, d_v_mixed, *saved, *ctx.options))
+    given = [None if x is None else next(grads) for x in saved[:_DIFFERENTIABLE]]
+    return (*given, *[None] * (3 + len(ctx.options)))
+
+
+_attention_op.register_autograd(_attention_backward, setup_context=_setup_context)

@@ -1,0 +1,228 @@
+"""SegmentPlan: where the rows of a packed batch come from, and how they go back.
+
+One row per token and stream, segment-major over the batch, without padding:
+
+    two streams   [ bidir prompts | causal prompts | answers ]    T = 2 N + A rows
+    one stream    [ prompts | answers ]                           T =   N + A rows
+
+The last prompt token supplies the first query of the answer, so it opens the answer segment: a prompt of P
+tokens gives P - 1 rows per stream. Pure tensor code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+
+def _cumulative(lengths: Sequence[int], device) -> torch.Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(device=device, dtype=torch.int32)
+
+
+def _ints(name: str, values, batch: int | None = None) -> tuple[int, ...]:
+    if isinstance(values, torch.Tensor):
+        if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+            raise TypeError(f"{name}: expected integers, got a tensor of {values.dtype}")
+        values = values.reshape(-1).tolist()
+    values = tuple(values)
+    if any(isinstance(v, bool) or not isinstance(v, int) for v in values):
+        raise TypeError(f"{name}: expected integers, got {values!r}")
+    if batch is not None and len(values) != batch:
+        raise ValueError(f"{name}: expected one length for each of the {batch} samples, got {len(values)}")
+    return values
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentPlan:
+    """Lengths of one packed batch, and the maps between padded [batch, seq] tokens and packed rows.
+
+    Attributes:
+        prompt_lengths: rows of each sample's prompt in one stream (its prompt tokens less one), may be 0.
+        answer_lengths: rows of each sample's answer segment, may be 0.
+        num_streams: how often the prompt rows stand in the layout: 2 or 1.
+        cu_prompt, cu_answer: int32 [batch + 1], cumulative lengths, on the device of the batch.
+        prefix_lengths, cu_prefix: rows of an already cached past per sample, or None.
+        token_index: int64 [N + A], the place of each prompt and answer row in the flattened [batch * seq] tokens,
+            or None for a plan made from lengths alone.
+        padded_shape: (batch, seq) that ``token_index`` refers to.
+    """
+
+    prompt_lengths: tuple[int, ...]
+    answer_lengths: tuple[int, ...]
+    num_streams: int
+    cu_prompt: torch.Tensor
+    cu_answer: torch.Tensor
+    prefix_lengths: tuple[int, ...] | None = None
+    cu_prefix: torch.Tensor | None = None
+    token_index: torch.Tensor | None = None
+    padded_shape: tuple[int, int] | None = None
+
+    @classmethod
+    def from_lengths(
+        cls,
+        prompt_lengths: Sequence[int] | torch.Tensor,
+        answer_lengths: Sequence[int] | torch.Tensor,
+        *,
+        num_streams: int = 2,
+        prefix_lengths: Sequence[int] | torch.Tensor | None = None,
+        device: torch.device | str | None = None,
+    ) -> SegmentPlan:
+        """A plan from the number of rows of each sample's prompt (per stream) and answer segment."""
+        prompt = _ints("prompt_lengths", prompt_lengths)
+        answer = _ints("answer_lengths", answer_lengths, len(prompt))
+        prefix = None if prefix_lengths is None else _ints("prefix_lengths", prefix_lengths, len(prompt))
+        for name, lengths in (("prompt", prompt), ("answer", answer), ("prefix", prefix or ())):
+            if any(n < 0 for n in lengths):
+                raise ValueError(f"{name}_lengths: expected lengths >= 0, got {lengths}")
+        if num_streams not in (1, 2):
+            raise ValueError(f"num_streams: expected 1 or 2, got {num_streams!r}")
+        return cls(
+            prompt_lengths=prompt,
+            answer_lengths=answer,
+            num_streams=num_streams,
+            cu_prompt=_cumulative(prompt, device),
+            cu_answer=_cumulative(answer, device),
+            prefix_lengths=prefix,
+            cu_prefix=None if prefix is None else _cumulative(prefix, device),
+        )
+
+    @classmethod
+    def from_batch(
+        cls,
+        shape: tuple[int, int],
+        attention_mask: torch.Tensor | None = None,
+        prompt_lengths: Sequence[int] | torch.Tensor | None = None,
+        *,
+        num_streams: int = 2,
+        device: torch.device | str | None = None,
+    ) -> SegmentPlan:
+        """A plan for tokens [batch, seq], padded on the left or on the right.
+
+        Args:
+            shape: (batch, seq) of the tokens.
+            attention_mask: [batch, seq], nonzero at real tokens, which must be one run per row. None: no padding.
+            prompt_lengths: prompt tokens of each sample, 1 .. its number of real tokens; None: every token is prompt.
+            num_streams: 2, or 1 for the variants without mixing.
+            device: where the index tensors go.
+
+        Raises:
+            ValueError: a mask of another shape or with holes, an empty sample, a length out of range.
+        """
+        batch, seq = shape
+        if attention_mask is None:
+            starts, lengths = [0] * batch, [seq] * batch
+        else:
+            if tuple(attention_mask.shape) != (batch, seq):
+                raise ValueError(
+                    f"attention_mask: expected shape {(batch, seq)} as the tokens, got {tuple(attention_mask.shape)}"
+                )
+            mask = attention_mask.ne(0).cpu()
+            lengths = mask.sum(1).tolist()
+            starts = mask.int().argmax(1).tolist()
+            for b, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+                if not bool(mask[b, start : start + length].all()):
+                    raise ValueError(
+                        f"attention_mask: expected the real tokens of each row in one run (left or right padding), "
+                        f"row {b} has a gap"
+                    )
+        for b, length in enumerate(lengths):
+            if length == 0:
+                raise ValueError(f"attention_mask: expected at least one real token per row, row {b} has none")
+        prompts = tuple(lengths) if prompt_lengths is None else _ints("prompt_lengths", prompt_lengths, batch)
+        for b, (p, length) in enumerate(zip(prompts, lengths, strict=True)):
+            if not 1 <= p <= length:
+                raise ValueError(f"prompt_lengths: expected 1 to {length} (tokens of row {b}), got {p}")
+
+        rows = [p - 1 for p in prompts]
+        answers = [length - n for length, n in zip(lengths, rows, strict=True)]
+        plan = cls.from_lengths(rows, answers, num_streams=num_streams, device=device)
+        first = [b * seq + start for b, start in enumerate(starts)]
+        index = [torch.arange(f, f + n) for f, n in zip(first, rows, strict=True)]
+        index += [torch.arange(f + n, f + n + a) for f, n, a in zip(first, rows, answers, strict=True)]
+        return replace(plan, token_index=torch.cat(index).to(device), padded_shape=(batch, seq))
+
+    @classmethod
+    def from_cu_seqlens(
+        cls, cu_prompt: torch.Tensor, cu_answer: torch.Tensor, cu_prefix: torch.Tensor | None, num_streams: int
+    ) -> SegmentPlan:
+        """The plan that the tensors of a registered operator describe (reads them: synchronizes a GPU)."""
+
+        def lengths(cu):
+            return None if cu is None else tuple(cu.diff().tolist())
+
+        return cls(
+            lengths(cu_prompt), lengths(cu_answer), num_streams, cu_prompt, cu_answer, lengths(cu_prefix), cu_prefix
+        )
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.prompt_lengths)
+
+    @cached_property
+    def num_prompt(self) -> int:
+        """N: prompt rows of one stream."""
+        return sum(self.prompt_lengths)
+
+    @cached_property
+    def num_answer(self) -> int:
+        """A: answer rows."""
+        return sum(self.answer_lengths)
+
+    @property
+    def num_rows(self) -> int:
+        """T: all rows, ``num_streams * N + A``."""
+        return self.num_streams * self.num_prompt + self.num_answer
+
+    @property
+    def answer_start(self) -> int:
+        """The first answer row."""
+        return self.num_streams * self.num_prompt
+
+    @cached_property
+    def max_prompt(self) -> int:
+        return max(self.prompt_lengths, default=0)
+
+    @cached_property
+    def max_answer(self) -> int:
+        return max(self.answer_lengths, default=0)
+
+    @cached_property
+    def row_index(self) -> torch.Tensor:
+        """int64 [T]: the flattened token of each packed row."""
+        prompt = self.token_index[: self.num_prompt]
+        return torch.cat([*[prompt] * (self.num_streams - 1), self.token_index])
+
+    @cached_property
+    def answer_index(self) -> torch.Tensor:
+        """int64 [A]: the flattened token of each answer row."""
+        return self.token_index[self.num_prompt :]
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """int64 [T]: position of each packed row in its own sample, counted after the prefix if there is one."""
+        past = self.prefix_lengths or (0,) * self.batch_size
+        prompt = [torch.arange(m, m + n) for m, n in zip(past, self.prompt_lengths, strict=True)]
+        answer = [
+            torch.arange(m + n, m + n + a)
+            for m, n, a in zip(past, self.prompt_lengths, self.answer_lengths, strict=True)
+        ]
+        return torch.cat([*prompt * self.num_streams, *answer]).to(self.cu_prompt.device)
+
+    def pack(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[batch, seq, ...] -> [T, ...]: one row per token and stream."""
+        return tokens.flatten(0, 1).index_select(0, self.row_index)
+
+    def pack_answers(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[batch, seq, ...] -> [A, ...]: the answer rows alone."""
+        return tokens.flatten(0, 1).index_select(0, self.answer_index)
+
+    def unpack_answers(self, rows: torch.Tensor) -> torch.Tensor:
+        """[A, ...] -> [batch, seq, ...], zeros where there is no answer row. Differentiable."""
+        batch, seq = self.padded_shape
+        if batch * seq == rows.shape[0]:
+            return rows.view(batch, seq, *rows.shape[1:])
+        padded = rows.new_zeros(batch * seq, *rows.shape[1:])
+        return padded.index_copy(0, self.answer_index, rows).view(batch, seq, *rows.shape[1:])
