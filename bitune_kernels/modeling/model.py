@@ -171,9 +171,8 @@ class BituneModel(PeftModelForCausalLM):
         """Only "causal" can be active: it decodes, and each stream finds its own adapter by itself."""
         if adapter_name != CAUSAL:
             raise ValueError(f"adapter_name: expected {CAUSAL!r} (streams choose their adapters), got {adapter_name!r}")
-        trainable = any(p.requires_grad for n, p in self.named_parameters() if f".{BIDIR}" in n) or not inference_mode
         super().set_adapter(adapter_name, inference_mode=inference_mode)
-        self._train_adapters(trainable and not inference_mode)
+        self._train_adapters(not inference_mode)
 
     @contextmanager
     def disable_adapter(self):
@@ -345,7 +344,9 @@ def _prompt_lengths(labels: torch.Tensor, attention_mask: torch.Tensor | None, s
         raise ValueError("labels: expected -100 wherever attention_mask is 0, got labels on padding")
     empty = (~is_answer.any(1)).nonzero().flatten().tolist()
     if empty:
-        raise ValueError(f"labels: expected an answer token (a label that is not -100) in every row, rows {empty} have none")
+        raise ValueError(
+            f"labels: expected an answer token (a label that is not -100) in every row, rows {empty} have none"
+        )
     first = is_answer.int().argmax(1)
     lengths = [int(real[b, :f].sum()) for b, f in enumerate(first.tolist())]
     whole = [b for b, n in enumerate(lengths) if n == 0]

@@ -36,6 +36,8 @@ class OnePass(Pass):
     def attend(self, module, query, key, value, scaling, softcap, sinks):
         plan, layer = self.plan, self.structure.layer_index(module)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [1, heads, T, dim] -> [T, heads, dim]
+        if torch.is_autocast_enabled(q.device.type):  # rotary embeddings leave q and k in float32, v is lower
+            q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
         last = self.trims and layer == self.structure.num_layers - 1
         if last:
             q = q[plan.answer_start :]

@@ -25,8 +25,7 @@ def check_one_pass(model) -> None:
     hooks = model._hooks
     backbone = hooks.structure.backbone
     weight = next(backbone.parameters())
-    vocab = backbone.get_input_embeddings().num_embeddings
-    ids = (torch.arange(14, device=weight.device) * 7919 % vocab).view(2, 7)
+    ids = torch.arange(1, 15, device=weight.device).view(2, 7)
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
 

@@ -148,7 +148,9 @@ class ThreePass:
 
     @staticmethod
     def _call(tokens: torch.Tensor, name: str, index: torch.Tensor, first: list[int], p: PaddedPass) -> dict:
-        positions = torch.tensor(first, device=index.device)[:, None] + torch.arange(index.shape[1], device=index.device)
+        positions = torch.tensor(first, device=index.device)[:, None] + torch.arange(
+            index.shape[1], device=index.device
+        )
         return {name: tokens.flatten(0, 1)[index], "position_ids": positions, "attention_mask": p.mask}
 
     def prompts(self, tokens: torch.Tensor, name: str, kwargs: dict, bidir_adapter: str | None) -> AnswerPass:

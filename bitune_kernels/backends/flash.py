@@ -1,0 +1,95 @@
+"""flash-attn's varlen kernels (an optional peer): one launch per prompt stream, one mix, one launch for the answer."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+from ..mixing import mix
+from ..plan import SegmentPlan
+
+
+def unsupported(*, device=None, dtype=None, sinks=None, stream_mask="full", prefix=None, **call) -> str | None:
+    """Why this backend can't run a call, or None."""
+    if find_spec("flash_attn") is None:
+        return "the package flash-attn is not installed"
+    if device is not None and torch.device(device).type != "cuda":
+        return f"flash-attn needs a CUDA device, got {torch.device(device).type}"
+    if dtype not in (None, torch.float16, torch.bfloat16):
+        return f"flash-attn needs float16 or bfloat16, got {dtype}"
+    if stream_mask == "anti_causal":
+        return "flash-attn has no anti-causal mask"
+    if sinks is not None:
+        return "flash-attn has no attention sinks"
+    if prefix is not None:
+        return "a cached prefix is not implemented for it"
+    return None
+
+
+def _joined(first, first_lengths, second, second_lengths):
+    # Per sample the rows of `first`, then those of `second`: [sum of both, heads, dim].
+    if len(first_lengths) == 1:
+        return torch.cat([first, second])
+    pairs = zip(first.split(list(first_lengths)), second.split(list(second_lengths)), strict=True)
+    return torch.cat([rows for pair in pairs for rows in pair])
+
+
+def attention(
+    q,
+    k,
+    v,
+    alpha_k,
+    alpha_v,
+    plan: SegmentPlan,
+    *,
+    softmax_scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    stream_mask: str = "full",
+    shared_qkv: bool = False,
+    beta: torch.Tensor | None = None,
+    prefix=None,
+):
+    """``bitune_kernels.ops.bitune_attention`` for calls without sinks, prefix and the anti-causal mask."""
+    from flash_attn import flash_attn_varlen_func
+
+    def attend(q, k, v, cu_q, cu_k, max_q, max_k, causal):
+        return flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_q,
+            cu_k,
+            max_q,
+            max_k,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=(-1, -1) if window is None else (window - 1, window - 1),
+            softcap=softcap or 0.0,
+        )
+
+    N, S, cu = plan.num_prompt, plan.answer_start, plan.cu_prompt
+    q_prompt, q_answer = q.split([q.shape[0] - plan.num_answer, plan.num_answer])
+    if plan.num_streams == 2:
+        k_mixed, v_mixed = mix(k[N:S], k[:N], alpha_k), mix(v[N:S], v[:N], alpha_v)
+    else:
+        k_mixed, v_mixed = k[:N], v[:N]
+
+    out = []
+    if q_prompt.shape[0]:
+        lengths = (cu, cu, plan.max_prompt, plan.max_prompt)
+        out.append(attend(q_prompt[:N], k[:N], v[:N], *lengths, stream_mask == "causal"))
+        if plan.num_streams == 2 or shared_qkv:
+            out.append(attend(q_prompt[-N:], k[S - N : S], v[S - N : S], *lengths, True))
+        if beta is not None:
+            out = [mix(out[1], out[0], beta)]
+    if q_answer.shape[0]:
+        keys = _joined(k_mixed, plan.prompt_lengths, k[S:], plan.answer_lengths)
+        values = _joined(v_mixed, plan.prompt_lengths, v[S:], plan.answer_lengths)
+        longest = max(n + a for n, a in zip(plan.prompt_lengths, plan.answer_lengths, strict=True))
+        cu_keys = plan.cu_prompt + plan.cu_answer
+        # causal is aligned to the end of the keys, which is where the answer's own stand
+        out.append(attend(q_answer, keys, values, plan.cu_answer, cu_keys, plan.max_answer, longest, True))
+    return (torch.cat(out) if out else q.new_zeros(0, q.shape[1], v.shape[2])), k_mixed, v_mixed

@@ -1,0 +1,125 @@
+"""torch's FlexAttention (a peer): one compiled call over all rows with a block mask of their segments."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from ..mixing import mix
+from ..plan import SegmentPlan
+
+
+def unsupported(*, device=None, dtype=None, sinks=None, prefix=None, requires_grad=False, **call) -> str | None:
+    """Why this backend can't run a call, or None."""
+    kind = "cpu" if device is None else torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        return f"FlexAttention needs a CPU or CUDA device, got {kind}"
+    if kind == "cpu" and requires_grad:
+        return "FlexAttention has no backward on a CPU"
+    if dtype == torch.float64:
+        return "FlexAttention has no float64"
+    if sinks is not None:
+        return "attention sinks are not implemented for it"
+    if prefix is not None:
+        return "a cached prefix is not implemented for it"
+    return None
+
+
+@cache
+def _compiled():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _softcap(softcap: float, device):
+    cap = torch.tensor(softcap, device=device)  # a tensor, since a graph with dynamic shapes takes no other float
+    return lambda score, b, h, i, j: cap * torch.tanh(score / cap)
+
+
+def _labels(plan: SegmentPlan, segments: list[int], device):
+    # segment, sample and position of each row, for prompt rows (segments 0-2) and answer rows (segment 3)
+    index = torch.arange(plan.batch_size)
+    parts = []
+    for s in segments:
+        lengths = torch.tensor(plan.answer_lengths if s == 3 else plan.prompt_lengths)
+        starts = lengths.cumsum(0) - lengths
+        sample = index.repeat_interleave(lengths)
+        position = torch.arange(int(lengths.sum())) - starts[sample]
+        if s == 3:
+            position = position + torch.tensor(plan.prompt_lengths)[sample]
+        parts.append(torch.stack([torch.full_like(sample, s), sample, position]))
+    return torch.cat(parts, dim=1).to(device)
+
+
+@cache
+def _see(stream_mask: str, window: int | None):
+    # Segments of queries: 0 bidir, 1 causal, 3 answer; of keys: 0 bidir, 1 causal, 2 mixed, 3 answer.
+    def visible(query, key):
+        (qs, qb, i), (ks, kb, j) = query, key
+        bidir = {"full": qs == 0, "causal": (qs == 0) & (j <= i), "anti_causal": (qs == 0) & (j >= i)}[stream_mask]
+        see = (qb == kb) & (
+            ((ks == 0) & bidir) | ((qs == 1) & (ks == 1) & (j <= i)) | ((qs == 3) & (ks >= 2) & (j <= i))
+        )
+        return see if window is None else see & ((i - j).abs() < window)
+
+    return visible
+
+
+def attention(
+    q,
+    k,
+    v,
+    alpha_k,
+    alpha_v,
+    plan: SegmentPlan,
+    *,
+    softmax_scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    stream_mask: str = "full",
+    shared_qkv: bool = False,
+    beta: torch.Tensor | None = None,
+    prefix=None,
+):
+    """``bitune_kernels.ops.bitune_attention`` for calls without sinks and prefix."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    N, S, A = plan.num_prompt, plan.answer_start, plan.num_answer
+    prompts = q.shape[0] > A
+    if plan.num_streams == 2:
+        k_mixed, v_mixed = mix(k[N:S], k[:N], alpha_k), mix(v[N:S], v[:N], alpha_v)
+        keys, values, key_segments = (
+            torch.cat([k[:S], k_mixed, k[S:]]),
+            torch.cat([v[:S], v_mixed, v[S:]]),
+            [0, 1, 2, 3],
+        )
+    else:  # the prompt's one set of keys serves its stream(s) and the answer
+        k_mixed, v_mixed = k[:N], v[:N]
+        keys, values, key_segments = torch.cat([k[:N], k]), torch.cat([v[:N], v]), [0, 2, 3]
+        if shared_qkv:
+            keys, values, key_segments = torch.cat([k[:N], keys]), torch.cat([v[:N], values]), [0, 1, 2, 3]
+            q = torch.cat([q[:N], q]) if prompts else q
+    two = plan.num_streams == 2 or shared_qkv
+    query_segments = [*([0, 1] if two else [0]), 3] if prompts else [3]
+    if not q.shape[0]:
+        return q.new_zeros(0, q.shape[1], v.shape[2]), k_mixed, v_mixed
+
+    queries, seen = _labels(plan, query_segments, q.device), _labels(plan, key_segments, q.device)
+    visible = _see(stream_mask, window)
+    block_mask = create_block_mask(
+        lambda b, h, i, j: visible(queries[:, i], seen[:, j]), None, None, len(q), len(keys), device=q.device
+    )
+    out = _compiled()(
+        *(x.transpose(0, 1).unsqueeze(0) for x in (q, keys, values)),
+        score_mod=None if softcap is None else _softcap(softcap, q.device),
+        block_mask=block_mask,
+        scale=softmax_scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    out = out.squeeze(0).transpose(0, 1)
+    if beta is not None and prompts:
+        out = torch.cat([mix(out[N : 2 * N], out[:N], beta), out[2 * N :]])
+    return out, k_mixed, v_mixed

@@ -1,0 +1,371 @@
+"""BituneModel as its users meet it: attach, train, generate, save, load, and be refused with a reason."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PromptTuningConfig
+from tests.tiny import VOCAB, base_model, bitune_model, lora, ragged_batch
+from transformers import DynamicCache
+
+from bitune_kernels import BituneConfig, BituneModel, get_bitune_model
+
+
+def answer_logits(out, labels):
+    keep = torch.zeros_like(labels, dtype=torch.bool)
+    keep[:, :-1] = labels[:, 1:] != -100
+    return out.logits[keep]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_equals_its_samples_one_by_one(fused, side):
+    model = bitune_model(use_fused=fused).eval()
+    ids, mask, labels = ragged_batch(side)
+    with torch.no_grad():
+        batch = model(input_ids=ids, attention_mask=mask, labels=labels)
+        rows, losses = [], []
+        for b in range(len(ids)):
+            real = mask[b].bool()
+            one = model(input_ids=ids[b : b + 1, real], labels=labels[b : b + 1, real])
+            rows.append(answer_logits(one, labels[b : b + 1, real]))
+            losses.append(one.loss * (labels[b] != -100).sum())
+    torch.testing.assert_close(answer_logits(batch, labels), torch.cat(rows), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(batch.loss, sum(losses) / (labels != -100).sum(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_padding_never_leaks_even_when_poisoned(fused):
+    model = bitune_model(use_fused=fused).eval()
+    ids, mask, labels = ragged_batch("left")
+    embeds = model.get_input_embeddings()(ids)
+    poisoned = torch.where(mask[..., None].bool(), embeds, torch.full_like(embeds, float("nan")))
+    with torch.no_grad():
+        clean = model(inputs_embeds=embeds, attention_mask=mask, labels=labels)
+        dirty = model(inputs_embeds=poisoned, attention_mask=mask, labels=labels)
+    assert torch.equal(clean.loss, dirty.loss)
+    assert torch.equal(answer_logits(clean, labels), answer_logits(dirty, labels))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_later_answer_tokens_change_nothing_before_them(fused):
+    model = bitune_model(use_fused=fused).eval()
+    ids = torch.randint(3, VOCAB, (1, 12))
+    changed = ids.clone()
+    changed[0, 9] = (changed[0, 9] - 2) % (VOCAB - 3) + 3
+    with torch.no_grad():
+        a, b = (model(input_ids=x, prompt_lengths=[5]).logits for x in (ids, changed))
+    torch.testing.assert_close(a[:, 4:9], b[:, 4:9], atol=1e-6, rtol=0)
+    assert (a[:, 9:] - b[:, 9:]).abs().max() > 1e-4
+
+
+def test_a_prompt_token_is_seen_in_both_directions():
+    # In a causal model the first prompt token's key can't depend on later ones; the mixed cache must, and not alone.
+    model = bitune_model().eval()
+    ids = torch.randint(3, VOCAB, (1, 8))
+    changed = ids.clone()
+    changed[0, 6] = (changed[0, 6] - 2) % (VOCAB - 3) + 3
+    with torch.no_grad():
+        a, b = (model(input_ids=x).past_key_values.layers[1].keys[0, :, 0] for x in (ids, changed))
+        assert (a - b).abs().max() > 1e-5
+        model.mixing.theta_k.zero_()
+        model.mixing.theta_v.zero_()
+        a, b = (model(input_ids=x).past_key_values.layers[1].keys[0, :, 0] for x in (ids, changed))
+    torch.testing.assert_close(a, b)  # alpha 0: the causal stream alone
+
+
+def test_alpha_zero_is_the_causal_lora_model():
+    model = bitune_model().eval()
+    with torch.no_grad():
+        model.mixing.theta_k.zero_()
+        model.mixing.theta_v.zero_()
+        ids = torch.randint(3, VOCAB, (1, 11))
+        ours = model(input_ids=ids, prompt_lengths=[6]).logits[:, 5:]
+        with model._hooks.disabled():
+            plain = model(input_ids=ids).logits[:, 5:]
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_prefill_then_decoding_equals_one_full_pass(fused):
+    model = bitune_model(use_fused=fused).eval()
+    ids = torch.randint(3, VOCAB, (1, 10))
+    with torch.no_grad():
+        full = model(input_ids=ids, prompt_lengths=[6]).logits[:, 5:]
+        out = model(input_ids=ids[:, :6])
+        steps = [out.logits[:, -1]]
+        for t in range(6, 10):
+            out = model(input_ids=ids[:, t : t + 1], past_key_values=out.past_key_values)
+            steps.append(out.logits[:, -1])
+    torch.testing.assert_close(torch.stack(steps, 1), full, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize("fused", [True, False])
+def test_prompts_of_one_and_two_tokens(fused, length):
+    model, other = bitune_model(use_fused=fused).eval(), bitune_model(use_fused=not fused).eval()
+    ids = torch.randint(3, VOCAB, (1, length))
+    a, b = (
+        m.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, eos_token_id=None
+        )
+        for m in (model, other)
+    )
+    assert a.tolist() == b.tolist() and a.shape[1] == length + 5
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_trains_the_same_parameters_by_the_same_gradients(use_reentrant):
+    ids, mask, labels = ragged_batch()
+    gradients = []
+    for checkpointing in (False, True):
+        model = bitune_model()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        model.train()
+        model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    plain, checkpointed = gradients
+    assert all(g is not None for g in plain.values()), "every trainable parameter takes part"
+    assert {n for n in plain if n.startswith("mixing.")} == {"mixing.theta_k", "mixing.theta_v"}
+    for name, gradient in plain.items():
+        torch.testing.assert_close(
+            checkpointed[name], gradient, atol=1e-7, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_reentrant_checkpointing_is_refused_for_three_passes():
+    model = bitune_model(use_fused=False)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    ids, mask, labels = ragged_batch()
+    with pytest.raises(ValueError, match="use_reentrant"):
+        model.train()(input_ids=ids, attention_mask=mask, labels=labels)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"variant": "naive_bidir"},
+        {"peft": LoraConfig(use_dora=True, r=4, target_modules=["q_proj", "v_proj"])},
+        {"peft": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])},
+        {"peft": None},
+        {"mixing_granularity": "head", "skip_bidir": 1},
+    ],
+    ids=["bitune", "naive_bidir", "dora", "ia3", "full", "head"],
+)
+def test_saved_and_loaded_is_the_same_model(config, tmp_path):
+    model = bitune_model(**config)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.05 * torch.randn_like(p))
+    model.eval().save_pretrained(tmp_path)
+    ids, mask, labels = ragged_batch()
+    loaded = BituneModel.from_pretrained(base_model(0), tmp_path)
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert loaded.bitune_config.to_dict() == model.bitune_config.to_dict()
+    with torch.no_grad():
+        a, b = (m(input_ids=ids, attention_mask=mask, labels=labels) for m in (model, loaded))
+    assert torch.equal(a.loss, b.loss) and torch.equal(a.logits, b.logits)
+
+    again = BituneModel.from_pretrained(base_model(0), tmp_path, is_trainable=True, use_fused=False)
+    assert again.training and again.bitune_config.use_fused is False
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == trainable
+
+
+def test_a_folder_that_is_not_whole_is_refused(tmp_path):
+    bitune_model().save_pretrained(tmp_path)
+    (tmp_path / "bitune_mixing.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="bitune_mixing"):
+        BituneModel.from_pretrained(base_model(), tmp_path)
+    (tmp_path / "bitune_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="bitune_config"):
+        BituneModel.from_pretrained(base_model(), tmp_path)
+
+
+def test_disable_adapter_is_the_base_model():
+    base = base_model()
+    ids = torch.randint(3, VOCAB, (2, 7))
+    with torch.no_grad():
+        expected = base(ids).logits
+        model = bitune_model(base=base).eval()
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=ids).logits, expected)
+        assert not torch.equal(model(input_ids=ids).logits, expected)
+        assert torch.equal(model.unload()(ids).logits, expected)
+
+
+def test_a_copy_is_independent():
+    model = bitune_model().eval()
+    other = copy.deepcopy(model)
+    ids, mask, labels = ragged_batch()
+    with torch.no_grad():
+        before = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        assert torch.equal(other(input_ids=ids, attention_mask=mask, labels=labels).loss, before)
+        for p in other.parameters():
+            p.mul_(1.1)
+        assert torch.equal(model(input_ids=ids, attention_mask=mask, labels=labels).loss, before)
+        assert not torch.equal(other(input_ids=ids, attention_mask=mask, labels=labels).loss, before)
+
+
+def test_generation_samples_and_batches():
+    model = bitune_model().eval()
+    ids, mask, _ = ragged_batch("left", answers=(0, 0, 0, 0))
+    options = dict(max_new_tokens=6, eos_token_id=None, pad_token_id=0)
+    greedy = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, **options)
+    for b in range(len(ids)):
+        alone = ids[b : b + 1, mask[b].bool()]
+        one = model.generate(input_ids=alone, attention_mask=torch.ones_like(alone), do_sample=False, **options)
+        assert one[0, -6:].tolist() == greedy[b, -6:].tolist()
+    torch.manual_seed(0)
+    sampled = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=3.0, **options)
+    assert sampled.shape == greedy.shape and not torch.equal(sampled, greedy)
+
+
+def test_a_cache_of_the_user_is_filled():
+    model = bitune_model().eval()
+    ids, cache = torch.randint(3, VOCAB, (1, 6)), DynamicCache()
+    with torch.no_grad():
+        out = model(input_ids=ids, past_key_values=cache)
+    assert out.past_key_values is cache and cache.get_seq_length() == 6
+
+
+BAD_CALLS = {
+    "prompt_lengths: expected 1 to": lambda i, m, y: dict(input_ids=i, attention_mask=m, prompt_lengths=[5, 0, 9, 2]),
+    "prompt_lengths: expected one length": lambda i, m, y: dict(input_ids=i, attention_mask=m, prompt_lengths=[5]),
+    "prompt_lengths: expected integers": lambda i, m, y: dict(input_ids=i, prompt_lengths=torch.ones(4)),
+    "labels: expected an answer token": lambda i, m, y: dict(
+        input_ids=i, attention_mask=m, labels=torch.full_like(y, -100)
+    ),
+    "labels: expected -100 on the prompt": lambda i, m, y: dict(input_ids=i, labels=i),
+    "labels: expected -100 wherever": lambda i, m, y: dict(input_ids=i, attention_mask=m, labels=y.roll(9, 1)),
+    "labels: expected shape": lambda i, m, y: dict(input_ids=i, attention_mask=m, labels=y[:, 1:]),
+    "attention_mask: expected shape": lambda i, m, y: dict(input_ids=i, attention_mask=m[:, 1:], labels=y),
+    "attention_mask: expected the real tokens": lambda i, m, y: dict(
+        input_ids=i, attention_mask=m.index_fill(1, torch.tensor([1]), 0), prompt_lengths=[3, 1, 3, 1]
+    ),
+    "input_ids: expected token ids": lambda i, m, y: dict(labels=y),
+    "logits_to_keep": lambda i, m, y: dict(input_ids=i, attention_mask=m, labels=y, logits_to_keep=1),
+    "output_attentions": lambda i, m, y: dict(input_ids=i, attention_mask=m, labels=y, output_attentions=True),
+    "position_ids": lambda i, m, y: dict(
+        input_ids=i, attention_mask=m, labels=y, position_ids=torch.arange(i.shape[1])[None] % 3
+    ),
+    "past_key_values": lambda i, m, y: dict(input_ids=i, attention_mask=m, labels=y, past_key_values=DynamicCache()),
+}
+
+
+@pytest.mark.parametrize("message", BAD_CALLS)
+@pytest.mark.filterwarnings("ignore:.*output_attentions.*")
+def test_bad_calls_name_the_argument_and_leave_the_model_usable(message):
+    model = bitune_model().train()
+    ids, mask, labels = ragged_batch()
+    implementation = model.config._attn_implementation
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        model(**BAD_CALLS[message](ids, mask, labels))
+    assert model.config._attn_implementation == implementation
+    model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+
+
+def test_training_without_labels_is_refused():
+    model = bitune_model().train()
+    with pytest.raises(ValueError, match="labels: expected labels"):
+        model(input_ids=torch.ones(1, 4, dtype=torch.long))
+
+
+def test_chunked_prefill_is_refused():
+    model = bitune_model().eval()
+    with pytest.raises(ValueError, match="prefill_chunk_size"):
+        model.generate(input_ids=torch.ones(1, 4, dtype=torch.long), prefill_chunk_size=2)
+
+
+def untouched(base, before):
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    assert not any(isinstance(m, BaseTunerLayer) for m in base.modules())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in base.modules())
+    assert [p.requires_grad for p in base.parameters()] == before["requires_grad"]
+    assert base.config._attn_implementation == before["implementation"]
+    assert base.training == before["training"]
+    with torch.no_grad():
+        assert torch.equal(base.eval()(before["ids"]).logits, before["logits"])
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda base: get_bitune_model(base, BituneConfig(peft=lora(), skip_bidir=9)), "skip_bidir"),
+        (lambda base: get_bitune_model(base, "bitune"), "config: expected a BituneConfig"),
+        (
+            lambda base: get_bitune_model(
+                base, BituneConfig(peft=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+            ),
+            "virtual tokens",
+        ),
+        (lambda base: get_bitune_model(base, BituneConfig(peft=lora(target_modules=["nonexistent"]))), "nonexistent"),
+        (lambda base: get_bitune_model(base, BituneConfig(peft=lora(), backend="flash")), "flash"),
+        (lambda base: get_bitune_model(base.model, BituneConfig(peft=lora())), "causal LM"),
+    ],
+)
+def test_a_refused_attach_leaves_the_model_as_it_was(make, match):
+    base = base_model()
+    ids = torch.randint(3, VOCAB, (1, 5))
+    with torch.no_grad():
+        before = dict(
+            ids=ids,
+            logits=base.eval()(ids).logits,
+            requires_grad=[p.requires_grad for p in base.parameters()],
+            implementation=base.config._attn_implementation,
+        )
+    base.train()
+    before["training"] = True
+    with pytest.raises((ValueError, TypeError), match=match):
+        make(base)
+    untouched(base, before)
+
+
+def test_a_second_attach_is_refused():
+    model = bitune_model()
+    ids, mask, labels = ragged_batch()
+    before = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    for base in (model, model.get_base_model()):
+        with pytest.raises(ValueError, match="adapters already"):
+            get_bitune_model(base, BituneConfig(peft=lora()))
+    assert torch.equal(model(input_ids=ids, attention_mask=mask, labels=labels).loss, before)
+
+
+def test_an_adapter_on_the_embedding_is_exact():
+    config = dict(peft=lora(target_modules=["q_proj", "embed_tokens"]))
+    ids, mask, labels = ragged_batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        models = [bitune_model(use_fused=fused, **config) for fused in (True, False)]
+    losses = [m(input_ids=ids, attention_mask=mask, labels=labels).loss for m in models]
+    torch.testing.assert_close(losses[0], losses[1], atol=1e-6, rtol=1e-6)
+
+
+def test_theta_that_is_not_finite_is_refused(tmp_path):
+    model = bitune_model()
+    with torch.no_grad():
+        model.mixing.theta_k[0] = float("nan")
+    ids, mask, labels = ragged_batch()
+    with pytest.raises(ValueError, match="alpha_k: expected finite"):
+        model(input_ids=ids, attention_mask=mask, labels=labels)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="finite theta_k"):
+        BituneModel.from_pretrained(base_model(), tmp_path)
+
+
+def test_a_model_in_bfloat16_keeps_theta_exact():
+    model = bitune_model()
+    thetas = {n: p.clone() for n, p in model.mixing.named_parameters()}
+    model.to(torch.bfloat16)
+    for name, parameter in model.mixing.named_parameters():
+        assert parameter.dtype == torch.float32 and torch.equal(parameter, thetas[name])
+    assert model.get_base_model().lm_head.weight.dtype == torch.bfloat16

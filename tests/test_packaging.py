@@ -1,0 +1,272 @@
+"""What is built and installed, and what the package tells about it afterwards."""
+
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bitune_kernels import env
+from bitune_kernels._version import __version__
+
+ROOT = Path(__file__).resolve().parents[1]
+NVCC = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")["find_nvcc"](os.environ)[0]
+
+
+@pytest.fixture(scope="module")
+def decide():
+    return runpy.run_path(str(ROOT / "setup.py"), run_name="setup")["decide"]
+
+
+@pytest.fixture
+def fake_nvcc(tmp_path):
+    """An nvcc that is there and always fails."""
+    path = tmp_path / "toolkit" / "bin" / "nvcc"
+    path.parent.mkdir(parents=True)
+    path.write_text("#!/bin/sh\necho 'nvcc is broken' >&2\nexit 1\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize("value", ["", "2", "yes", "AUTO"])
+def test_switch_refuses_unknown_values(decide, value):
+    with pytest.raises(SystemExit, match=f"auto, 0 or 1, got '{value}'"):
+        decide({"BITUNE_BUILD_CUDA": value})
+
+
+@pytest.mark.parametrize("switch", [{}, {"BITUNE_BUILD_CUDA": "auto"}, {"BITUNE_BUILD_CUDA": "1"}])
+def test_nvcc_is_found_in_each_place(decide, fake_nvcc, switch):
+    home = fake_nvcc.parents[1]
+    for place in ({"CUDACXX": str(fake_nvcc)}, {"CUDA_HOME": str(home)}, {"PATH": str(fake_nvcc.parent)}):
+        nvcc, reason = decide(switch | place)
+        assert nvcc == str(fake_nvcc)
+        assert nvcc in reason
+
+
+def test_named_compiler_goes_before_path(decide, fake_nvcc, tmp_path):
+    other = shutil.copy(fake_nvcc, tmp_path / "nvcc")
+    assert decide({"CUDACXX": str(other), "PATH": str(fake_nvcc.parent)})[0] == str(other)
+
+
+def test_switch_0_ignores_the_toolkit(decide, fake_nvcc):
+    nvcc, reason = decide({"BITUNE_BUILD_CUDA": "0", "CUDACXX": str(fake_nvcc)})
+    assert nvcc is None
+    assert "BITUNE_BUILD_CUDA=0" in reason
+
+
+def test_without_nvcc_auto_says_why_and_1_fails(decide, tmp_path):
+    nowhere = {"PATH": str(tmp_path), "CUDA_HOME": "/nowhere"}
+    looked = r"nvcc was not found.*CUDACXX \(unset\), CUDA_HOME \(/nowhere\), nvcc on PATH"
+    nvcc, reason = decide(nowhere)
+    assert nvcc is None
+    assert re.search(looked, reason)
+    with pytest.raises(SystemExit, match=looked):
+        decide(nowhere | {"BITUNE_BUILD_CUDA": "1"})
+
+
+def test_every_requirement_is_pinned():
+    tomllib = pytest.importorskip("tomllib")
+    requirements = pytest.importorskip("packaging.requirements")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = [*project["dependencies"], *chain.from_iterable(project["optional-dependencies"].values())]
+    lines = (line.partition("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
+    pins = {pin.name: str(pin.specifier) for pin in map(requirements.Requirement, filter(None, lines))}
+    for requirement in map(requirements.Requirement, named):
+        if requirement.name != project["name"]:
+            assert requirement.name in pins, f"{requirement.name} has no line in constraints.txt"
+            pin = pins[requirement.name].removeprefix("==")
+            assert requirement.specifier.contains(pin), f"constraints.txt breaks {requirement}"
+
+
+def run_env(folder, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "bitune_kernels.env", *arguments],
+        cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+
+
+def test_env_report():
+    report = env.collect()
+    assert report["bitune_kernels"] == __version__
+    assert report["python"] == sys.version.split()[0]
+    assert report["torch"]["version"] == torch.__version__
+    assert report["torch"]["cuda"] == torch.version.cuda
+    assert len(report["torch"]["gpus"]) == torch.cuda.device_count()
+    for name in ("transformers", "peft"):
+        assert report["packages"][name] == version(name)
+    assert "flash-attn" in report["packages"]
+    assert report["native_extension"]["reason"]
+
+
+def test_env_prints_what_it_collects():
+    report = json.loads(run_env(ROOT, "--json"))
+    assert report == json.loads(json.dumps(env.collect()))
+    text = run_env(ROOT)
+    for part in (__version__, torch.__version__, version("peft"), report["native_extension"]["reason"]):
+        assert part in text
+
+
+def test_env_imports_no_heavy_package():
+    code = "import sys, bitune_kernels.env as e; e.collect(); print({'transformers', 'peft'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "set()"
+
+
+GPU = {"name": "GPU 0", "capability": (9, 0), "error": ""}
+DEVICE = {"compiled_cuda": 13000, "archs": "80 90a", "driver_cuda": 13000, "devices": [GPU], "error": ""}
+
+
+@pytest.mark.parametrize(
+    "built, device, runnable, reason",
+    [
+        (None, None, False, "not installed"),
+        (False, None, False, "switched off"),
+        (True, None, False, "bitune_kernels._C"),
+        (True, DEVICE | {"error": "no NVIDIA driver", "devices": []}, False, "no NVIDIA driver"),
+        (True, DEVICE | {"devices": []}, False, "no GPU"),
+        (True, DEVICE | {"devices": [GPU | {"error": "no kernel image"}]}, False, "GPU 0: no kernel image"),
+        (True, DEVICE, True, "runs on GPU 0"),
+    ],
+)
+def test_native_extension_says_what_hinders_it(monkeypatch, built, device, runnable, reason):
+    record = None if built is None else SimpleNamespace(BUILT=built, REASON="switched off")
+    native = device and SimpleNamespace(device_info=lambda: device)
+    monkeypatch.setitem(sys.modules, "bitune_kernels._build_info", record)
+    monkeypatch.setitem(sys.modules, "bitune_kernels._C", native)
+    report = env.collect()
+    state = report["native_extension"]
+    assert (state["built"], state["importable"], state["runnable"]) == (built, device is not None, runnable)
+    assert reason in state["reason"]
+    assert state["reason"] in env._format(report)
+
+
+def build(hook, source, output, **variables):
+    """Calls a build hook as pip does, with the packages that are installed here: no isolation, no network."""
+    output.mkdir(exist_ok=True)
+    hidden = ("CUDACXX", "CUDA_HOME", "PYTHONPATH")
+    environment = {k: v for k, v in os.environ.items() if k not in hidden and not k.startswith("BITUNE_")}
+    code = f"import sys; from setuptools import build_meta; build_meta.{hook}(sys.argv[1])"
+    return subprocess.run(
+        [sys.executable, "-c", code, str(output)],
+        cwd=source, env=environment | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """The unpacked sdist: what is built from it below proves that it is complete."""
+    pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools >= 77")
+    pytest.importorskip("pybind11", reason="building the extension needs pybind11")
+    folder = tmp_path_factory.mktemp("sdist")
+    clutter = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "*.so")
+    shutil.copytree(ROOT, folder / "tree", ignore=clutter)
+    # What an editable install leaves behind belongs in no archive.
+    (folder / "tree/bitune_kernels/_build_info.py").write_text("BUILT = True\nREASON = 'left behind'\n")
+    (folder / "tree/bitune_kernels/_C.left.so").touch()
+    result = build("build_sdist", folder / "tree", folder, BITUNE_BUILD_CUDA="0")
+    assert result.returncode == 0, result.stdout
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder)
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+@pytest.fixture
+def source(sdist, tmp_path):
+    return shutil.copytree(sdist, tmp_path / "source")
+
+
+def unpacked_wheel(source, output, **variables):
+    result = build("build_wheel", source, output, **variables)
+    assert result.returncode == 0, result.stdout
+    (wheel,) = output.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(output / "unpacked")
+    return wheel, output / "unpacked"
+
+
+needs_cmake = pytest.mark.skipif(not shutil.which("cmake"), reason="building the extension needs cmake")
+needs_nvcc = pytest.mark.skipif(not NVCC, reason="building the extension needs nvcc")
+
+
+def test_sdist_has_the_sources_and_nothing_generated(sdist):
+    for name in ("LICENSE", "CMakeLists.txt", "csrc/device_info.cu", "python/bindings.cpp", "Makefile"):
+        assert (sdist / name).is_file(), name
+    assert not (sdist / "bitune_kernels/_build_info.py").exists()
+    assert not list(sdist.rglob("*.so"))
+
+
+def test_wheel_without_cuda(source, tmp_path):
+    wheel, content = unpacked_wheel(source, tmp_path / "out", BITUNE_BUILD_CUDA="0")
+    assert wheel.name == f"bitune_kernels-{__version__}-py3-none-any.whl"
+    assert not list(content.glob("bitune_kernels/_C*"))
+    state = json.loads(run_env(content, "--json"))["native_extension"]
+    assert (state["built"], state["importable"]) == (False, False)
+    assert "BITUNE_BUILD_CUDA=0" in state["reason"]
+
+
+def test_required_extension_without_nvcc_fails(source, tmp_path):
+    result = build("build_wheel", source, tmp_path / "out", BITUNE_BUILD_CUDA="1", PATH=str(tmp_path))
+    assert result.returncode != 0
+    assert "nvcc was not found" in result.stdout
+
+
+@needs_cmake
+@pytest.mark.parametrize("switch", ["auto", "1"])
+def test_broken_toolkit_fails_with_its_reason(source, tmp_path, fake_nvcc, switch):
+    result = build("build_wheel", source, tmp_path / "out", BITUNE_BUILD_CUDA=switch, CUDACXX=str(fake_nvcc))
+    assert result.returncode != 0
+    assert f"could not be built with {fake_nvcc}" in result.stdout
+    assert "nvcc is broken" in result.stdout
+
+
+@needs_cmake
+@needs_nvcc
+def test_wheel_with_cuda(source, tmp_path):
+    wheel, content = unpacked_wheel(
+        source, tmp_path / "out", BITUNE_BUILD_CUDA="1", CUDACXX=NVCC, BITUNE_CUDA_ARCHS="80;90a"
+    )
+    assert "none-any" not in wheel.name
+    state = json.loads(run_env(content, "--json"))["native_extension"]
+    assert (state["built"], state["importable"]) == (True, True)
+    assert state["device"]["archs"] == "80 90a"
+    assert state["device"]["compiled_cuda"] >= 12000
+    if not torch.cuda.is_available():
+        assert not state["runnable"]
+        assert re.search("driver|GPU|device", state["reason"]), state["reason"]
+
+
+@needs_cmake
+@needs_nvcc
+def test_architectures_are_checked(source, tmp_path):
+    result = build("build_wheel", source, tmp_path / "out", CUDACXX=NVCC, BITUNE_CUDA_ARCHS="sm_80")
+    assert result.returncode != 0
+    assert "BITUNE_CUDA_ARCHS must be a list like 80;90a" in result.stdout
+    assert "Building CUDA" not in result.stdout
+
+
+def test_editable_install_without_cuda_removes_an_old_extension(source, tmp_path):
+    old = source / "bitune_kernels/_C.cpython-311-x86_64-linux-gnu.so"
+    old.touch()
+    result = build("build_editable", source, tmp_path / "out", BITUNE_BUILD_CUDA="0")
+    assert result.returncode == 0, result.stdout
+    assert not old.exists()
+    record = runpy.run_path(str(source / "bitune_kernels/_build_info.py"))
+    assert record["BUILT"] is False
+
+
+def test_ci_runs_the_documented_tests():
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+    assert "make test" in (ROOT / ".ci/run").read_text()
+    dry_run = ["make", "--no-print-directory", "-n", "test", "PYTHON=my-python", "ARGS=-k plan"]
+    assert subprocess.check_output(dry_run, cwd=ROOT, text=True).strip() == "my-python -m pytest -n 2 -k plan"
