@@ -9,10 +9,10 @@ import warnings
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PromptTuningConfig
-from tests.tiny import VOCAB, base_model, bitune_model, lora, ragged_batch
 from transformers import DynamicCache
 
 from bitune_kernels import BituneConfig, BituneModel, get_bitune_model
+from tests.tiny import VOCAB, base_model, bitune_model, lora, ragged_batch
 
 
 def answer_logits(out, labels):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import Dataset
-from tests.tiny import base_model, bitune_model, lora
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from bitune_kernels import BituneConfig, BituneModel, get_bitune_model
+from tests.tiny import base_model, bitune_model, lora
 
 WORDS = "the a cat dog sat ran on mat what who did where is it ? . yes no at home".split()
 TEXTS = [

@@ -248,7 +248,7 @@ class BituneModel(PeftModelForCausalLM):
         return out if return_dict is not False else out.to_tuple()
 
     def generate(self, *args, **kwargs):
-        """``generate()`` of transformers: the whole prompt is prefilled by both streams, answers are decoded causally."""
+        """``generate()`` of transformers: both streams prefill the prompt, answers are decoded causally."""
         generation_config = kwargs.get("generation_config")
         for source in (kwargs, vars(generation_config) if generation_config is not None else {}):
             if source.get("prefill_chunk_size") is not None:
