@@ -7,7 +7,6 @@ Their adapters are called "default" (here: causal) and "prefill" (here: bidir), 
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -69,6 +68,11 @@ def load_official_checkpoint(model, state_dict_or_folder: Mapping[str, torch.Ten
     else:
         raise FileNotFoundError(f"{state_dict_or_folder}: expected a state dict or an existing folder")
 
+    if model.config.model_type == "gemma" and model.config.hidden_act == "gelu":
+        raise ValueError(
+            "model: expected hidden_act='gelu_pytorch_tanh', got 'gelu', by which Gemma configs of the authors' time "
+            "mean the tanh approximation; load the base model with the changed config"
+        )
     ours = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     thetas = {} if model.mixing is None else {"k": model.mixing.theta_k, "v": model.mixing.theta_v}
     two_adapters = BIDIR in model.peft_config
@@ -109,21 +113,3 @@ def load_official_checkpoint(model, state_dict_or_folder: Mapping[str, torch.Ten
     with torch.no_grad():
         for _, parameter, tensor in loads:
             parameter.copy_(tensor)
-    _use_tanh_gelu(model)
-
-
-def _use_tanh_gelu(model) -> None:
-    # Gemma configs of the authors' time say "gelu" and were computed with the tanh approximation.
-    config = model.config
-    if config.model_type != "gemma" or config.hidden_act != "gelu":
-        return
-    from transformers.activations import ACT2FN
-
-    warnings.warn(
-        "the Gemma config says hidden_act='gelu', by which the authors' transformers version computed the tanh "
-        "approximation: using gelu_pytorch_tanh",
-        stacklevel=3,
-    )
-    config.hidden_act = "gelu_pytorch_tanh"
-    for layer in model.get_base_model().get_decoder().layers:
-        layer.mlp.act_fn = ACT2FN["gelu_pytorch_tanh"]
