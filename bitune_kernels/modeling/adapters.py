@@ -120,6 +120,11 @@ def adapter_configs(config: PeftConfig) -> tuple[PeftConfig, PeftConfig]:
     return copies
 
 
+def base_module(module: nn.Module) -> nn.Module:
+    """What an adapted module was before it got adapters."""
+    return module.base_layer if isinstance(module, BaseTunerLayer) else module.original_module
+
+
 def route_rows(model: nn.Module) -> list[nn.Module]:
     """Hook every adapted module that doesn't route rows by itself; returns all adapted modules."""
     adapted = []

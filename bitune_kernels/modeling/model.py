@@ -17,7 +17,7 @@ from torch import nn
 from ..config import CONFIG_NAME, BituneConfig
 from ..mixing import MixingCoefficients
 from ..plan import SegmentPlan
-from .adapters import BIDIR, CAUSAL, adapter_configs, route_rows
+from .adapters import BIDIR, CAUSAL, adapter_configs, base_module, route_rows
 from .backbone import BackboneHooks
 from .self_test import check_one_pass
 from .structure import Structure, find_structure
@@ -161,8 +161,7 @@ class BituneModel(PeftModelForCausalLM):
             return
         unused = self._hooks.structure.unused_bidir
         for module in self._hooks.structure.adapted:
-            base = module.base_layer if isinstance(module, BaseTunerLayer) else module.original_module
-            if base in unused:
+            if base_module(module) in unused:
                 for name, parameter in module.named_parameters():
                     if BIDIR in name.split("."):
                         parameter.requires_grad_(False)

@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 from ..mixing import MixingCoefficients
 from ..ops import bitune_attention, bitune_prefill
 from ..plan import SegmentPlan
+from .adapters import base_module
 from .passes import Pass, current
 from .structure import Structure
 
@@ -81,14 +82,19 @@ class TrimHooks:
     """
 
     def __init__(self, structure: Structure):
-        self.trim = trim = structure.trim
         self.handles = []
-        if trim is not None:
-            self.handles = [
-                trim.layer.register_forward_pre_hook(self.enter_layer, with_kwargs=True),
-                trim.attention.register_forward_pre_hook(self.enter_attention, with_kwargs=True),
-                trim.exit.register_forward_pre_hook(self.leave_attention),
-            ]
+        trim = structure.trim
+        if trim is None:
+            return
+        # The structure was found before there were adapters, which now stand in front of what they adapt.
+        adapters = {id(base_module(m)): m for m in structure.adapted}
+        self.norm, leave = (adapters.get(id(m), m) for m in (trim.norm, trim.exit))
+        self.handles = [
+            trim.layer.register_forward_pre_hook(self.enter_layer, with_kwargs=True),
+            trim.attention.register_forward_pre_hook(self.enter_attention, with_kwargs=True),
+            # before the hook that splits the rows among the adapters, for which only answer rows must be left
+            leave.register_forward_pre_hook(self.leave_attention, prepend=True),
+        ]
 
     @staticmethod
     def _pass() -> OnePass | None:
@@ -100,14 +106,22 @@ class TrimHooks:
         if p is None:
             return None
         p.all_rows = args[0] if args else kwargs["hidden_states"]
-        answer = p.all_rows[:, p.plan.answer_start :]
-        return ((answer, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": answer})
+
+        def answer(x):
+            # Beside the hidden states, some layers get further features of every row. Attention's own tensors
+            # come as tuples, keywords, or without a dimension of features, and stay whole.
+            per_row = isinstance(x, torch.Tensor) and x.ndim == 3 and x.shape[1] == p.num_rows
+            return x[:, p.plan.answer_start :] if per_row else x
+
+        if args:
+            return tuple(answer(x) for x in args), kwargs
+        return args, kwargs | {"hidden_states": answer(p.all_rows)}
 
     def enter_attention(self, attention, args, kwargs):
         p = self._pass()
         if p is None:
             return None
-        rows = p.all_rows if self.trim.norm is None else self.trim.norm(p.all_rows)
+        rows = p.all_rows if self.norm is None else self.norm(p.all_rows)
         del p.all_rows
         return ((rows, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": rows})
 

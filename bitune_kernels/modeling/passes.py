@@ -45,11 +45,19 @@ class Pass:
         """The attention of one layer, [batch, heads, rows, head_dim] -> [batch, rows, heads, head_dim]."""
         raise NotImplementedError
 
+    def owns(self, mask: torch.Tensor | None) -> bool:
+        """Whether ``mask`` is this pass's own, or the view of it that reentrant checkpointing detaches."""
+        if mask is self.mask:
+            return True
+        return mask is not None and mask.shape == self.mask.shape and mask.data_ptr() == self.mask.data_ptr()
+
     def split(self, x: torch.Tensor) -> tuple[int, int] | None:
         """(dim, n) where rows [0, n) of ``x`` along dim belong to the adapter "bidir", or None if no row does."""
         if not self.bidir_rows:
             return None
-        dim = 1 if x.ndim > 1 and x.shape[0] == 1 else 0
+        # [1, rows, features] or token ids [1, rows]; some families flatten to [rows, features] before a linear
+        flat = x.ndim == 1 or (x.ndim == 2 and x.is_floating_point()) or x.shape[0] != 1
+        dim = 0 if flat else 1
         rows = x.shape[dim]
         if rows == self.num_rows:
             return dim, self.bidir_rows
@@ -113,7 +121,7 @@ class Pass:
 def attention_forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """The attention function that transformers calls during a pass."""
     p = current()
-    if p is None or attention_mask is not p.mask:
+    if p is None or not p.owns(attention_mask):
         raise RuntimeError(
             f"{type(module).__name__}: attention of a Bitune pass was called outside of it, or with another mask; "
             "this model family rewrites the attention mask and can't be used"

@@ -38,7 +38,7 @@ class Structure:
         num_heads_kv: key/value heads of each layer.
         trim: how to trim the last layer, or None where that isn't possible.
         adapted: the PEFT layers, once there are adapters.
-        unused_bidir: modules of the last layer behind its keys and values: the bidirectional stream ends before them.
+        unused_bidir: modules behind the keys and values of the last layer, where the bidirectional stream ends.
     """
 
     backbone: nn.Module
@@ -217,7 +217,7 @@ def find_structure(model: nn.Module) -> Structure:
         windows=[window for _, _, window in probe.calls],
         num_heads_kv=[heads for _, heads, _ in probe.calls],
         trim=None if layer is None else _find_trim(layer, last, probe),
-        unused_bidir=set() if layer is None else _unused(layer, last, probe),
+        unused_bidir=_unused(model, layer, last, probe),
     )
 
 
@@ -239,7 +239,12 @@ def _find_trim(layer: nn.Module, attention: nn.Module, probe: _Probe) -> Trim | 
     return Trim(layer=layer, attention=attention, norm=norm, exit=exits[0])
 
 
-def _unused(layer: nn.Module, attention: nn.Module, probe: _Probe) -> set[nn.Module]:
-    start, end = (probe.before.index(event) for event in (("module", attention), ("attention", attention)))
-    used = {id(m) for _, m in probe.before[start:end]}
-    return {m for m in layer.modules() if id(m) not in used and not any(True for _ in m.children())}
+def _unused(model: nn.Module, layer: nn.Module | None, attention: nn.Module, probe: _Probe) -> set[nn.Module]:
+    end = probe.before.index(("attention", attention))
+    used = {id(m) for _, m in probe.before[:end]}
+    # Modules that never ran may be experts that no token chose here. Of the head it is known that it follows.
+    behind = {m for _, m in probe.before[end:]}
+    behind |= {model.get_output_embeddings()} - {model.get_input_embeddings(), None}
+    if layer is not None:
+        behind |= set(layer.modules())
+    return {m for m in behind if id(m) not in used and not any(True for _ in m.children())}
