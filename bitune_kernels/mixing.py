@@ -50,15 +50,12 @@ class MixingCoefficients(nn.Module):
         self.theta_v = nn.Parameter(theta.clone())
 
     def _apply(self, fn, recurse=True):
-        # .bfloat16() or .to(dtype) of the whole model must not round theta: restore the float32 values after the
-        # cast, on the device that the cast moved them to.
-        exact = {name: p.detach().clone() for name, p in self.named_parameters() if not p.is_meta}
-        super()._apply(fn, recurse)
-        for name, p in self.named_parameters():
-            if p.dtype != torch.float32:
-                value = exact[name].to(p.device) if name in exact else torch.empty_like(p, dtype=torch.float32)
-                setattr(self, name, nn.Parameter(value, requires_grad=p.requires_grad))
-        return self
+        # .bfloat16() or .to(dtype) of the whole model must not round theta: follow its moves between devices only.
+        def keep_dtype(x):
+            moved = fn(x)
+            return moved if moved.dtype == x.dtype else x.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
 
     def alpha(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """``alpha_k, alpha_v`` of one layer: float32, scalars or [num_heads_kv]. Differentiable in theta."""

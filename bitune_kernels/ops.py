@@ -73,24 +73,13 @@ def bitune_attention(
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
     alpha_k, alpha_v, beta = _check(
-        q, k, v, alpha_k, alpha_v, plan, window, softcap, sinks, stream_mask, shared_qkv, beta, prefix
+        q, k, v, alpha_k, alpha_v, plan, softmax_scale, window, softcap, sinks, stream_mask, shared_qkv, beta, prefix
     )
     softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    name, _ = backends.resolve(
-        backend,
-        device=q.device,
-        dtype=q.dtype,
-        head_dim=q.shape[-1],
-        head_dim_v=v.shape[-1],
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        stream_mask=stream_mask,
-        prefix=prefix,
-        requires_grad=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
-    )
+    tensors = (q, k, v, alpha_k, alpha_v, beta, sinks, *(prefix or ()))
+    requires_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     if not torch.compiler.is_compiling():
-        return backends.load(name).attention(
+        return _backend(backend, q, v, window, softcap, sinks, stream_mask, prefix, requires_grad).attention(
             q,
             k,
             v,
@@ -106,7 +95,8 @@ def bitune_attention(
             beta=beta,
             prefix=prefix,
         )
-    # A compiled graph must not specialize on the lengths of one batch, so there the call is one opaque operator.
+    # A compiled graph must not specialize on the lengths of one batch, so there the call is one opaque operator,
+    # which chooses the backend when it runs: the choice imports modules, which can't be traced.
     k_prefix, v_prefix = prefix or (None, None)
     return torch.ops.bitune.attention(
         q,
@@ -128,7 +118,8 @@ def bitune_attention(
         softcap,
         stream_mask,
         shared_qkv,
-        name,
+        requires_grad,
+        backend,
     )
 
 
@@ -155,6 +146,7 @@ def bitune_prefill(
     Returns:
         out, as ``bitune_attention``. Not differentiable: call it under ``torch.no_grad()``.
     """
+    _check_plan(plan)
     rows = plan.num_prompt + plan.num_answer
     if cache_positions.dtype != torch.int64 or tuple(cache_positions.shape) != (rows,):
         raise ValueError(
@@ -163,14 +155,19 @@ def bitune_prefill(
         )
     for name, cache, rows_of in (("k_cache", k_cache, k), ("v_cache", v_cache, v)):
         if cache.ndim != 3 or cache.shape[1:] != rows_of.shape[1:] or cache.dtype != rows_of.dtype:
+            expected = ", ".join(["num_slots", *map(str, rows_of.shape[1:])])
             raise ValueError(
-                f"{name}: expected {rows_of.dtype} [num_slots, {rows_of.shape[1]}, {rows_of.shape[2]}], got "
-                f"{cache.dtype} {list(cache.shape)}"
+                f"{name}: expected {rows_of.dtype} [{expected}], got {cache.dtype} {list(cache.shape)}"
             )
         if cache.device != rows_of.device:
             raise ValueError(f"{name}: expected it on {rows_of.device}, got {cache.device}")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        raise ValueError("q, k, v: expected no gradients (bitune_prefill is for inference), got requires_grad=True")
+    # The mix also depends on alpha: with its gradient the caller's cache would become part of a graph.
+    inputs = {"q": q, "k": k, "v": v, "alpha_k": alpha_k, "alpha_v": alpha_v}
+    needs_grad = [name for name, x in inputs.items() if isinstance(x, torch.Tensor) and x.requires_grad]
+    if needs_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{', '.join(needs_grad)}: expected no gradients (bitune_prefill is for inference), got requires_grad=True"
+        )
     out, k_mixed, v_mixed = bitune_attention(q, k, v, alpha_k, alpha_v, plan, **options)
     prompt_slots, answer_slots = cache_positions.split([plan.num_prompt, plan.num_answer])
     for cache, mixed, own in ((k_cache, k_mixed, k), (v_cache, v_mixed, v)):
@@ -199,7 +196,7 @@ def mix_kv(causal: torch.Tensor, bidir: torch.Tensor, alpha: torch.Tensor | floa
 def _coefficient(name: str, value, heads: int, like: torch.Tensor) -> torch.Tensor:
     # A mixing weight as a float tensor of shape [] or [heads] on the device of `like`.
     if not isinstance(value, torch.Tensor):
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
+        if not _is_number(value):
             raise TypeError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
         if not math.isfinite(value):
             raise ValueError(f"{name}: expected a finite number, got {value}")
@@ -216,12 +213,26 @@ def _coefficient(name: str, value, heads: int, like: torch.Tensor) -> torch.Tens
     return value
 
 
-def _check(q, k, v, alpha_k, alpha_v, plan, window, softcap, sinks, stream_mask, shared_qkv, beta, prefix):
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_plan(plan) -> None:
     if not isinstance(plan, SegmentPlan):
         raise TypeError(f"plan: expected a SegmentPlan, got {type(plan).__name__}")
+
+
+def _check_floating(name: str, x) -> None:
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name}: expected a floating point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+
+
+def _check(
+    q, k, v, alpha_k, alpha_v, plan, softmax_scale, window, softcap, sinks, stream_mask, shared_qkv, beta, prefix
+):
+    _check_plan(plan)
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-            raise TypeError(f"{name}: expected a floating point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        _check_floating(name, x)
         if x.ndim != 3:
             raise ValueError(f"{name}: expected [rows, heads, head_dim], got shape {list(x.shape)}")
         if x.dtype != q.dtype or x.device != q.device:
@@ -236,12 +247,19 @@ def _check(q, k, v, alpha_k, alpha_v, plan, window, softcap, sinks, stream_mask,
         raise ValueError(f"q: expected a multiple of the {k.shape[1]} key/value heads, got {q.shape[1]} heads")
     if stream_mask not in STREAM_MASKS:
         raise ValueError(f"stream_mask: expected one of {', '.join(STREAM_MASKS)}, got {stream_mask!r}")
-    if window is not None and (not isinstance(window, int) or window < 1):
+    if softmax_scale is not None and not (_is_number(softmax_scale) and abs(softmax_scale) < math.inf):
+        raise ValueError(f"softmax_scale: expected a finite number or None, got {softmax_scale!r}")
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
         raise ValueError(f"window: expected an int >= 1 or None, got {window!r}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: expected a number > 0 or None, got {softcap!r}")
-    if sinks is not None and tuple(sinks.shape) != (q.shape[1],):
-        raise ValueError(f"sinks: expected shape [{q.shape[1]}] (one per query head), got {list(sinks.shape)}")
+    if softcap is not None and not (_is_number(softcap) and 0 < softcap < math.inf):
+        raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap!r}")
+    if sinks is not None:
+        _check_floating("sinks", sinks)
+        if tuple(sinks.shape) != (q.shape[1],) or sinks.device != q.device:
+            raise ValueError(
+                f"sinks: expected [{q.shape[1]}] (one per query head) on {q.device}, got {list(sinks.shape)} on "
+                f"{sinks.device}"
+            )
     if shared_qkv and plan.num_streams != 1:
         raise ValueError("shared_qkv: expected a plan with num_streams=1 (the rows stand once), got num_streams=2")
     if plan.num_streams == 2:
@@ -257,10 +275,31 @@ def _check(q, k, v, alpha_k, alpha_v, plan, window, softcap, sinks, stream_mask,
         raise ValueError("prefix: expected it together with plan.prefix_lengths, got one without the other")
     if prefix is not None:
         for name, x, like in (("prefix[0]", prefix[0], k), ("prefix[1]", prefix[1], v)):
-            expected = [sum(plan.prefix_lengths), *like.shape[1:]]
-            if list(x.shape) != expected or x.dtype != like.dtype:
-                raise ValueError(f"{name}: expected {like.dtype} {expected}, got {x.dtype} {list(x.shape)}")
+            expected = [plan.num_prefix, *like.shape[1:]]
+            if list(x.shape) != expected or x.dtype != like.dtype or x.device != like.device:
+                raise ValueError(
+                    f"{name}: expected {like.dtype} {expected} on {like.device}, got {x.dtype} {list(x.shape)} on "
+                    f"{x.device}"
+                )
     return alpha_k, alpha_v, beta
+
+
+def _backend(name: str, q, v, window, softcap, sinks, stream_mask, prefix, requires_grad: bool):
+    # The module that runs a call, or ValueError.
+    name, _ = backends.resolve(
+        name,
+        device=q.device,
+        dtype=q.dtype,
+        head_dim=q.shape[-1],
+        head_dim_v=v.shape[-1],
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        stream_mask=stream_mask,
+        prefix=prefix,
+        requires_grad=requires_grad,
+    )
+    return backends.load(name)
 
 
 @torch.library.custom_op("bitune::attention", mutates_args=())
@@ -284,9 +323,12 @@ def _attention_op(
     softcap: float | None,
     stream_mask: str,
     shared_qkv: bool,
+    requires_grad: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    out, k_mixed, v_mixed = backends.load(backend).attention(
+    prefix = None if k_prefix is None else (k_prefix, v_prefix)
+    module = _backend(backend, q, v, window, softcap, sinks, stream_mask, prefix, requires_grad)
+    out, k_mixed, v_mixed = module.attention(
         q,
         k,
         v,
@@ -300,7 +342,7 @@ def _attention_op(
         stream_mask=stream_mask,
         shared_qkv=shared_qkv,
         beta=beta,
-        prefix=None if k_prefix is None else (k_prefix, v_prefix),
+        prefix=prefix,
     )
     if num_streams == 1:  # an operator's outputs may not alias its inputs
         k_mixed, v_mixed = k_mixed.clone(), v_mixed.clone()
@@ -328,6 +370,7 @@ def _(
     softcap,
     stream_mask,
     shared_qkv,
+    requires_grad,
     backend,
 ):
     rows = q.shape[0]
@@ -367,13 +410,18 @@ def _attention_backward_op(
     softcap: float | None,
     stream_mask: str,
     shared_qkv: bool,
+    requires_grad: bool,
     backend: str,
 ) -> list[torch.Tensor]:
-    # The PyTorch backends have no backward of their own: run them again under autograd.
+    # The PyTorch backends have no backward of their own: run them again under autograd. An operator runs below the
+    # autograd keys, where enable_grad alone records nothing and every gradient would be 0.
     inputs = (q, k, v, alpha_k, alpha_v, beta, sinks, k_prefix, v_prefix)
-    with torch.enable_grad():
+    autograd_keys = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    with autograd_keys, torch.enable_grad():
         leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
-        outputs = backends.load(backend).attention(
+        prefix = None if k_prefix is None else (leaves[7], leaves[8])
+        module = _backend(backend, q, v, window, softcap, sinks, stream_mask, prefix, requires_grad)
+        outputs = module.attention(
             *leaves[:5],
             SegmentPlan.from_cu_seqlens(cu_prompt, cu_answer, cu_prefix, num_streams),
             softmax_scale=softmax_scale,
@@ -383,13 +431,14 @@ def _attention_backward_op(
             stream_mask=stream_mask,
             shared_qkv=shared_qkv,
             beta=leaves[5],
-            prefix=None if k_prefix is None else (leaves[7], leaves[8]),
+            prefix=prefix,
         )
     given = [x for x in leaves if x is not None]
     pairs = zip(outputs, (d_out, d_k_mixed, d_v_mixed), strict=True)
     used = [(o, d) for o, d in pairs if o.requires_grad]
     grads = torch.autograd.grad([o for o, _ in used], given, [d for _, d in used], allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g.contiguous() for x, g in zip(given, grads, strict=True)]
+    grads = [torch.zeros_like(x) if g is None else g for x, g in zip(given, grads, strict=True)]
+    return [g.contiguous() for g in grads]
 
 
 @_attention_backward_op.register_fake

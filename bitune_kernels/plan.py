@@ -12,7 +12,7 @@ tokens gives P - 1 rows per stream. Pure tensor code.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -48,6 +48,8 @@ class SegmentPlan:
         token_index: int64 [N + A], the place of each prompt and answer row in the flattened [batch * seq] tokens,
             or None for a plan made from lengths alone.
         padded_shape: (batch, seq) that ``token_index`` refers to.
+        num_prompt, num_answer, num_prefix: N, A and the cached rows: sums of the lengths.
+        max_prompt, max_answer: the longest prompt and answer segment.
     """
 
     prompt_lengths: tuple[int, ...]
@@ -59,6 +61,24 @@ class SegmentPlan:
     cu_prefix: torch.Tensor | None = None
     token_index: torch.Tensor | None = None
     padded_shape: tuple[int, int] | None = None
+    num_prompt: int = field(init=False)
+    num_answer: int = field(init=False)
+    num_prefix: int = field(init=False)
+    max_prompt: int = field(init=False)
+    max_answer: int = field(init=False)
+
+    def __post_init__(self):
+        # Plain attributes: torch.compile can't trace the lock of a cached_property, and would guard on each length
+        # if it traced the sums.
+        counts = {
+            "num_prompt": sum(self.prompt_lengths),
+            "num_answer": sum(self.answer_lengths),
+            "num_prefix": sum(self.prefix_lengths or ()),
+            "max_prompt": max(self.prompt_lengths, default=0),
+            "max_answer": max(self.answer_lengths, default=0),
+        }
+        for name, value in counts.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def from_lengths(
@@ -161,16 +181,6 @@ class SegmentPlan:
     def batch_size(self) -> int:
         return len(self.prompt_lengths)
 
-    @cached_property
-    def num_prompt(self) -> int:
-        """N: prompt rows of one stream."""
-        return sum(self.prompt_lengths)
-
-    @cached_property
-    def num_answer(self) -> int:
-        """A: answer rows."""
-        return sum(self.answer_lengths)
-
     @property
     def num_rows(self) -> int:
         """T: all rows, ``num_streams * N + A``."""
@@ -180,14 +190,6 @@ class SegmentPlan:
     def answer_start(self) -> int:
         """The first answer row."""
         return self.num_streams * self.num_prompt
-
-    @cached_property
-    def max_prompt(self) -> int:
-        return max(self.prompt_lengths, default=0)
-
-    @cached_property
-    def max_answer(self) -> int:
-        return max(self.answer_lengths, default=0)
 
     @cached_property
     def row_index(self) -> torch.Tensor:

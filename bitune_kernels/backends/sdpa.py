@@ -82,7 +82,7 @@ def attention(
         k_mixed, v_mixed = k_split[0], v_split[0]
 
     def split(x, lengths):
-        return x.split(lengths) if len(lengths) > 1 else (x,)
+        return x.split(lengths) if len(lengths) != 1 else (x,)
 
     prompt, answer = list(plan.prompt_lengths), list(plan.answer_lengths)
     past = [0] * plan.batch_size if prefix is None else list(plan.prefix_lengths)

@@ -1,0 +1,23 @@
+"""What tests and benchmarks share: one table of cases and one rule for how exact a backend must be."""
+
+from .cases import CASES, DTYPES, Case
+from .error_budget import (
+    assert_backend_within_budget,
+    assert_within_budget,
+    low_precision,
+    oracle,
+    run_case,
+    runnable_backends,
+)
+
+__all__ = [
+    "CASES",
+    "DTYPES",
+    "Case",
+    "assert_backend_within_budget",
+    "assert_within_budget",
+    "low_precision",
+    "oracle",
+    "run_case",
+    "runnable_backends",
+]

@@ -1,0 +1,585 @@
+"""The operators against the formula, for every backend, forward and backward; and what they refuse."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from bitune_kernels import bitune_attention, bitune_prefill, mix_kv
+from bitune_kernels.backends import reference, resolve, sdpa
+from bitune_kernels.testing import (
+    CASES,
+    DTYPES,
+    Case,
+    assert_backend_within_budget,
+    assert_within_budget,
+    oracle,
+    run_case,
+    runnable_backends,
+)
+
+DIFFERENTIABLE = ("q", "k", "v", "alpha_k", "alpha_v", "beta", "sinks", "prefix")
+SMALL = {"prompts": (4, 0, 3), "answers": (2, 3, 1), "head_dim": 4}
+
+
+def name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def leaves(inputs):
+    """The tensors of a call that have a gradient, by name."""
+    found = {}
+    for key in DIFFERENTIABLE:
+        value = inputs.get(key)
+        if isinstance(value, tuple):
+            found |= {f"{key}[{i}]": x for i, x in enumerate(value)}
+        elif value is not None:
+            found[key] = value
+    return found
+
+
+def gradients(inputs, outputs):
+    """For a fixed random cotangent, by the name of the input."""
+    generator = torch.Generator().manual_seed(1)
+    given = leaves(inputs)
+    used = [(o, torch.randn(o.shape, generator=generator, dtype=o.dtype)) for o in outputs if o.requires_grad]
+    grads = torch.autograd.grad([o for o, _ in used], given.values(), [d for _, d in used], allow_unused=True)
+    return {
+        key: torch.zeros_like(x) if g is None else g for (key, x), g in zip(given.items(), grads, strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "backend"),
+    [
+        pytest.param(case, dtype, backend, id=f"{backend}-{name(dtype)}-{case.id}")
+        for case in CASES
+        for dtype in DTYPES
+        for backend in runnable_backends(case, dtype)
+    ],
+)
+def test_backend_against_oracle(case, dtype, backend):
+    assert_backend_within_budget(backend, case, dtype)
+
+
+def test_case_ids_are_unique():
+    ids = [case.id for case in CASES]
+    assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x + 0.1 * (x == x.max()), "out.* is .* expected"),
+        (lambda x: x.index_fill(0, torch.tensor([3]), float("nan")), r"out\[3, 0, 0\] is nan"),
+        (lambda x: x[1:], "shape"),
+    ],
+)
+def test_error_budget_refuses(change, message):
+    case = CASES[0]
+    good = run_case(case, "reference", torch.float32, backward=False)["out"]
+    expected = oracle(case, torch.float32, backward=False)["out"]
+    assert_within_budget("out", good, expected, good, torch.float32, case.id)
+    with pytest.raises(AssertionError, match=message) as error:
+        assert_within_budget("out", change(good), expected, good, torch.float32, case.id)
+    assert case.id in str(error.value)
+
+
+# The formula a second time, over all rows of the batch at once: written from the text of bitune_attention,
+# without any code of the package.
+
+PREFIX, BIDIR, CAUSAL, MIXED, ANSWER = range(5)
+
+
+def table(case, *kinds):
+    """int64 [rows, 3] of the rows of these kinds: kind, sample, position in the sample."""
+    rows = []
+    for kind in kinds:
+        for sample, (n, a) in enumerate(zip(case.prompts, case.answers, strict=True)):
+            m = case.prefix[sample] if case.prefix else 0
+            places = {PREFIX: range(m), ANSWER: range(m + n, m + n + a)}.get(kind, range(m, m + n))
+            rows += [(kind, sample, position) for position in places]
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
+
+
+def sees(case, queries, keys):
+    """bool [queries, keys]"""
+    (kind_q, sample_q, i), (kind_k, sample_k, j) = queries.T[:, :, None], keys.T[:, None, :]
+    in_stream = {"full": i == i, "causal": j <= i, "anti_causal": j >= i}[case.stream_mask]
+    see = (
+        (kind_k == PREFIX)
+        | ((kind_q == BIDIR) & (kind_k == BIDIR) & in_stream)
+        | ((kind_q == CAUSAL) & (kind_k == CAUSAL) & (j <= i))
+        | ((kind_q == ANSWER) & (kind_k == MIXED))
+        | ((kind_q == ANSWER) & (kind_k == ANSWER) & (j <= i))
+    ) & (sample_q == sample_k)
+    return see if case.window is None else see & (i - j < case.window) & (j - i < case.window)
+
+
+def dense(case, q, k, v, alpha_k, alpha_v, plan, beta=None, sinks=None, prefix=None, **_):
+    N, A, (heads_q, heads_kv) = sum(case.prompts), sum(case.answers), case.heads
+
+    def mixed(x, alpha):
+        if case.num_streams == 1:
+            return x[:N]
+        return (1 - alpha.reshape(-1, 1)) * x[N : 2 * N] + alpha.reshape(-1, 1) * x[:N]
+
+    k_mixed, v_mixed = mixed(k, alpha_k), mixed(v, alpha_v)
+    two = case.num_streams == 2 or case.shared_qkv
+    streams = (BIDIR, CAUSAL) if two else (BIDIR,)
+    if case.shared_qkv:
+        q, k, v = (
+            torch.cat([x[: len(x) - A - N], x[: len(x) - A], x[: len(x) - A], x[len(x) - A :]])
+            for x in (q, k, v)
+        )
+    k_prefix, v_prefix = prefix or (k[:0], v[:0])
+    queries = table(case, *(() if case.answer_only else streams), ANSWER)
+    keys = table(case, PREFIX, *streams, ANSWER, MIXED)
+    k, v = (
+        torch.cat(x).repeat_interleave(heads_q // heads_kv, dim=1)
+        for x in ((k_prefix, k, k_mixed), (v_prefix, v, v_mixed))
+    )
+    scale = case.softmax_scale or case.head_dim**-0.5
+    scores = torch.matmul(q.transpose(0, 1), k.permute(1, 2, 0)) * scale
+    if case.softcap:
+        scores = case.softcap * (scores / case.softcap).tanh()
+    scores = scores.masked_fill(~sees(case, queries, keys), -torch.inf)
+    if case.sinks:
+        scores = torch.cat([scores, sinks.reshape(-1, 1, 1).expand(-1, len(q), 1)], dim=2)
+    weights = scores.softmax(dim=2)[:, :, : len(k)]
+    out = torch.matmul(weights, v.transpose(0, 1)).transpose(0, 1)
+    if beta is not None and not case.answer_only:
+        bidir, causal, answer = out.split([N, N, A])
+        out = torch.cat([(1 - beta.reshape(-1, 1)) * causal + beta.reshape(-1, 1) * bidir, answer])
+    return out, k_mixed, v_mixed
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_reference_is_the_formula(case):
+    inputs = case.make(torch.float64, requires_grad=True)
+    outputs, expected = bitune_attention(**inputs, backend="reference"), dense(case, **inputs)
+    for actual, wanted in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-12)
+    grads, expected = gradients(inputs, outputs), gradients(inputs, expected)
+    for key in grads:
+        torch.testing.assert_close(
+            grads[key], expected[key], rtol=1e-11, atol=1e-11, msg=lambda m, key=key: f"{key}: {m}"
+        )
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(**SMALL, alpha="head", beta="head", sinks=True, softcap=2.0, window=3, prefix=(2, 1, 0)),
+        Case(**SMALL, beta="scalar", stream_mask="anti_causal"),
+        Case(**SMALL, num_streams=1, shared_qkv=True, beta="head", sinks=True),
+        Case(**SMALL, answer_only=True, softmax_scale=0.7),
+    ],
+    ids=lambda case: case.id,
+)
+def test_gradcheck(case):
+    inputs = case.make(torch.float64, requires_grad=True)
+    given = leaves(inputs)
+
+    def call(*values):
+        named = dict(zip(given, values, strict=True))
+        if "prefix[0]" in named:
+            named["prefix"] = (named.pop("prefix[0]"), named.pop("prefix[1]"))
+        return bitune_attention(**inputs | named, backend="reference")
+
+    assert torch.autograd.gradcheck(call, tuple(given.values()), fast_mode=True)
+
+
+def test_scale_defaults_to_the_head_dim():
+    case = Case(prompts=(5,), answers=(3,))
+    default = run_case(case, "sdpa", torch.float64, backward=False)["out"]
+    inputs = case.make(torch.float64)
+    torch.testing.assert_close(
+        bitune_attention(**inputs | {"softmax_scale": 0.25}, backend="sdpa")[0], default
+    )
+    assert not torch.allclose(bitune_attention(**inputs | {"softmax_scale": 0.3}, backend="sdpa")[0], default)
+
+
+def test_alpha_may_be_a_number():
+    inputs = Case(prompts=(5,), answers=(3,)).make(torch.bfloat16)
+    as_tensors = inputs | {"alpha_k": torch.tensor(0.25), "alpha_v": torch.tensor(1.0)}
+    numbers = bitune_attention(**inputs | {"alpha_k": 0.25, "alpha_v": 1})
+    for actual, wanted in zip(numbers, bitune_attention(**as_tensors), strict=True):
+        assert torch.equal(actual, wanted)
+
+
+# bitune_prefill and mix_kv
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "transposed"])
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(prompts=(7, 0, 12), answers=(1, 4, 0), alpha="head"),
+        Case(prompts=(7, 0, 12), answers=(1, 4, 0), answer_only=True, strided=True),
+        Case(prompts=(7, 0, 12), answers=(1, 4, 0), num_streams=1, head_dim_v=8),
+        Case(prompts=(3,), answers=(2,), prefix=(5,), window=4),
+        Case(prompts=(0,), answers=(0,)),
+    ],
+    ids=lambda case: case.id,
+)
+def test_prefill_writes_the_named_slots_and_nothing_else(case, backend, transposed):
+    inputs = case.make(torch.bfloat16)
+    plan, rows = inputs["plan"], sum(case.prompts) + sum(case.answers)
+    num_slots, heads = rows + 9, case.heads[1]
+    slots = torch.randperm(num_slots, generator=torch.Generator().manual_seed(0))[:rows]
+    caches = []
+    for dim in case.dims:
+        shape = (heads, num_slots, dim) if transposed else (num_slots, heads, dim)
+        cache = torch.full(shape, float("nan"), dtype=torch.bfloat16)
+        caches.append(cache.transpose(0, 1) if transposed else cache)
+    out = bitune_prefill(
+        **inputs, k_cache=caches[0], v_cache=caches[1], cache_positions=slots, backend=backend
+    )
+    expected, k_mixed, v_mixed = bitune_attention(**inputs, backend=backend)
+    assert torch.equal(out, expected)
+    for cache, mixed, own in zip(caches, (k_mixed, v_mixed), (inputs["k"], inputs["v"]), strict=True):
+        written = torch.cat([mixed, own[plan.num_streams * plan.num_prompt :]])
+        assert torch.equal(cache[slots], written)
+        others = torch.ones(num_slots, dtype=torch.bool)
+        others[slots] = False
+        assert cache[others].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=name)
+@pytest.mark.parametrize("heads", [1, 3])
+def test_mix_kv(dtype, heads):
+    generator = torch.Generator().manual_seed(2)
+    causal, bidir = (torch.randn(5, heads, 4, generator=generator).to(dtype) for _ in range(2))
+    alpha = torch.rand(heads, generator=generator) if heads > 1 else 0.3
+    weight = torch.as_tensor(alpha, dtype=torch.float64).reshape(-1, 1)
+    exact = (1 - weight) * causal.double() + weight * bidir.double()
+    mixed = mix_kv(causal, bidir, alpha)
+    assert mixed.dtype == dtype
+    # rounded once, at the end: at most half a step away
+    step = torch.finfo(dtype).eps * exact.abs() / 2 + (1e-6 if dtype != torch.float64 else 1e-8)
+    assert ((mixed.double() - exact).abs() <= step).all()
+    assert torch.equal(mix_kv(causal, bidir, 0.0), causal)
+    assert torch.equal(mix_kv(causal, bidir, 1.0), bidir)
+
+
+def test_mix_kv_gradcheck():
+    causal, bidir = (torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    alpha = torch.tensor([0.2, 0.7], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(mix_kv, (causal, bidir, alpha))
+
+
+# the registered operators and torch.compile
+
+OPERATOR_CASES = [
+    Case(prompts=(5, 0, 3), answers=(2, 4, 0)),
+    Case(prompts=(5, 2), answers=(2, 4), alpha="head", window=3, prefix=(2, 3), strided=True),
+    Case(prompts=(5, 2), answers=(2, 4), answer_only=True),
+    Case(
+        prompts=(5, 2), answers=(2, 4), num_streams=1, shared_qkv=True, beta="head", stream_mask="anti_causal"
+    ),
+    Case(prompts=(5, 2), answers=(2, 4), num_streams=1, head_dim_v=8),
+    Case(prompts=(5, 2), answers=(2, 4), sinks=True, softcap=2.0, beta="scalar"),
+]
+
+
+def operator_arguments(case, backend, requires_grad):
+    inputs = case.make(torch.float32, requires_grad=requires_grad)
+    plan, prefix = inputs["plan"], inputs.get("prefix") or (None, None)
+    scale = case.head_dim**-0.5
+    tensors = [inputs.get(key) for key in ("q", "k", "v", "alpha_k", "alpha_v", "beta", "sinks")]
+    lengths = [plan.cu_prompt, plan.cu_answer, plan.cu_prefix, plan.num_prompt, plan.num_streams]
+    options = [case.window, case.softcap, case.stream_mask, case.shared_qkv, requires_grad, backend]
+    return (*tensors, *prefix, *lengths, scale, *options)
+
+
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [
+        pytest.param(case, backend, id=f"{backend}-{case.id}")
+        for case in OPERATOR_CASES
+        for backend in runnable_backends(case, torch.float32)
+    ],
+)
+def test_opcheck(case, backend):
+    arguments = operator_arguments(case, backend, requires_grad=True)
+    torch.library.opcheck(torch.ops.bitune.attention.default, arguments)
+    outputs = torch.ops.bitune.attention(*arguments)
+    arguments = operator_arguments(case, backend, requires_grad=False)
+    cotangents = [torch.randn(o.shape) for o in outputs]
+    torch.library.opcheck(torch.ops.bitune.attention_backward.default, (*cotangents, *arguments))
+
+
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [
+        pytest.param(case, backend, id=f"{backend}-{case.id}")
+        for case in OPERATOR_CASES
+        for backend in runnable_backends(case, torch.float32)
+    ],
+)
+def test_registered_operator_is_the_plain_call(case, backend):
+    # opcheck compares the operator with itself only
+    inputs = case.make(requires_grad=True)
+    plain = bitune_attention(**inputs, backend=backend)
+    arguments = operator_arguments(case, backend, requires_grad=True)
+    registered = torch.ops.bitune.attention(*arguments)
+    for actual, expected in zip(registered, plain, strict=True):
+        assert torch.equal(actual, expected)
+    tensors = [x for x in arguments[:9] if x is not None]
+    grads = gradients(inputs, plain)
+    assert len(tensors) == len(grads)
+    generator = torch.Generator().manual_seed(1)
+    d_outputs = [torch.randn(o.shape, generator=generator) for o in plain]
+    for (key, expected), actual in zip(
+        grads.items(), torch.autograd.grad(registered, tensors, d_outputs), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, msg=lambda m, key=key: f"{key}: {m}")
+
+
+# Lengths per call; the batch size stays. The first call compiles for its lengths, the second for all lengths.
+LENGTHS = [
+    ((5, 7), (3, 4)),
+    ((6, 9), (2, 8)),
+    ((11, 3), (4, 4)),
+    ((2, 20), (7, 1)),
+    ((1, 1), (1, 1)),
+    ((0, 3), (0, 4)),
+]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"answer_only": True},
+        {"num_streams": 1},
+        {"num_streams": 1, "shared_qkv": True, "beta": "head"},
+        {"sinks": True, "softcap": 2.0, "window": 4, "alpha": "head", "prefix": (3, 5)},
+    ],
+    ids=lambda options: "-".join(options) or "plain",
+)
+def test_compiled_once_for_all_lengths(options):
+    def attend(**inputs):
+        out, k_mixed, v_mixed = bitune_attention(**inputs)
+        return out * 2, k_mixed, v_mixed + 1
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attend, fullgraph=True, backend=counter)
+    for call, (prompts, answers) in enumerate(LENGTHS):
+        inputs = Case(prompts=prompts, answers=answers, **options).make(requires_grad=True)
+        outputs, expected = compiled(**inputs), attend(**inputs)
+        for actual, wanted in zip(outputs, expected, strict=True):
+            torch.testing.assert_close(actual, wanted)
+        grads, expected = gradients(inputs, outputs), gradients(inputs, expected)
+        for key in grads:
+            torch.testing.assert_close(grads[key], expected[key], msg=lambda m, key=key: f"{key}: {m}")
+        assert counter.frame_count == min(call + 1, 2)
+
+
+def test_compiled_call_refuses_like_the_plain_one():
+    inputs = Case(prompts=(5,), answers=(3,), softcap=2.0).make()
+    compiled = torch.compile(bitune_attention, fullgraph=True, backend="eager")
+    with pytest.raises(ValueError, match=r"^backend: 'sdpa' can't run this call: .* softcap"):
+        compiled(**inputs, backend="sdpa")
+
+
+# the choice of a backend
+
+
+def test_auto_takes_the_fastest_that_can():
+    assert resolve("auto")[0] == "sdpa"
+    chosen, reason = resolve("auto", softcap=2.0)
+    assert chosen == "reference" and "softcap" in reason
+
+
+@pytest.mark.parametrize("facts", [{"softcap": 2.0}, {"sinks": torch.zeros(4)}], ids=["softcap", "sinks"])
+def test_named_backend_never_falls_back(facts):
+    with pytest.raises(ValueError, match=f"^backend: 'sdpa' can't run this call: .*{next(iter(facts))}"):
+        resolve("sdpa", **facts)
+
+
+# What is refused. Each row: the case, what is changed in its inputs, the error, how its message begins.
+
+TWO = Case(prompts=(4, 3), answers=(2, 1))
+ONE = Case(prompts=(4, 3), answers=(2, 1), num_streams=1)
+PAST = Case(prompts=(4, 3), answers=(2, 1), prefix=(2, 3))
+ROWS = 17  # of TWO
+
+BAD = [
+    (TWO, {"plan": (4, 3)}, TypeError, "plan: expected a SegmentPlan, got tuple"),
+    (TWO, {"q": [1.0]}, TypeError, "q: expected a floating point tensor, got list"),
+    (TWO, {"k": torch.zeros(ROWS, 2, 16, dtype=torch.int32)}, TypeError, "k: .* got torch.int32"),
+    (TWO, {"v": None}, TypeError, "v: .* got NoneType"),
+    (
+        TWO,
+        {"q": torch.zeros(ROWS, 64)},
+        ValueError,
+        r"q: expected \[rows, heads, head_dim\], got shape \[17, 64\]",
+    ),
+    (TWO, {"k": torch.zeros(1, ROWS, 2, 16)}, ValueError, r"k: expected \[rows"),
+    (
+        TWO,
+        {"k": torch.zeros(ROWS, 2, 16, dtype=torch.bfloat16)},
+        ValueError,
+        "k: expected torch.float32 on cpu as q",
+    ),
+    (
+        TWO,
+        {"v": torch.zeros(ROWS, 2, 16, device="meta")},
+        ValueError,
+        "v: expected .* got torch.float32 on meta",
+    ),
+    (TWO, {"q": torch.zeros(ROWS - 1, 4, 16)}, ValueError, "q: expected 17 rows .* got 16"),
+    (TWO, {"k": torch.zeros(ROWS + 1, 2, 16)}, ValueError, "k: expected 17 rows .* got 18"),
+    (TWO, {"v": torch.zeros(3, 2, 16)}, ValueError, "v: expected 17 rows .* got 3"),
+    (TWO, {"k": torch.zeros(ROWS, 2, 8)}, ValueError, "k, v: expected head_dim 16"),
+    (TWO, {"v": torch.zeros(ROWS, 4, 16)}, ValueError, "k, v: expected .* the same heads"),
+    (
+        TWO,
+        {"q": torch.zeros(ROWS, 3, 16)},
+        ValueError,
+        "q: expected a multiple of the 2 key/value heads, got 3",
+    ),
+    (
+        TWO,
+        {"k": torch.zeros(ROWS, 0, 16), "v": torch.zeros(ROWS, 0, 16)},
+        ValueError,
+        "q: expected a multiple of the 0",
+    ),
+    (
+        TWO,
+        {"stream_mask": "bidir"},
+        ValueError,
+        "stream_mask: expected one of full, causal, anti_causal, got 'bidir'",
+    ),
+    (
+        TWO,
+        {"softmax_scale": float("nan")},
+        ValueError,
+        "softmax_scale: expected a finite number or None, got nan",
+    ),
+    (TWO, {"softmax_scale": "1"}, ValueError, "softmax_scale: .* got '1'"),
+    (TWO, {"window": 0}, ValueError, "window: expected an int >= 1 or None, got 0"),
+    (TWO, {"window": 4.0}, ValueError, "window: .* got 4.0"),
+    (TWO, {"window": True}, ValueError, "window: .* got True"),
+    (TWO, {"softcap": 0.0}, ValueError, "softcap: expected a finite number > 0 or None, got 0.0"),
+    (TWO, {"softcap": float("inf")}, ValueError, "softcap: .* got inf"),
+    (TWO, {"softcap": float("nan")}, ValueError, "softcap: .* got nan"),
+    (TWO, {"softcap": "30"}, ValueError, "softcap: .* got '30'"),
+    (TWO, {"sinks": 1.0}, TypeError, "sinks: expected a floating point tensor, got float"),
+    (TWO, {"sinks": torch.zeros(2)}, ValueError, r"sinks: expected \[4\] .* got \[2\]"),
+    (TWO, {"sinks": torch.zeros(4, device="meta")}, ValueError, "sinks: expected .* on cpu, got .* on meta"),
+    (TWO, {"shared_qkv": True}, ValueError, "shared_qkv: expected a plan with num_streams=1"),
+    (TWO, {"alpha_k": None}, TypeError, "alpha_k: expected a number or a tensor, got NoneType"),
+    (TWO, {"alpha_v": True}, TypeError, "alpha_v: expected a number or a tensor, got bool"),
+    (TWO, {"alpha_v": float("inf")}, ValueError, "alpha_v: expected a finite number, got inf"),
+    (TWO, {"alpha_k": torch.tensor(0.5, dtype=torch.bfloat16)}, TypeError, "alpha_k: expected float32"),
+    (TWO, {"alpha_k": torch.zeros(4)}, ValueError, r"alpha_k: expected a scalar or shape \[2\] .* got \[4\]"),
+    (TWO, {"alpha_v": torch.zeros((), device="meta")}, ValueError, "alpha_v: expected it on cpu, got meta"),
+    (TWO, {"alpha_v": torch.tensor([0.5, float("nan")])}, ValueError, "alpha_v: expected finite values"),
+    (TWO, {"beta": torch.zeros(2)}, ValueError, r"beta: expected a scalar or shape \[4\]"),
+    (TWO, {"beta": "half"}, TypeError, "beta: expected a number or a tensor, got str"),
+    (
+        TWO,
+        {"prefix": (torch.zeros(5, 2, 16),) * 2},
+        ValueError,
+        "prefix: expected it together with plan.prefix_lengths",
+    ),
+    (TWO, {"backend": "fastest"}, ValueError, "backend: expected one of auto, .* got 'fastest'"),
+    (TWO, {"backend": "sdpa", "softcap": 1.0}, ValueError, "backend: 'sdpa' can't run this call"),
+    (ONE, {"alpha_k": 0.5}, ValueError, "alpha_k, alpha_v: expected None for a plan with num_streams=1"),
+    (ONE, {"alpha_v": 0.5}, ValueError, "alpha_k, alpha_v: expected None for a plan with num_streams=1"),
+    (ONE, {"beta": 0.5}, ValueError, "beta: expected two streams to mix"),
+    (PAST, {"prefix": None}, ValueError, "prefix: expected it together with plan.prefix_lengths"),
+    (
+        PAST,
+        {"prefix": (torch.zeros(4, 2, 16), torch.zeros(5, 2, 16))},
+        ValueError,
+        r"prefix\[0\]: expected .*\[5, 2, 16\]",
+    ),
+    (
+        PAST,
+        {"prefix": (torch.zeros(5, 2, 16), torch.zeros(5, 2, 8))},
+        ValueError,
+        r"prefix\[1\]: expected .*\[5, 2, 16\]",
+    ),
+    (
+        PAST,
+        {"prefix": (torch.zeros(5, 2, 16).double(), torch.zeros(5, 2, 16))},
+        ValueError,
+        r"prefix\[0\]: .*float64",
+    ),
+    (
+        PAST,
+        {"prefix": (torch.zeros(5, 2, 16), torch.zeros(5, 2, 16, device="meta"))},
+        ValueError,
+        r"prefix\[1\]: .*meta",
+    ),
+]
+
+
+@pytest.fixture
+def nothing_computes(monkeypatch):
+    def computed(*args, **kwargs):
+        pytest.fail("computed before the input was refused")
+
+    for module in (reference, sdpa):
+        monkeypatch.setattr(module, "attention", computed)
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "error", "message"), BAD, ids=[f"{i}-{'-'.join(b[1])}" for i, b in enumerate(BAD)]
+)
+def test_bad_input_is_refused(case, change, error, message, nothing_computes):
+    with pytest.raises(error, match=f"^{message}"):
+        bitune_attention(**case.make() | change)
+
+
+BAD_CACHE = [
+    ({"plan": None}, TypeError, "plan: expected a SegmentPlan"),
+    ({"cache_positions": torch.arange(9)}, ValueError, r"cache_positions: expected int64 \[10\]"),
+    (
+        {"cache_positions": torch.arange(10, dtype=torch.int32)},
+        ValueError,
+        r"cache_positions: .* got torch.int32",
+    ),
+    (
+        {"k_cache": torch.zeros(12, 4, 16)},
+        ValueError,
+        r"k_cache: expected torch.float32 \[num_slots, 2, 16\], got",
+    ),
+    ({"v_cache": torch.zeros(12, 2, 16).half()}, ValueError, "v_cache: expected .* got torch.float16"),
+    ({"v_cache": torch.zeros(2, 12, 16, 1)}, ValueError, "v_cache: expected"),
+    ({"k_cache": torch.zeros(12, 2, 16, device="meta")}, ValueError, "k_cache: expected it on cpu, got meta"),
+    ({"q": torch.zeros(ROWS, 4, 16, requires_grad=True)}, ValueError, "q: expected no gradients"),
+    ({"alpha_v": torch.tensor(0.5, requires_grad=True)}, ValueError, "alpha_v: expected no gradients"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"), BAD_CACHE, ids=[f"{i}-{'-'.join(b[0])}" for i, b in enumerate(BAD_CACHE)]
+)
+def test_bad_cache_is_refused(change, error, message, nothing_computes):
+    call = (
+        TWO.make()
+        | {f"{x}_cache": torch.zeros(12, 2, 16) for x in "kv"}
+        | {"cache_positions": torch.arange(10)}
+    )
+    with pytest.raises(error, match=f"^{message}"):
+        bitune_prefill(**call | change)
+
+
+@pytest.mark.parametrize(
+    ("bidir", "alpha", "error", "message"),
+    [
+        (torch.zeros(2, 2, 4), 0.5, ValueError, r"bidir: expected torch.float32 \[3, 2, 4\] as causal"),
+        (torch.zeros(3, 2, 4).half(), 0.5, ValueError, "bidir: .* got torch.float16"),
+        (torch.zeros(3, 2, 4), torch.zeros(3), ValueError, r"alpha: expected a scalar or shape \[2\]"),
+        (torch.zeros(3, 2, 4), "0.5", TypeError, "alpha: expected a number"),
+    ],
+)
+def test_bad_mix_is_refused(bidir, alpha, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        mix_kv(torch.zeros(3, 2, 4), bidir, alpha)
