@@ -1,0 +1,82 @@
+"""What the README says is run: its example, its commands, its paths and its list of families."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from tests.families import FAMILIES
+from tests.test_trainers import tokenizer
+from tests.tiny import base_model
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+DOCS = {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_example_runs(monkeypatch, tmp_path):
+    # nothing can be downloaded in a test: the same calls give a tiny model and its tokenizer
+    model = staticmethod(lambda name, **options: base_model(**options))
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", model)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", staticmethod(lambda name: tokenizer()))
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks("python")
+    scope = {}
+    exec(compile(example, "README.md", "exec"), scope)
+    assert scope["tokens"].shape[1] > scope["prompt"]["input_ids"].shape[1]
+    assert (tmp_path / "my-bitune" / "bitune_config.json").is_file()
+
+
+def test_its_make_targets_exist():
+    (commands,) = blocks("bash")
+    targets = re.findall(r"^make (\w+)", commands, re.MULTILINE)
+    assert targets == ["prefill", "test"]
+    for target in targets:
+        subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_its_module_commands_run():
+    modules = set(re.findall(r"python -m (bitune_kernels\.\w+)", README))
+    assert modules == {"bitune_kernels.env"}
+    for module in modules:
+        subprocess.run([sys.executable, "-m", module], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_paths_and_public_names_exist(name):
+    import bitune_kernels
+
+    for path in re.findall(r"`((?:[\w.]+/)*[\w.]+(?:/|\.(?:py|md|csv|png|jsonl|txt)))`", DOCS[name]):
+        places = (ROOT / path, ROOT / "bitune_kernels" / path, ROOT / "bitune_kernels" / "modeling" / path)
+        assert any(p.exists() for p in (*places, ROOT / "bitune_kernels" / "backends" / path)), f"{name} names {path}"
+    for public in re.findall(r"`(bitune_\w+|mix_kv|get_bitune_model|load_official_checkpoint|[A-Z]\w+)[`(]", DOCS[name]):
+        if public not in ("BITUNE_BUILD_CUDA", "Trainer", "bitune_kernels"):
+            assert hasattr(bitune_kernels, public), f"{name} names {public}"
+
+
+def test_the_families_are_those_that_are_tested():
+    listed = re.search(r"checkpointing: (.*?)\.\n", README, re.DOTALL)[1]
+    assert sorted(re.split(r",\s+", listed)) == sorted(family.id for family in FAMILIES)
+
+
+def test_every_backend_is_in_the_table():
+    from bitune_kernels.backends import BACKENDS
+
+    assert sorted(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)) == sorted(BACKENDS)
+
+
+def test_measured_figures_stand_in_the_results():
+    rows = [line for path in (ROOT / "benchmarks" / "results").glob("*.csv") for line in path.read_text().splitlines()]
+    shas = set(re.findall(r"commit `(\w+)`", README))
+    assert shas, "the measured table names its commit"
+    for sha in shas:
+        assert any(sha in row for row in rows), sha
