@@ -156,9 +156,7 @@ def bitune_prefill(
     for name, cache, rows_of in (("k_cache", k_cache, k), ("v_cache", v_cache, v)):
         if cache.ndim != 3 or cache.shape[1:] != rows_of.shape[1:] or cache.dtype != rows_of.dtype:
             expected = ", ".join(["num_slots", *map(str, rows_of.shape[1:])])
-            raise ValueError(
-                f"{name}: expected {rows_of.dtype} [{expected}], got {cache.dtype} {list(cache.shape)}"
-            )
+            raise ValueError(f"{name}: expected {rows_of.dtype} [{expected}], got {cache.dtype} {list(cache.shape)}")
         if cache.device != rows_of.device:
             raise ValueError(f"{name}: expected it on {rows_of.device}, got {cache.device}")
     # The mix also depends on alpha: with its gradient the caller's cache would become part of a graph.

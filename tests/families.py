@@ -81,9 +81,7 @@ FAMILIES = (
         "gemma2",
         GQA
         | MIXED_LAYERS
-        | dict(
-            head_dim=16, query_pre_attn_scalar=11, attn_logit_softcapping=2.0, final_logit_softcapping=5.0
-        ),
+        | dict(head_dim=16, query_pre_attn_scalar=11, attn_logit_softcapping=2.0, final_logit_softcapping=5.0),
     ),
     Family("gemma3_text", GQA | MIXED_LAYERS | dict(head_dim=16, query_pre_attn_scalar=11)),
     Family(
@@ -111,15 +109,11 @@ FAMILIES = (
     Family("opt", dict(ffn_dim=48, dropout=0.0, word_embed_proj_dim=24)),
     Family(
         "granite",
-        GQA
-        | dict(
-            embedding_multiplier=3.0, logits_scaling=2.0, residual_multiplier=0.7, attention_multiplier=0.5
-        ),
+        GQA | dict(embedding_multiplier=3.0, logits_scaling=2.0, residual_multiplier=0.7, attention_multiplier=0.5),
     ),
     Family(
         "granitemoe",
-        GQA
-        | dict(num_local_experts=4, num_experts_per_tok=2, attention_multiplier=0.5, residual_multiplier=0.7),
+        GQA | dict(num_local_experts=4, num_experts_per_tok=2, attention_multiplier=0.5, residual_multiplier=0.7),
         targets=ATTENTION,
     ),
     Family("cohere", GQA | dict(use_qk_norm=True, logit_scale=0.5)),
@@ -142,9 +136,7 @@ FAMILIES = (
         QWEN3_MOE | WINDOW | dict(use_sliding_window=True),
         targets=ATTENTION,
     ),
-    Family(
-        "phimoe", GQA | WINDOW | dict(num_local_experts=4), targets=ATTENTION, random_in_training=("router",)
-    ),
+    Family("phimoe", GQA | WINDOW | dict(num_local_experts=4), targets=ATTENTION, random_in_training=("router",)),
     Family(
         "gpt_oss",
         GQA | MIXED_LAYERS | dict(head_dim=8, num_local_experts=4, num_experts_per_tok=2),

@@ -58,7 +58,9 @@ def test_paths_and_public_names_exist(name):
     for path in re.findall(r"`((?:[\w.]+/)*[\w.]+(?:/|\.(?:py|md|csv|png|jsonl|txt)))`", DOCS[name]):
         places = (ROOT / path, ROOT / "bitune_kernels" / path, ROOT / "bitune_kernels" / "modeling" / path)
         assert any(p.exists() for p in (*places, ROOT / "bitune_kernels" / "backends" / path)), f"{name} names {path}"
-    for public in re.findall(r"`(bitune_\w+|mix_kv|get_bitune_model|load_official_checkpoint|[A-Z]\w+)[`(]", DOCS[name]):
+    for public in re.findall(
+        r"`(bitune_\w+|mix_kv|get_bitune_model|load_official_checkpoint|[A-Z]\w+)[`(]", DOCS[name]
+    ):
         if public not in ("BITUNE_BUILD_CUDA", "Trainer", "bitune_kernels"):
             assert hasattr(bitune_kernels, public), f"{name} names {public}"
 

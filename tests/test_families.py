@@ -220,9 +220,7 @@ def test_alpha_zero_is_the_causal_model(pair):
         for p in pair.one.mixing.parameters():
             p.zero_()
         found = pair.one(batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels)
-        expected = plain_model(pair)(
-            batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
-        )
+        expected = plain_model(pair)(batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels)
         pair.one.mixing.load_state_dict(thetas)
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-5)
     for b, (p, a) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
@@ -254,9 +252,7 @@ def test_one_bidirectional_stream_is_a_prefix_lm(pair):
         found = model.eval()(ids, prompt_lengths=[prompt])
         options = dict(attention_mask=mask, position_ids=torch.arange(length)[None], use_cache=False)
         expected = plain.get_base_model()(ids, **options)
-    torch.testing.assert_close(
-        found.logits[:, prompt - 1 :], expected.logits[:, prompt - 1 :], rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(found.logits[:, prompt - 1 :], expected.logits[:, prompt - 1 :], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", BF16)

@@ -67,9 +67,7 @@ def test_granularity(granularity, theta_shape, alpha_shape):
             theta.copy_(torch.arange(1, theta.numel() + 1).view(theta_shape))
     alphas = [module.alpha(layer)[0] for layer in range(3)]
     assert all(alpha.shape == alpha_shape for alpha in alphas)
-    assert len({tuple(alpha.reshape(-1).tolist()) for alpha in alphas}) == (
-        1 if granularity == "global" else 3
-    )
+    assert len({tuple(alpha.reshape(-1).tolist()) for alpha in alphas}) == (1 if granularity == "global" else 3)
 
 
 CASTS = {

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PromptTuningConfig
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from bitune_kernels import BituneConfig, BituneModel, get_bitune_model
 from tests.tiny import VOCAB, base_model, bitune_model, lora, ragged_batch
@@ -224,6 +224,9 @@ def test_generation_samples_and_batches():
         alone = ids[b : b + 1, mask[b].bool()]
         one = model.generate(input_ids=alone, attention_mask=torch.ones_like(alone), do_sample=False, **options)
         assert one[0, -6:].tolist() == greedy[b, -6:].tolist()
+    static = model.generate(input_ids=ids, attention_mask=mask, cache_implementation="static", num_beams=2, **options)
+    dynamic = model.generate(input_ids=ids, attention_mask=mask, num_beams=2, **options)
+    assert torch.equal(static, dynamic)
     torch.manual_seed(0)
     sampled = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=3.0, **options)
     assert sampled.shape == greedy.shape and not torch.equal(sampled, greedy)
@@ -279,10 +282,15 @@ def test_training_without_labels_is_refused():
         model(input_ids=torch.ones(1, 4, dtype=torch.long))
 
 
-def test_chunked_prefill_is_refused():
+@pytest.mark.parametrize("option", [{"prefill_chunk_size": 2}, {"use_cache": False}])
+def test_generation_that_would_be_wrong_is_refused(option):
     model = bitune_model().eval()
-    with pytest.raises(ValueError, match="prefill_chunk_size"):
-        model.generate(input_ids=torch.ones(1, 4, dtype=torch.long), prefill_chunk_size=2)
+    ids = torch.ones(1, 4, dtype=torch.long)
+    (name,) = option
+    with pytest.raises(ValueError, match=name):
+        model.generate(input_ids=ids, **option)
+    with pytest.raises(ValueError, match=name):
+        model.generate(input_ids=ids, generation_config=GenerationConfig(**option))
 
 
 def untouched(base, before):

@@ -43,9 +43,7 @@ def gradients(inputs, outputs):
     given = leaves(inputs)
     used = [(o, torch.randn(o.shape, generator=generator, dtype=o.dtype)) for o in outputs if o.requires_grad]
     grads = torch.autograd.grad([o for o, _ in used], given.values(), [d for _, d in used], allow_unused=True)
-    return {
-        key: torch.zeros_like(x) if g is None else g for (key, x), g in zip(given.items(), grads, strict=True)
-    }
+    return {key: torch.zeros_like(x) if g is None else g for (key, x), g in zip(given.items(), grads, strict=True)}
 
 
 @pytest.mark.parametrize(
@@ -128,8 +126,7 @@ def dense(case, q, k, v, alpha_k, alpha_v, plan, beta=None, sinks=None, prefix=N
     streams = (BIDIR, CAUSAL) if two else (BIDIR,)
     if case.shared_qkv:
         q, k, v = (
-            torch.cat([x[: len(x) - A - N], x[: len(x) - A], x[: len(x) - A], x[len(x) - A :]])
-            for x in (q, k, v)
+            torch.cat([x[: len(x) - A - N], x[: len(x) - A], x[: len(x) - A], x[len(x) - A :]]) for x in (q, k, v)
         )
     k_prefix, v_prefix = prefix or (k[:0], v[:0])
     queries = table(case, *(() if case.answer_only else streams), ANSWER)
@@ -193,9 +190,7 @@ def test_scale_defaults_to_the_head_dim():
     case = Case(prompts=(5,), answers=(3,))
     default = run_case(case, "sdpa", torch.float64, backward=False)["out"]
     inputs = case.make(torch.float64)
-    torch.testing.assert_close(
-        bitune_attention(**inputs | {"softmax_scale": 0.25}, backend="sdpa")[0], default
-    )
+    torch.testing.assert_close(bitune_attention(**inputs | {"softmax_scale": 0.25}, backend="sdpa")[0], default)
     assert not torch.allclose(bitune_attention(**inputs | {"softmax_scale": 0.3}, backend="sdpa")[0], default)
 
 
@@ -233,9 +228,7 @@ def test_prefill_writes_the_named_slots_and_nothing_else(case, backend, transpos
         shape = (heads, num_slots, dim) if transposed else (num_slots, heads, dim)
         cache = torch.full(shape, float("nan"), dtype=torch.bfloat16)
         caches.append(cache.transpose(0, 1) if transposed else cache)
-    out = bitune_prefill(
-        **inputs, k_cache=caches[0], v_cache=caches[1], cache_positions=slots, backend=backend
-    )
+    out = bitune_prefill(**inputs, k_cache=caches[0], v_cache=caches[1], cache_positions=slots, backend=backend)
     expected, k_mixed, v_mixed = bitune_attention(**inputs, backend=backend)
     assert torch.equal(out, expected)
     for cache, mixed, own in zip(caches, (k_mixed, v_mixed), (inputs["k"], inputs["v"]), strict=True):
@@ -275,9 +268,7 @@ OPERATOR_CASES = [
     Case(prompts=(5, 0, 3), answers=(2, 4, 0)),
     Case(prompts=(5, 2), answers=(2, 4), alpha="head", window=3, prefix=(2, 3), strided=True),
     Case(prompts=(5, 2), answers=(2, 4), answer_only=True),
-    Case(
-        prompts=(5, 2), answers=(2, 4), num_streams=1, shared_qkv=True, beta="head", stream_mask="anti_causal"
-    ),
+    Case(prompts=(5, 2), answers=(2, 4), num_streams=1, shared_qkv=True, beta="head", stream_mask="anti_causal"),
     Case(prompts=(5, 2), answers=(2, 4), num_streams=1, head_dim_v=8),
     Case(prompts=(5, 2), answers=(2, 4), sinks=True, softcap=2.0, beta="scalar"),
 ]
@@ -331,9 +322,7 @@ def test_registered_operator_is_the_plain_call(case, backend):
     assert len(tensors) == len(grads)
     generator = torch.Generator().manual_seed(1)
     d_outputs = [torch.randn(o.shape, generator=generator) for o in plain]
-    for (key, expected), actual in zip(
-        grads.items(), torch.autograd.grad(registered, tensors, d_outputs), strict=True
-    ):
+    for (key, expected), actual in zip(grads.items(), torch.autograd.grad(registered, tensors, d_outputs), strict=True):
         torch.testing.assert_close(actual, expected, msg=lambda m, key=key: f"{key}: {m}")
 
 
@@ -562,11 +551,7 @@ BAD_CACHE = [
     ("change", "error", "message"), BAD_CACHE, ids=[f"{i}-{'-'.join(b[0])}" for i, b in enumerate(BAD_CACHE)]
 )
 def test_bad_cache_is_refused(change, error, message, nothing_computes):
-    call = (
-        TWO.make()
-        | {f"{x}_cache": torch.zeros(12, 2, 16) for x in "kv"}
-        | {"cache_positions": torch.arange(10)}
-    )
+    call = TWO.make() | {f"{x}_cache": torch.zeros(12, 2, 16) for x in "kv"} | {"cache_positions": torch.arange(10)}
     with pytest.raises(error, match=f"^{message}"):
         bitune_prefill(**call | change)
 

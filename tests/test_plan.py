@@ -22,9 +22,7 @@ def padded_batch(lengths, side):
 def expected_rows(lengths, prompts, num_streams):
     """Tokens in the order of the packed layout. The last prompt token belongs to the answer."""
     prompt = [100 * b + i for b, p in enumerate(prompts) for i in range(p - 1)]
-    answer = [
-        100 * b + i for b, (n, p) in enumerate(zip(lengths, prompts, strict=True)) for i in range(p - 1, n)
-    ]
+    answer = [100 * b + i for b, (n, p) in enumerate(zip(lengths, prompts, strict=True)) for i in range(p - 1, n)]
     return prompt * num_streams + answer, answer
 
 

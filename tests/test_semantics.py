@@ -181,9 +181,7 @@ def test_who_sees_whom(name, backend):
     rows = inputs["plan"].num_rows
     inputs["v"] = torch.eye(rows, dtype=torch.float64)[:, None]
     out, _, _ = attend(inputs, backend)
-    expected = [
-        [mark == "x" for mark in line.replace(" ", "")] for line in picture.split("\n") if line.strip()
-    ]
+    expected = [[mark == "x" for mark in line.replace(" ", "")] for line in picture.split("\n") if line.strip()]
     assert (out[:, 0] != 0).tolist() == expected
     torch.testing.assert_close(out.sum(-1), torch.ones(len(out), 1, dtype=torch.float64))
 
@@ -291,9 +289,7 @@ def test_garbage_in_one_sample_never_leaks(prefix, backend):
     for x in "qkv":
         poisoned[x][rows["kv"]] = float("nan")
     if prefix:
-        poisoned["prefix"] = tuple(
-            x.index_fill(0, torch.tensor(rows["prefix"]), torch.nan) for x in inputs["prefix"]
-        )
+        poisoned["prefix"] = tuple(x.index_fill(0, torch.tensor(rows["prefix"]), torch.nan) for x in inputs["prefix"])
 
     def others(x, own):
         return x[[i for i in range(len(x)) if i not in own]]
@@ -333,9 +329,7 @@ def test_prompt_after_a_prefix_continues_one_longer_causal_sequence(backend):
     # the bidirectional stream is anything: alpha 0 keeps it from the answer
     inputs = {x: torch.cat([whole[x][m : m + n], rows[m:]]) for x, rows in zip("qkv", (q, k, v), strict=True)}
     plan = SegmentPlan.from_lengths([n], [a], prefix_lengths=[m])
-    out, _, _ = bitune_attention(
-        **inputs, alpha_k=0.0, alpha_v=0.0, plan=plan, prefix=(k[:m], v[:m]), backend=backend
-    )
+    out, _, _ = bitune_attention(**inputs, alpha_k=0.0, alpha_v=0.0, plan=plan, prefix=(k[:m], v[:m]), backend=backend)
     torch.testing.assert_close(out[n:], expected[m:], **EXACT)
 
 
@@ -370,9 +364,7 @@ def test_prefill_then_decoding_equals_one_full_pass(window, backend):
         cached = torch.tensor([16 * b + i for b, n in enumerate(seen) for i in range(n)])
         rows = {x: torch.cat([sample[t : t + 1] for sample in answer_rows[x]]) for x in "qkv"}
         plan = SegmentPlan.from_lengths([0] * 3, [1] * 3, prefix_lengths=seen)
-        out = step(
-            plan, rows, [16 * b + n for b, n in enumerate(seen)], prefix=(k_cache[cached], v_cache[cached])
-        )
+        out = step(plan, rows, [16 * b + n for b, n in enumerate(seen)], prefix=(k_cache[cached], v_cache[cached]))
         for sample, row in zip(decoded, out.split(1), strict=True):
             sample.append(row)
     for sample, wanted in zip(decoded, expected, strict=True):

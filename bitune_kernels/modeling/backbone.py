@@ -107,6 +107,8 @@ class BackboneHooks:
         mask = kwargs.get("attention_mask")
         if not (mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)):
             mask = self.padding_mask
+            if mask is not None and mask.shape[0] < tokens.shape[0]:  # beams and returned sequences repeat the rows
+                mask = mask.repeat_interleave(tokens.shape[0] // mask.shape[0], dim=0)
         shape = tuple(tokens.shape[:2])
         return SegmentPlan.from_batch(shape, mask, num_streams=self.config.num_streams, device=tokens.device)
 

@@ -255,6 +255,11 @@ class BituneModel(PeftModelForCausalLM):
                     "prefill_chunk_size: expected None, since bidirectional attention needs the whole prompt at once, "
                     f"got {source['prefill_chunk_size']}"
                 )
+            if source.get("use_cache") is False:
+                raise ValueError(
+                    "use_cache: expected True, since without the mixed cache every step would read the answer so far as "
+                    "a part of the prompt, got False"
+                )
         self._hooks.padding_mask = kwargs.get("attention_mask")
         try:
             return super().generate(*args, **kwargs)

@@ -186,12 +186,8 @@ def _results(case: Case, inputs: dict[str, Any], outputs: tuple, backward: bool)
         elif value is not None:
             leaves[f"d_{name}"] = value
     # An output without rows may depend on nothing.
-    used = [
-        (o, _cotangent(case, name, o)) for name, o in zip(_OUTPUTS, outputs, strict=True) if o.requires_grad
-    ]
-    grads = torch.autograd.grad(
-        [o for o, _ in used], list(leaves.values()), [d for _, d in used], allow_unused=True
-    )
+    used = [(o, _cotangent(case, name, o)) for name, o in zip(_OUTPUTS, outputs, strict=True) if o.requires_grad]
+    grads = torch.autograd.grad([o for o, _ in used], list(leaves.values()), [d for _, d in used], allow_unused=True)
     for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
         results[name] = torch.zeros_like(leaf) if grad is None else grad
     return results
