@@ -41,7 +41,7 @@ class Family:
         gradients: relative error per tensor that one pass may have against three, in float32.
         reason: why ``gradients`` is above 1e-5.
         trimmed: whether the last layer drops the prompt rows once it has their keys and values.
-        reentrant: whether transformers itself has right gradients under reentrant checkpointing; else refused.
+        reentrant: whether transformers has right gradients under reentrant checkpointing (else refused).
         random_in_training: names of submodules that sample in training mode and stay in evaluation mode here.
     """
 
