@@ -41,6 +41,7 @@ class Family:
         gradients: relative error per tensor that one pass may have against three, in float32.
         reason: why ``gradients`` is above 1e-5.
         trimmed: whether the last layer drops the prompt rows once it has their keys and values.
+        reentrant: whether transformers has right gradients under reentrant checkpointing (else refused).
         random_in_training: names of submodules that sample in training mode and stay in evaluation mode here.
     """
 
@@ -51,6 +52,7 @@ class Family:
     gradients: float = 1e-5
     reason: str = ""
     trimmed: bool = True
+    reentrant: bool = True
     random_in_training: tuple[str, ...] = ()
 
     def build(self, dtype: torch.dtype = torch.float32, seed: int = 0, **options):
@@ -98,6 +100,24 @@ FAMILIES = (
             hidden_size_per_layer_input=8,
             vocab_size_per_layer_input=101,
         ),
+    ),
+    Family(
+        "gemma4_shared_kv",
+        GQA
+        | WINDOW
+        | dict(
+            num_hidden_layers=4,
+            num_kv_shared_layers=2,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            head_dim=8,
+            global_head_dim=16,
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=101,
+        ),
+        "gemma4_text",
+        gradients=1e-4,
+        reason="rounding over four layers with two residual branches each: 1e-14 with everything in float64",
+        reentrant=False,
     ),
     Family("phi", GQA | dict(partial_rotary_factor=0.5, qk_layernorm=True, resid_pdrop=0.0, embd_pdrop=0.0)),
     Family("phi3", GQA | WINDOW | dict(original_max_position_embeddings=64)),

@@ -90,6 +90,13 @@ class BackboneHooks:
             raise ValueError("input_ids: expected token ids [batch, seq] (or inputs_embeds), got None")
         call.packed, call.plan = request is not None, request or self._prompt_plan(backbone, tokens, kwargs)
         self._refuse(tokens, kwargs, call.plan)
+        kwargs.pop("logits_to_keep", None)  # the caller keeps its rows itself, once they are back in their places
+        shared = self.structure.kv_layers != list(range(self.structure.num_layers))
+        if shared and self.structure.checkpoints_reentrantly:
+            raise ValueError(
+                "gradient checkpointing: layers that share keys and values hand them on outside of what is recomputed "
+                "and need gradient_checkpointing_kwargs={'use_reentrant': False}, got use_reentrant=True"
+            )
         call.cache = self._cache(backbone, kwargs, call.packed)
         if self.config.use_fused:
             kwargs |= self._fused(call, tokens, name)
@@ -187,6 +194,8 @@ class BackboneHooks:
         output.last_hidden_state = rows[None] if call.packed else plan.unpack_answers(rows)
         if call.cache is not None:
             for layer, (k, v) in sorted(caches.items()):
+                if self.structure.kv_layers[layer] != layer:
+                    continue
                 call.cache.update(k, v, getattr(self.structure.attentions[layer], "layer_idx", layer))
             output.past_key_values = call.cache
         return output

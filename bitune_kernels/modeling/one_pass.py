@@ -42,7 +42,7 @@ class OnePass(Pass):
         last = self.trims and layer == self.structure.num_layers - 1
         if last:
             q = q[plan.answer_start :]
-        alpha_k, alpha_v = (None, None) if self.mixing is None else self.mixing.alpha(layer)
+        alpha_k, alpha_v = (None, None) if self.mixing is None else self.mixing.alpha(self.structure.kv_layers[layer])
         options = dict(
             softmax_scale=scaling,
             window=self.structure.windows[layer],

@@ -93,7 +93,7 @@ class Pass:
     @contextmanager
     def checkpointing(self):
         """Inside, layers recomputed in the backward pass find this pass again, long after it has ended."""
-        layers = [m for m in self.structure.layers if getattr(m, "gradient_checkpointing", False) and m.training]
+        layers = self.structure.checkpointed
         originals = [m._gradient_checkpointing_func for m in layers]
         trimmed = self.structure.trim.layer if self.trims else None
         for layer, original in zip(layers, originals, strict=True):

@@ -36,6 +36,8 @@ class Structure:
         configs: the config objects whose attention implementation the attentions follow.
         windows: the sliding window of each layer, or None.
         num_heads_kv: key/value heads of each layer.
+        kv_layers: the layer whose keys and values each layer attends to: itself, or an earlier one that it shares
+            them with. They are mixed once, so both layers use the first one's coefficients and cache.
         trim: how to trim the last layer, or None where that isn't possible.
         adapted: the PEFT layers, once there are adapters.
         unused_bidir: modules behind the keys and values of the last layer, where the bidirectional stream ends.
@@ -47,6 +49,7 @@ class Structure:
     configs: list
     windows: list[int | None]
     num_heads_kv: list[int]
+    kv_layers: list[int]
     trim: Trim | None
     unused_bidir: set[nn.Module]
     adapted: list[nn.Module] = field(default_factory=list)
@@ -64,6 +67,17 @@ class Structure:
     def num_layers(self) -> int:
         return len(self.attentions)
 
+    @property
+    def checkpointed(self) -> list[nn.Module]:
+        """The layers that would be recomputed in a backward pass now."""
+        return [m for m in self.layers if getattr(m, "gradient_checkpointing", False) and m.training]
+
+    @property
+    def checkpoints_reentrantly(self) -> bool:
+        """Whether those layers run without autograd at first, so that nothing they hand on outside has gradients."""
+        keywords = [getattr(m._gradient_checkpointing_func, "keywords", {}) for m in self.checkpointed]
+        return any(k.get("use_reentrant", True) for k in keywords)
+
     def layer_index(self, attention: nn.Module) -> int:
         return self._index[id(attention)]
 
@@ -72,7 +86,7 @@ class _Probe:
     """Records what happens during one forward of the backbone, in order."""
 
     def __init__(self):
-        self.calls = []  # (attention module, num_heads_kv, window)
+        self.calls = []  # (attention module, key [1, num_heads_kv, tokens, head_dim], window)
         self.problems = []
         self.before, self.attention_input, self.produced = [], {}, {}
         self.local_sizes = {}
@@ -89,7 +103,7 @@ class _Probe:
                 self.problems.append("its attention is chunked, for which a bidirectional stream is not defined")
         if key.shape[2] != query.shape[2]:
             self.problems.append("its attention has keys that are not tokens of the input")
-        self.calls.append((module, key.shape[1], window))
+        self.calls.append((module, key, window))
         self.before.append(("attention", module))
         group_size = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(group_size, dim=1) for x in (key, value))
@@ -202,6 +216,7 @@ def find_structure(model: nn.Module) -> Structure:
     if probe.problems:
         raise ValueError(f"base_model: {name} can't be used: {probe.problems[0]}")
 
+    keys = [key.data_ptr() for _, key, _ in probe.calls]
     names = {id(m): n for n, m in backbone.named_modules()}
     modules = dict(backbone.named_modules())
     last = attentions[-1]
@@ -215,7 +230,8 @@ def find_structure(model: nn.Module) -> Structure:
         layers=[m for m in backbone.modules() if hasattr(m, "gradient_checkpointing") and m is not backbone],
         configs=configs,
         windows=[window for _, _, window in probe.calls],
-        num_heads_kv=[heads for _, heads, _ in probe.calls],
+        num_heads_kv=[key.shape[1] for _, key, _ in probe.calls],
+        kv_layers=[keys.index(key) for key in keys],
         trim=None if layer is None else _find_trim(layer, last, probe),
         unused_bidir=_unused(model, layer, last, probe),
     )

@@ -156,14 +156,11 @@ class ThreePass:
     def prompts(self, tokens: torch.Tensor, name: str, kwargs: dict, bidir_adapter: str | None) -> AnswerPass:
         """Run the stream(s) over the prompts of ``tokens`` [batch, seq, ...] and mix their keys and values."""
         plan, structure = self.plan, self.structure
-        if any(getattr(m, "gradient_checkpointing", False) and m.training for m in structure.layers):
-            for m in structure.layers:
-                keywords = getattr(m._gradient_checkpointing_func, "keywords", {})
-                if keywords.get("use_reentrant", True):
-                    raise ValueError(
-                        "gradient checkpointing: use_fused=False keeps keys and values between calls and needs "
-                        "gradient_checkpointing_kwargs={'use_reentrant': False}, got use_reentrant=True"
-                    )
+        if structure.checkpoints_reentrantly:
+            raise ValueError(
+                "gradient checkpointing: use_fused=False keeps keys and values between calls and needs "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}, got use_reentrant=True"
+            )
         recorded = []
         streams = [(bidir_adapter, self.stream_masks), (None, ("causal",) * structure.num_layers)]
         for adapter, masks in streams[: plan.num_streams] if plan.num_prompt else []:
@@ -180,7 +177,8 @@ class ThreePass:
         bidir, causal = recorded
         mixed = {}
         for layer in bidir:
-            triples = zip(causal[layer], bidir[layer], self.mixing.alpha(layer), strict=True)
+            alphas = self.mixing.alpha(self.structure.kv_layers[layer])
+            triples = zip(causal[layer], bidir[layer], alphas, strict=True)
             mixed[layer] = tuple(mix(c.transpose(1, 2), b.transpose(1, 2), a).transpose(1, 2) for c, b, a in triples)
         return mixed
 
