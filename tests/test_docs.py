@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+
 from tests.families import FAMILIES
 from tests.test_trainers import tokenizer
 from tests.tiny import base_model

@@ -7,11 +7,11 @@ import re
 import pytest
 import torch
 from peft import IA3Config, LoraConfig
-from tests.tiny import base_model
 from transformers import GemmaConfig, GemmaForCausalLM, PhiConfig, PhiForCausalLM
 from transformers.activations import ACT2FN
 
 from bitune_kernels import BituneConfig, get_bitune_model, load_official_checkpoint
+from tests.tiny import base_model
 
 SIZES = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0

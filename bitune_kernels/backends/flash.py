@@ -10,7 +10,17 @@ from ..mixing import mix
 from ..plan import SegmentPlan
 
 
-def unsupported(*, device=None, dtype=None, sinks=None, stream_mask="full", prefix=None, **call) -> str | None:
+def unsupported(
+    *,
+    device=None,
+    dtype=None,
+    head_dim=None,
+    head_dim_v=None,
+    sinks=None,
+    stream_mask="full",
+    prefix=None,
+    **call,
+) -> str | None:
     """Why this backend can't run a call, or None."""
     if find_spec("flash_attn") is None:
         return "the package flash-attn is not installed"
@@ -18,6 +28,8 @@ def unsupported(*, device=None, dtype=None, sinks=None, stream_mask="full", pref
         return f"flash-attn needs a CUDA device, got {torch.device(device).type}"
     if dtype not in (None, torch.float16, torch.bfloat16):
         return f"flash-attn needs float16 or bfloat16, got {dtype}"
+    if head_dim_v not in (None, head_dim):
+        return f"flash-attn needs values as wide as keys, got {head_dim_v} and {head_dim}"
     if stream_mask == "anti_causal":
         return "flash-attn has no anti-causal mask"
     if sinks is not None:

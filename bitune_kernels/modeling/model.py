@@ -257,7 +257,7 @@ class BituneModel(PeftModelForCausalLM):
                 )
             if source.get("use_cache") is False:
                 raise ValueError(
-                    "use_cache: expected True, since without the mixed cache every step would read the answer so far as "
+                    "use_cache: expected True, since without the mixed cache each step would read the answer so far as "
                     "a part of the prompt, got False"
                 )
         self._hooks.padding_mask = kwargs.get("attention_mask")

@@ -1,0 +1,91 @@
+"""The optional peers: what of them can be held to the oracle without a GPU."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from bitune_kernels.backends import flash, flex, resolve
+from bitune_kernels.masks import visible_to_answer
+from bitune_kernels.ops import bitune_attention
+from bitune_kernels.testing.cases import CASES
+from bitune_kernels.testing.error_budget import assert_within_budget, low_precision, oracle
+
+
+def varlen_attention(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, window_size, softcap):
+    """What flash_attn_varlen_func documents, written out: causal is aligned to the end of the keys."""
+    out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype)
+    assert max_q == int(cu_q.diff().max()) and max_k == int(cu_k.diff().max())
+    for i in range(len(cu_q) - 1):
+        queries, keys = slice(cu_q[i], cu_q[i + 1]), slice(cu_k[i], cu_k[i + 1])
+        a, n = queries.stop - queries.start, keys.stop - keys.start
+        place = torch.arange(n - a, n)[:, None]
+        see = visible_to_answer(int(a), int(n - a)) if causal else torch.ones(a, n, dtype=torch.bool)
+        left, right = window_size
+        if left >= 0:
+            distance = place - torch.arange(n)
+            see = see & (distance <= left) & (-distance <= right)
+        group_size = q.shape[1] // k.shape[1]
+        scores = torch.einsum("ihd,jhd->hij", q[queries], k[keys].repeat_interleave(group_size, 1)) * softmax_scale
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        weights = scores.masked_fill(~see, float("-inf")).softmax(-1)
+        out[queries] = torch.einsum("hij,jhd->ihd", weights, v[keys].repeat_interleave(group_size, 1))
+    return out
+
+
+def calls(backend, **facts) -> list:
+    chosen = []
+    for case in CASES:
+        inputs = case.make(torch.float32)
+        options = {name: inputs.get(name) for name in ("window", "softcap", "sinks", "prefix")}
+        options["head_dim"], options["head_dim_v"] = case.dims
+        options["stream_mask"] = inputs.get("stream_mask", "full")
+        if backend.unsupported(**facts | options) is None:
+            chosen.append(case)
+    return chosen
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    module = ModuleType("flash_attn")
+    module.flash_attn_varlen_func = varlen_attention
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    monkeypatch.setattr(flash, "find_spec", lambda name: object())
+
+
+def test_flash_calls_its_kernels_as_they_are_documented(stand_in):
+    cases = calls(flash, dtype=torch.float16, device="cuda")
+    assert len(cases) > 20
+    for case in cases:
+        inputs = case.make(torch.float32)
+        inputs["softmax_scale"] = inputs.get("softmax_scale") or inputs["q"].shape[-1] ** -0.5
+        found = flash.attention(**inputs)
+        expected, low = oracle(case, torch.float32, backward=False), low_precision(case, torch.float32, backward=False)
+        for name, x in zip(("out", "k_mixed", "v_mixed"), found, strict=True):
+            assert_within_budget(name, x, expected[name], low[name], torch.float32, f"flash {case.id}")
+
+
+def test_flash_says_why_it_cannot_run(stand_in):
+    for facts, reason in (
+        ({"device": "cpu"}, "CUDA device"),
+        ({"device": "cuda", "dtype": torch.float32}, "float16 or bfloat16"),
+        ({"device": "cuda", "stream_mask": "anti_causal"}, "anti-causal"),
+        ({"device": "cuda", "sinks": torch.zeros(1)}, "sinks"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            resolve("flash", **facts)
+
+
+def test_flex_compiles_and_agrees():
+    # compiling takes a quarter of a minute per kind of graph, so one ragged case with a window stands for all
+    case = next(c for c in calls(flex, dtype=torch.float32, device="cpu") if "w" in c.id and len(c.prompts) > 1)
+    expected, low = oracle(case, torch.float32, backward=False), low_precision(case, torch.float32, backward=False)
+    with torch.no_grad():
+        found = bitune_attention(**case.make(torch.float32), backend="flex")
+    for name, x in zip(("out", "k_mixed", "v_mixed"), found, strict=True):
+        assert_within_budget(name, x, expected[name], low[name], torch.float32, f"flex {case.id}")
+    with pytest.raises(ValueError, match="no backward on a CPU"):
+        bitune_attention(**case.make(torch.float32, requires_grad=True), backend="flex")
