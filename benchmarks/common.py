@@ -638,13 +638,14 @@ def measure(
     try:
         for done, (batch, length) in enumerate(sorted(shapes, key=lambda shape: shape[0] * shape[1])):
             start = time.perf_counter()
-            if deadline is not None and done and start + seconds_per_token * batch * length > deadline:
+            expected = max(args.seconds, seconds_per_token * batch * length)
+            if deadline is not None and done and start + expected > deadline:
                 tqdm.write(f"{batch:>5}  {length:>6}  left out: it would pass --minutes")
                 continue
             bar.set_description(f"batch {batch}, length {length}: checking")
             case = make_case(batch, length)
             checks, refused = _check(case, providers, setup)
-            right = right and not refused
+            right, needed = right and not refused, time.perf_counter() - start
             if checks:
                 memory = {n: peak_memory_mib(setup.device, partial(case.run, n)) for n in checks}
                 bar.set_description(f"batch {batch}, length {length}: timing")
@@ -660,7 +661,8 @@ def measure(
                 results.append(rows)
                 for row in rows:
                     tqdm.write(table_line(row))
-            seconds_per_token = (time.perf_counter() - start) / (batch * length)
+                needed += (args.warmup + args.min_rounds) * sum(t.quantile(0.5) for t in times.values())
+            seconds_per_token = needed / (batch * length)
             _advance(bar, done + 1)
     except KeyboardInterrupt:
         tqdm.write("interrupted: shapes that were done are kept")
