@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -178,6 +179,32 @@ class BituneModel(PeftModelForCausalLM):
         """Inside, the model is the base model: one causal stream, no adapter (a reference model, for example)."""
         with super().disable_adapter(), self._hooks.disabled():
             yield
+
+    @contextmanager
+    def disable_bitune(self):
+        """Inside, this is an ordinary PEFT model with the adapter "causal": one causal stream, nothing mixed."""
+        with self._hooks.disabled():
+            yield
+
+    @contextmanager
+    def use_schedule(self, *, use_fused: bool | None = None, backend: str | None = None):
+        """Inside, passes run by this schedule and on this backend: the same function, another way.
+
+        The self-test of ``get_bitune_model`` covers the one-pass schedule only if the model was made with it.
+
+        Args:
+            use_fused, backend: as in ``BituneConfig``; None: as they are.
+        """
+        before = self.bitune_config
+        changes = {"use_fused": use_fused, "backend": backend}
+        self._set_config(replace(before, **{name: x for name, x in changes.items() if x is not None}))
+        try:
+            yield
+        finally:
+            self._set_config(before)
+
+    def _set_config(self, config: BituneConfig) -> None:
+        self.bitune_config = self._hooks.config = config
 
     def unload(self) -> nn.Module:
         """Remove adapters and hooks; returns the base model."""

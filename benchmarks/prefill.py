@@ -1,0 +1,124 @@
+"""Prefill of Bitune on real instructions: the paper's three passes, one pass, and one plain LoRA pass.
+
+Every provider runs on the same weights and the same tokens, in turns. A provider that disagrees with the
+reference backend in float32 is not timed. Rows go to <out>/prefill.csv, a plot of this run to <out>/prefill.png.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import common
+import torch
+
+EXPLANATION = """\
+A prompt runs through Bitune's two streams (two LoRA adapters) and leaves one mixed cache: three-pass calls the model
+three times for that, one-pass[backend] once. The unit of cost is lora, one plain LoRA prefill of the same model.
+"""
+
+
+class Prefill(common.Case):
+    """Prompts, padded on the left as generate() has them."""
+
+    outputs = ("logits", "cache")
+
+    def __init__(self, model, dims: common.Dims, text: common.Text, batch: int, length: int):
+        self.model, self.batch, self.length = model, batch, length
+        rows = text.prompts(batch, length)
+        lengths = [len(row) for row in rows]
+        device = next(model.parameters()).device
+        self.ids, self.mask = (x.to(device) for x in common.padded(rows, "left"))
+        self.tokens = sum(lengths)
+        self.padding = 1 - self.tokens / self.ids.numel()
+        self.floor = common.floor(dims, [n - 1 for n in lengths], [1] * batch, training=False)
+        self.oracle = {}
+
+    @torch.no_grad()
+    def run(self, provider: str):
+        with common.scope(self.model, provider):
+            return self.model(input_ids=self.ids, attention_mask=self.mask, use_cache=True, logits_to_keep=1)
+
+    def errors(self, provider: str) -> dict[str, float]:
+        # What LoRA computes is not Bitune: its oracle is itself in float32.
+        oracle = "lora" if provider == "lora" else "one-pass[reference]"
+        if oracle not in self.oracle:
+            with common.float32_inference(self.model):
+                self.oracle[oracle] = self._outputs(oracle)
+        expected, found = self.oracle[oracle], self._outputs(provider)
+        return {
+            name: max(common.relative_error(f, e) for f, e in zip(found[name], expected[name], strict=True))
+            for name in self.outputs
+        }
+
+    def _outputs(self, provider: str) -> dict[str, list[torch.Tensor]]:
+        """The next-token logits of each sample, and each layer's keys and values at the real tokens."""
+        out = self.run(provider)
+        cache = []
+        for layer in out.past_key_values.layers:
+            for x in (
+                layer.keys,
+                layer.values,
+            ):  # [batch, heads, seq, head_dim]; a sliding layer keeps fewer tokens
+                real = self.mask[:, -x.shape[2] :].bool()
+                cache.append(x.transpose(1, 2)[real])
+        return {"logits": list(out.logits[:, -1]), "cache": cache}
+
+    def forget_oracle(self) -> None:
+        self.oracle = {}
+
+
+def parse(argv: list[str] | None):
+    p = common.parser(
+        __doc__.partition("\n")[0],
+        "three-pass, one-pass (the usual backends), one-pass[BACKEND], lora; default: three-pass one-pass lora",
+    )
+    p.add_argument("--batch-sizes", type=int, nargs="+", metavar="B", help="default: 1 4")
+    p.add_argument("--lengths", type=int, nargs="+", metavar="P", help="default: 64 256, on a GPU up to 2048")
+    p.add_argument(
+        "--minutes",
+        type=float,
+        help="leave out shapes that would end later (default: 2.5 on a CPU unless shapes are given)",
+    )
+    args = p.parse_args(argv)
+    setup = common.check_setup(p, args)
+    if args.minutes is not None and not args.minutes > 0:
+        p.error(f"--minutes: expected a number > 0, got {args.minutes}")
+    on_cpu = setup.device.type == "cpu"
+    if args.minutes is None and on_cpu and args.batch_sizes is None and args.lengths is None:
+        args.minutes = 2.5
+    args.batch_sizes = args.batch_sizes or [1, 4]
+    args.lengths = args.lengths or [
+        n for n in ((64, 256) if on_cpu else (64, 256, 1024, 2048)) if n <= setup.max_length
+    ]
+    if bad := [b for b in args.batch_sizes if b < 1]:
+        p.error(f"--batch-sizes: expected numbers >= 1, got {bad[0]}")
+    if bad := [n for n in args.lengths if not 2 <= n <= setup.max_length]:
+        p.error(f"--lengths: expected 2 to {setup.max_length} tokens ({setup.name}), got {bad[0]}")
+    names = args.providers or ["three-pass", "one-pass", "lora"]
+    args.providers, notes = common.choose_providers(p, setup, names, training=False)
+    return args, setup, notes
+
+
+def main(argv: list[str] | None = None) -> int:
+    start = time.perf_counter()
+    args, setup, notes = parse(argv)
+    print(EXPLANATION)
+    results, facts, text, model, dims = common.prepare("prefill", args, setup, notes, Prefill.outputs)
+    shapes = sorted({(b, n) for b in args.batch_sizes for n in args.lengths})
+    right = common.measure(
+        shapes,
+        lambda batch, length: Prefill(model, dims, text, batch, length),
+        args.providers,
+        setup,
+        args,
+        results,
+        facts,
+        deadline=None if args.minutes is None else start + 60 * args.minutes,
+    )
+    common.finish(results, f"prefill: {common.title(setup, facts)}")
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""A training step of Bitune on ragged samples: the authors' schedule, three passes, one pass, plain LoRA.
+
+A step is forward and backward, without an optimizer. The default on a GPU is the paper's update: 10 samples of up
+to 512 tokens; prompts are instructions, answers cuts of other instructions. A provider whose loss or gradients
+disagree with the reference backend in float32 is not timed. Rows go to <out>/train_step.csv, a plot of this run to
+<out>/train_step.png.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import common
+import torch
+
+EXPLANATION = """\
+One update's forward and backward passes: authors-schedule runs three passes sample by sample, three-pass the padded
+batch, one-pass[backend] the rows of all samples at once. The unit of cost is lora, one plain LoRA step.
+"""
+
+
+class TrainStep(common.Case):
+    """Samples padded on the right; the loss is the mean over all answer tokens."""
+
+    outputs = ("loss", "gradient")
+
+    def __init__(self, model, dims: common.Dims, text: common.Text, batch: int, length: int):
+        self.model, self.batch, self.length = model, batch, length
+        samples = text.samples(batch, length)
+        rows = [prompt + answer for prompt, answer in samples]
+        labels = [[-100] * len(prompt) + answer for prompt, answer in samples]
+        self.device = next(model.parameters()).device
+        self.ids, self.mask = (x.to(self.device) for x in common.padded(rows, "right"))
+        self.labels = common.padded(labels, "right", fill=-100)[0].to(self.device)
+        self.lengths = [len(row) for row in rows]
+        answers = [len(answer) for _, answer in samples]
+        self.weights = [a / sum(answers) for a in answers]  # of each sample's mean loss
+        self.tokens = sum(self.lengths)
+        self.padding = 1 - self.tokens / self.ids.numel()
+        self.floor = common.floor(
+            dims, [len(prompt) - 1 for prompt, _ in samples], [a + 1 for a in answers], training=True
+        )
+        self.oracle = {}
+
+    def run(self, provider: str) -> torch.Tensor:
+        self.model.zero_grad(set_to_none=True)
+        with common.scope(self.model, provider):
+            if provider != "authors-schedule":
+                return self._step(self.ids, self.mask, self.labels)
+            losses = []
+            for b, (length, weight) in enumerate(zip(self.lengths, self.weights, strict=True)):
+                sample = slice(b, b + 1), slice(0, length)
+                losses.append(self._step(self.ids[sample], None, self.labels[sample], weight))
+            return torch.stack(losses).sum()
+
+    def _step(self, ids, mask, labels, weight: float = 1.0) -> torch.Tensor:
+        loss = self.model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss * weight
+        loss.backward()
+        return loss.detach()
+
+    def errors(self, provider: str) -> dict[str, float]:
+        # What LoRA learns is not what Bitune learns: its oracle is itself in float32.
+        oracle = "lora" if provider == "lora" else "one-pass[reference]"
+        if oracle not in self.oracle:
+            with common.float32_weights(self.model):
+                self.oracle[oracle] = self._outputs(oracle)
+        (loss, gradient), (found_loss, found_gradient) = self.oracle[oracle], self._outputs(provider)
+        return {
+            "loss": common.relative_error(found_loss, loss),
+            "gradient": common.relative_error(found_gradient, gradient),
+        }
+
+    def _outputs(self, provider: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss, and all gradients as one vector; 0 where a provider has none."""
+        loss = self.run(provider).float()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+        vector = torch.cat([g.float().flatten() for g in gradients])
+        self.model.zero_grad(set_to_none=True)
+        return loss, vector
+
+    def forget_oracle(self) -> None:
+        self.oracle = {}
+
+
+def parse(argv: list[str] | None):
+    p = common.parser(
+        __doc__.partition("\n")[0],
+        "authors-schedule, three-pass, one-pass (the usual backends), one-pass[BACKEND], lora; default: all of these",
+    )
+    p.add_argument("--samples", type=int, nargs="+", metavar="B", help="default: 10; on a CPU 4")
+    p.add_argument("--max-lengths", type=int, nargs="+", metavar="L", help="default: 512; on a CPU 128")
+    args = p.parse_args(argv)
+    setup = common.check_setup(p, args)
+    on_cpu = setup.device.type == "cpu"
+    args.samples = args.samples or [4 if on_cpu else 10]
+    args.max_lengths = args.max_lengths or [min(128 if on_cpu else 512, setup.max_length)]
+    if bad := [b for b in args.samples if b < 1]:
+        p.error(f"--samples: expected numbers >= 1, got {bad[0]}")
+    if bad := [n for n in args.max_lengths if not 4 <= n <= setup.max_length]:
+        p.error(f"--max-lengths: expected 4 to {setup.max_length} tokens ({setup.name}), got {bad[0]}")
+    names = args.providers or ["authors-schedule", "three-pass", "one-pass", "lora"]
+    extra = ("authors-schedule",)
+    args.providers, notes = common.choose_providers(p, setup, names, extra=extra, training=True)
+    return args, setup, notes
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, setup, notes = parse(argv)
+    print(EXPLANATION)
+    results, facts, text, model, dims = common.prepare("train_step", args, setup, notes, TrainStep.outputs)
+    model.train()
+    right = common.measure(
+        sorted({(b, n) for b in args.samples for n in args.max_lengths}),
+        lambda batch, length: TrainStep(model, dims, text, batch, length),
+        args.providers,
+        setup,
+        args,
+        results,
+        facts,
+    )
+    common.finish(results, f"training step: {common.title(setup, facts)}")
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

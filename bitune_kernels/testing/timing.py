@@ -1,0 +1,170 @@
+"""How all benchmarks time and what they say about the machine."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one provider, one value per round."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def rounds(self) -> int:
+        return len(self.seconds)
+
+    def quantile(self, q: float) -> float:
+        """The q-quantile, linear between neighbours."""
+        values = sorted(self.seconds)
+        low, rest = divmod(q * (len(values) - 1), 1)
+        low = int(low)
+        return values[low] + rest * (values[min(low + 1, len(values) - 1)] - values[low])
+
+    def ratio(self, unit: Timing) -> float:
+        """How many times ``unit`` this takes: the median over rounds, where a drifting machine cancels."""
+        return statistics.median(a / b for a, b in zip(self.seconds, unit.seconds, strict=True))
+
+
+def interleaved(
+    providers: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float,
+    min_rounds: int = 3,
+    warmup: int = 1,
+    device: torch.device | str = "cpu",
+    progress: Callable[[float], object] | None = None,
+) -> dict[str, Timing]:
+    """Time functions in turns: a round calls each of them once, and each round starts with another one.
+
+    Args:
+        providers: name -> function without arguments.
+        seconds: rounds go on for this long, warm-up not counted.
+        min_rounds: and at least so many.
+        warmup: rounds that are not recorded.
+        device: "cuda": CUDA events on an idle device, launch gaps included; else the wall clock.
+        progress: called after every round with the share that is done, in [0, 1].
+
+    Returns:
+        name -> Timing, all with the same number of rounds.
+    """
+    if not providers:
+        raise ValueError("providers: expected at least one function, got none")
+    if min_rounds < 1 or warmup < 0:
+        raise ValueError(f"min_rounds, warmup: expected >= 1 and >= 0, got {min_rounds} and {warmup}")
+    clock = _event_time if torch.device(device).type == "cuda" else _wall_time
+    names = list(providers)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()  # a collection would be charged to whoever happens to run
+    try:
+        for _ in range(warmup):
+            for name in names:
+                providers[name]()
+        start, rounds, elapsed = time.perf_counter(), 0, 0.0
+        while rounds < min_rounds or elapsed < seconds:
+            first = rounds % len(names)
+            for name in names[first:] + names[:first]:
+                times[name].append(clock(providers[name]))
+            rounds, elapsed = rounds + 1, time.perf_counter() - start
+            if progress is not None:
+                progress(min(1.0, rounds / min_rounds, elapsed / seconds if seconds > 0 else 1.0))
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: Timing(tuple(values)) for name, values in times.items()}
+
+
+def _wall_time(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _event_time(function) -> float:
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def provenance(device: torch.device | str = "cpu") -> dict[str, str | int]:
+    """Where, when and with what a number was measured; "" for what this machine doesn't have."""
+    from .. import __version__
+
+    sha, dirty = _git()
+    return {
+        "timestamp_utc": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "bitune_kernels": __version__,
+        "git_sha": sha,
+        "git_dirty": dirty,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
+        "peft": _version("peft"),
+        "python": platform.python_version(),
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        **_gpu(torch.device(device)),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _run(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git() -> tuple[str, int | str]:
+    # Only the repository that this file belongs to: an installed package may lie inside a foreign one.
+    root = Path(__file__).resolve().parents[2]
+    git = ("git", "-C", str(root))
+    if _run(*git, "ls-files", "--error-unmatch", "bitune_kernels/__init__.py") is None:
+        return "", ""
+    # A benchmark's own results don't change what is measured.
+    changed = _run(*git, "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+    return _run(*git, "rev-parse", "HEAD") or "", "" if changed is None else int(bool(changed))
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _gpu(device: torch.device) -> dict[str, str]:
+    if device.type != "cuda":
+        return {"gpu": "", "driver": "", "cuda": torch.version.cuda or ""}
+    driver = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or ""
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "driver": driver.partition("\n")[0],
+        "cuda": torch.version.cuda or "",
+    }

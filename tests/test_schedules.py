@@ -1,0 +1,59 @@
+"""Switching a Bitune model's schedule, backend and second stream for the length of a with block."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from tests import tiny
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(input_ids=ids, logits_to_keep=1).logits
+
+
+def test_every_schedule_and_backend_computes_the_same():
+    model = tiny.bitune_model().eval()
+    ids = torch.arange(3, 14)[None]
+    expected, before = logits(model, ids), model.bitune_config
+    for changes in ({"use_fused": False}, {"backend": "reference"}, {"use_fused": True, "backend": "sdpa"}, {}):
+        with model.use_schedule(**changes):
+            assert all(getattr(model.bitune_config, name) == value for name, value in changes.items())
+            torch.testing.assert_close(logits(model, ids), expected, rtol=1e-4, atol=1e-5)
+        assert model.bitune_config is before
+    with pytest.raises(ValueError, match="backend: expected one of"), model.use_schedule(backend="abacus"):
+        pass
+    with pytest.raises(RuntimeError, match="inside"), model.use_schedule(use_fused=False):
+        raise RuntimeError("inside")
+    assert model.bitune_config is before
+
+
+def test_three_passes_call_the_backbone_three_times():
+    model = tiny.bitune_model().eval()
+    calls = []
+    model.get_base_model().model.layers[0].register_forward_hook(lambda *args: calls.append(1))
+    for fused, count in ((True, 1), (False, 3)):
+        calls.clear()
+        with model.use_schedule(use_fused=fused):
+            logits(model, torch.arange(3, 9)[None])
+        assert len(calls) == count
+
+
+def test_without_bitune_it_is_the_plain_peft_model():
+    model = tiny.bitune_model().eval()
+    plain = get_peft_model(tiny.base_model(), tiny.lora()).eval()
+    with torch.no_grad():
+        weights = dict(model.named_parameters())
+        for name, parameter in plain.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(weights[name.replace(".default.", ".causal.")])
+    ids = torch.arange(3, 14)[None]
+    labels = ids.clone()
+    labels[:, :4] = -100
+    with model.disable_bitune():
+        torch.testing.assert_close(logits(model, ids), logits(plain, ids))
+        found, expected = (m(input_ids=ids, labels=labels).loss for m in (model, plain))
+        torch.testing.assert_close(found, expected)
+    assert (logits(model, ids) - logits(plain, ids)).abs().max() > 1e-2
