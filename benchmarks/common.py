@@ -497,7 +497,9 @@ def dims_of(base: torch.nn.Module) -> Dims:
 
 @dataclass(frozen=True)
 class Floor:
-    """What one pass must cost at least, in units of the plain LoRA pass that is timed beside it.
+    """What one pass must compute, in units of the plain LoRA pass that is timed beside it.
+
+    It bounds the time where both are bound by FLOPs; short prompts are bound by launches and by reading weights.
 
     Attributes:
         rows: (2P + A) / (P + A): rows of linear layers over tokens, nothing else.
@@ -721,7 +723,8 @@ COLUMNS = (
     ("error", 7),
 )
 LEGEND = """\
-speedup: over three-pass.  x LoRA: cost in plain LoRA passes.  floor: the least that can be, FLOPs of the linears.
+speedup: over three-pass.  x LoRA: cost in plain LoRA passes.  floor: the same in FLOPs of linear layers alone, which
+the time can pass below where both are bound by overhead or memory.
 MiB: peak of the allocator.  error: of the worst output, relative, against the reference backend in float32."""
 
 
@@ -837,7 +840,7 @@ def plot(path: Path, rows: Sequence[dict], title: str) -> None:
     axes.set_xlabel("batch x length")
     axes.set_ylabel("cost in plain LoRA passes (lower is better)")
     axes.set_title(title, fontsize=9)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
