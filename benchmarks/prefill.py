@@ -9,8 +9,12 @@ from __future__ import annotations
 import sys
 import time
 
-import common
 import torch
+from common.floor import Dims, floor
+from common.models import float32_inference, scope
+from common.report import finish
+from common.run import Case, check_setup, choose_providers, measure, parser, prepare, relative_error, title
+from common.text import Text, padded
 
 EXPLANATION = """\
 A prompt runs through Bitune's two streams (two LoRA adapters) and leaves one mixed cache: three-pass calls the model
@@ -18,36 +22,36 @@ three times for that, one-pass[backend] once. The unit of cost is lora, one plai
 """
 
 
-class Prefill(common.Case):
+class Prefill(Case):
     """Prompts, padded on the left as generate() has them."""
 
     outputs = ("logits", "cache")
 
-    def __init__(self, model, dims: common.Dims, text: common.Text, batch: int, length: int):
+    def __init__(self, model, dims: Dims, text: Text, batch: int, length: int):
         self.model, self.batch, self.length = model, batch, length
         rows = text.prompts(batch, length)
         lengths = [len(row) for row in rows]
         device = next(model.parameters()).device
-        self.ids, self.mask = (x.to(device) for x in common.padded(rows, "left"))
+        self.ids, self.mask = (x.to(device) for x in padded(rows, "left"))
         self.tokens = sum(lengths)
         self.padding = 1 - self.tokens / self.ids.numel()
-        self.floor = common.floor(dims, [n - 1 for n in lengths], [1] * batch, training=False)
+        self.floor = floor(dims, [n - 1 for n in lengths], [1] * batch, training=False)
         self.oracle = {}
 
     @torch.no_grad()
     def run(self, provider: str):
-        with common.scope(self.model, provider):
+        with scope(self.model, provider):
             return self.model(input_ids=self.ids, attention_mask=self.mask, use_cache=True, logits_to_keep=1)
 
     def errors(self, provider: str) -> dict[str, float]:
         # What LoRA computes is not Bitune: its oracle is itself in float32.
         oracle = "lora" if provider == "lora" else "one-pass[reference]"
         if oracle not in self.oracle:
-            with common.float32_inference(self.model):
+            with float32_inference(self.model):
                 self.oracle[oracle] = self._outputs(oracle)
         expected, found = self.oracle[oracle], self._outputs(provider)
         return {
-            name: max(common.relative_error(f, e) for f, e in zip(found[name], expected[name], strict=True))
+            name: max(relative_error(f, e) for f, e in zip(found[name], expected[name], strict=True))
             for name in self.outputs
         }
 
@@ -69,7 +73,7 @@ class Prefill(common.Case):
 
 
 def parse(argv: list[str] | None):
-    p = common.parser(
+    p = parser(
         __doc__.partition("\n")[0],
         "three-pass, one-pass (the usual backends), one-pass[BACKEND], lora; default: three-pass one-pass lora",
     )
@@ -81,7 +85,7 @@ def parse(argv: list[str] | None):
         help="leave out shapes that would end later (default: 2.5 on a CPU unless shapes are given)",
     )
     args = p.parse_args(argv)
-    setup = common.check_setup(p, args)
+    setup = check_setup(p, args)
     if args.minutes is not None and not args.minutes > 0:
         p.error(f"--minutes: expected a number > 0, got {args.minutes}")
     on_cpu = setup.device.type == "cpu"
@@ -96,7 +100,7 @@ def parse(argv: list[str] | None):
     if bad := [n for n in args.lengths if not 2 <= n <= setup.max_length]:
         p.error(f"--lengths: expected 2 to {setup.max_length} tokens ({setup.name}), got {bad[0]}")
     names = args.providers or ["three-pass", "one-pass", "lora"]
-    args.providers, notes = common.choose_providers(p, setup, names, training=False)
+    args.providers, notes = choose_providers(p, setup, names, training=False)
     return args, setup, notes
 
 
@@ -104,9 +108,9 @@ def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     args, setup, notes = parse(argv)
     print(EXPLANATION)
-    results, facts, text, model, dims = common.prepare("prefill", args, setup, notes, Prefill.outputs)
+    results, facts, text, model, dims = prepare("prefill", args, setup, notes, Prefill.outputs)
     shapes = sorted({(b, n) for b in args.batch_sizes for n in args.lengths})
-    right = common.measure(
+    right = measure(
         shapes,
         lambda batch, length: Prefill(model, dims, text, batch, length),
         args.providers,
@@ -116,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
         facts,
         deadline=None if args.minutes is None else start + 60 * args.minutes,
     )
-    common.finish(results, f"prefill: {common.title(setup, facts)}")
+    finish(results, f"prefill: {title(setup, facts)}")
     return 0 if right else 1
 
 

@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import sys
 
-import common
 import torch
+from common.floor import Dims, floor
+from common.models import float32_weights, scope
+from common.report import finish
+from common.run import Case, check_setup, choose_providers, measure, parser, prepare, relative_error, title
+from common.text import Text, padded
 
 EXPLANATION = """\
 One update's forward and backward passes: authors-schedule runs three passes sample by sample, three-pass the padded
@@ -19,32 +23,30 @@ batch, one-pass[backend] the rows of all samples at once. The unit of cost is lo
 """
 
 
-class TrainStep(common.Case):
+class TrainStep(Case):
     """Samples padded on the right; the loss is the mean over all answer tokens."""
 
     outputs = ("loss", "gradient")
 
-    def __init__(self, model, dims: common.Dims, text: common.Text, batch: int, length: int):
+    def __init__(self, model, dims: Dims, text: Text, batch: int, length: int):
         self.model, self.batch, self.length = model, batch, length
         samples = text.samples(batch, length)
         rows = [prompt + answer for prompt, answer in samples]
         labels = [[-100] * len(prompt) + answer for prompt, answer in samples]
         self.device = next(model.parameters()).device
-        self.ids, self.mask = (x.to(self.device) for x in common.padded(rows, "right"))
-        self.labels = common.padded(labels, "right", fill=-100)[0].to(self.device)
+        self.ids, self.mask = (x.to(self.device) for x in padded(rows, "right"))
+        self.labels = padded(labels, "right", fill=-100)[0].to(self.device)
         self.lengths = [len(row) for row in rows]
         answers = [len(answer) for _, answer in samples]
         self.weights = [a / sum(answers) for a in answers]  # of each sample's mean loss
         self.tokens = sum(self.lengths)
         self.padding = 1 - self.tokens / self.ids.numel()
-        self.floor = common.floor(
-            dims, [len(prompt) - 1 for prompt, _ in samples], [a + 1 for a in answers], training=True
-        )
+        self.floor = floor(dims, [len(prompt) - 1 for prompt, _ in samples], [a + 1 for a in answers], training=True)
         self.oracle = {}
 
     def run(self, provider: str) -> torch.Tensor:
         self.model.zero_grad(set_to_none=True)
-        with common.scope(self.model, provider):
+        with scope(self.model, provider):
             if provider != "authors-schedule":
                 return self._step(self.ids, self.mask, self.labels)
             losses = []
@@ -62,12 +64,12 @@ class TrainStep(common.Case):
         # What LoRA learns is not what Bitune learns: its oracle is itself in float32.
         oracle = "lora" if provider == "lora" else "one-pass[reference]"
         if oracle not in self.oracle:
-            with common.float32_weights(self.model):
+            with float32_weights(self.model):
                 self.oracle[oracle] = self._outputs(oracle)
         (loss, gradient), (found_loss, found_gradient) = self.oracle[oracle], self._outputs(provider)
         return {
-            "loss": common.relative_error(found_loss, loss),
-            "gradient": common.relative_error(found_gradient, gradient),
+            "loss": relative_error(found_loss, loss),
+            "gradient": relative_error(found_gradient, gradient),
         }
 
     def _outputs(self, provider: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,14 +86,14 @@ class TrainStep(common.Case):
 
 
 def parse(argv: list[str] | None):
-    p = common.parser(
+    p = parser(
         __doc__.partition("\n")[0],
         "authors-schedule, three-pass, one-pass (the usual backends), one-pass[BACKEND], lora; default: all of these",
     )
     p.add_argument("--samples", type=int, nargs="+", metavar="B", help="default: 10; on a CPU 4")
     p.add_argument("--max-lengths", type=int, nargs="+", metavar="L", help="default: 512; on a CPU 128")
     args = p.parse_args(argv)
-    setup = common.check_setup(p, args)
+    setup = check_setup(p, args)
     on_cpu = setup.device.type == "cpu"
     args.samples = args.samples or [4 if on_cpu else 10]
     args.max_lengths = args.max_lengths or [min(128 if on_cpu else 512, setup.max_length)]
@@ -101,16 +103,16 @@ def parse(argv: list[str] | None):
         p.error(f"--max-lengths: expected 4 to {setup.max_length} tokens ({setup.name}), got {bad[0]}")
     names = args.providers or ["authors-schedule", "three-pass", "one-pass", "lora"]
     extra = ("authors-schedule",)
-    args.providers, notes = common.choose_providers(p, setup, names, extra=extra, training=True)
+    args.providers, notes = choose_providers(p, setup, names, extra=extra, training=True)
     return args, setup, notes
 
 
 def main(argv: list[str] | None = None) -> int:
     args, setup, notes = parse(argv)
     print(EXPLANATION)
-    results, facts, text, model, dims = common.prepare("train_step", args, setup, notes, TrainStep.outputs)
+    results, facts, text, model, dims = prepare("train_step", args, setup, notes, TrainStep.outputs)
     model.train()
-    right = common.measure(
+    right = measure(
         sorted({(b, n) for b in args.samples for n in args.max_lengths}),
         lambda batch, length: TrainStep(model, dims, text, batch, length),
         args.providers,
@@ -119,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
         results,
         facts,
     )
-    common.finish(results, f"training step: {common.title(setup, facts)}")
+    finish(results, f"training step: {title(setup, facts)}")
     return 0 if right else 1
 
 

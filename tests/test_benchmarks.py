@@ -20,7 +20,10 @@ for _needed in ("matplotlib", "tokenizers", "tqdm"):
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-common, prefill, train_step = (importlib.import_module(name) for name in ("common", "prefill", "train_step"))
+common_floor, common_models, common_run, common_text = (
+    importlib.import_module(f"common.{name}") for name in ("floor", "models", "run", "text")
+)
+prefill, train_step = (importlib.import_module(name) for name in ("prefill", "train_step"))
 
 # One thread, so that tests in parallel don't wait for each other's threads.
 QUICK = ["--threads", "1", "--model", "tiny", "--device", "cpu", "--seconds", "0", "--min-rounds", "2", "--warmup", "0"]
@@ -51,14 +54,14 @@ def threads():
 
 @pytest.fixture(scope="module")
 def base():
-    p = common.parser("", "")
+    p = common_run.parser("", "")
     args = p.parse_args(["--model", "tiny", "--dtype", "float32", "--device", "cpu"])
-    return common.load_base(common.check_setup(p, args))
+    return common_models.load_base(common_run.check_setup(p, args))
 
 
 @pytest.fixture(scope="module")
 def text():
-    return common.Text(BENCHMARKS / "instructions.jsonl", 512)
+    return common_text.Text(BENCHMARKS / "instructions.jsonl", 512)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -105,12 +108,12 @@ def test_rows_are_appended_and_other_columns_are_refused(tmp_path):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_wrong_provider_is_not_timed(name, tmp_path, capsys, monkeypatch):
-    scope = common.scope
+    scope = common_models.scope
 
     def three_pass_without_its_bidirectional_stream(model, provider):
         return model.disable_bitune() if provider == "three-pass" else scope(model, provider)
 
-    monkeypatch.setattr(common, "scope", three_pass_without_its_bidirectional_stream)
+    monkeypatch.setattr(SCRIPTS[name], "scope", three_pass_without_its_bidirectional_stream)
     assert run(name, tmp_path) == 1
     assert "not timed: three-pass differs from the oracle" in capsys.readouterr().out
     assert "three-pass" not in {row["provider"] for row in rows_of(tmp_path / f"{name}.csv")}
@@ -125,7 +128,7 @@ def test_an_interrupted_run_keeps_what_is_done(tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
         return timing.interleaved(*args, **kwargs)
 
-    monkeypatch.setattr(common, "interleaved", interrupted)
+    monkeypatch.setattr(common_run, "interleaved", interrupted)
     assert run("prefill", tmp_path, "--providers", "three-pass", "lora") == 0
     assert "interrupted" in capsys.readouterr().out
     assert [row["batch"] for row in rows_of(tmp_path / "prefill.csv")] == ["1", "1"]
@@ -154,7 +157,7 @@ def test_a_time_limit_leaves_out_the_larger_shapes(tmp_path, capsys):
         ("prefill", ["--providers", "two-pass"], "--providers: expected names of three-pass, lora, one-pass"),
         ("prefill", ["--providers", "one-pass[sparse]"], "--providers: expected names of"),
         ("prefill", ["--instructions", "nowhere.jsonl"], "--instructions: nowhere.jsonl is not a file"),
-        ("prefill", ["--out", str(BENCHMARKS / "common.py")], "--out: expected a folder"),
+        ("prefill", ["--out", str(BENCHMARKS / "prefill.py")], "--out: expected a folder"),
         ("prefill", ["--dtype", "int8"], "--dtype: invalid choice"),
         ("train_step", ["--samples", "0"], "--samples: expected numbers >= 1"),
         ("train_step", ["--max-lengths", "3"], "--max-lengths: expected 4 to 2048"),
@@ -179,7 +182,7 @@ def test_a_model_folder_brings_its_own_tokenizer(base, tmp_path, capsys):
     from transformers import PreTrainedTokenizerFast
 
     texts = ["one two three four five six seven", "eight nine ten"]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=common._train_bpe(texts), bos_token="o")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=common_text._train_bpe(texts), bos_token="o")
     folder = tmp_path / "model"
     base.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -211,33 +214,33 @@ def test_samples_fit_and_have_both_parts(text):
 
 def test_padding_sides():
     for side, first in (("left", [0, 1, 2]), ("right", [1, 2, 0])):
-        tokens, mask = common.padded([[1, 2], [3, 4, 5]], side)
+        tokens, mask = common_text.padded([[1, 2], [3, 4, 5]], side)
         assert tokens.tolist() == [first, [3, 4, 5]]
         assert mask.tolist() == [[int(t > 0) for t in first], [1, 1, 1]]
 
 
 def test_floor_against_a_count_by_hand():
-    dims = common.Dims(layers=3, linear=100, linear_kv=20, head=50, heads_q=2, head_dim=4)
+    dims = common_floor.Dims(layers=3, linear=100, linear_kv=20, head=50, heads_q=2, head_dim=4)
     # One sample, 4 prompt tokens: 3 in each stream and the last one as the answer segment.
     rows = 3 + 3 + 1
     one_pass = 2 * (2 * 100 * rows + 20 * rows + 80 * 1 + 50 * 1)
     lora = 2 * (3 * 100 * 4 + 50 * 1)
     pairs = 3 * 3 + (1 + 2 + 3) + 4
     attention = 4 * 2 * 4 * (2 * pairs + 4), 4 * 2 * 4 * 3 * (1 + 2 + 3 + 4)
-    found = common.floor(dims, [3], [1], training=False)
+    found = common_floor.floor(dims, [3], [1], training=False)
     assert found.rows == pytest.approx(7 / 4)
     assert found.linear == pytest.approx(one_pass / lora)
     assert found.attention == pytest.approx((one_pass + attention[0]) / (lora + attention[1]))
 
     # Two samples, of which the second is padded from 2 to 6 places in the LoRA step; its loss needs every row's logits.
-    found = common.floor(dims, [3, 0], [3, 2], training=True)
+    found = common_floor.floor(dims, [3, 0], [3, 2], training=True)
     one_pass = 2 * (2 * 100 * (9 + 2) + 20 * (9 + 2) + 80 * (3 + 2) + 50 * (3 + 2))
     assert found.rows == pytest.approx((9 + 2) / (6 + 2))
     assert found.linear == pytest.approx(one_pass / (2 * (3 * 100 * 12 + 50 * 12)))
 
 
 def test_dimensions_are_those_that_torch_counts(base):
-    dims = common.dims_of(base)
+    dims = common_floor.dims_of(base)
     ids = torch.arange(10).view(2, 5)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         base(input_ids=ids, logits_to_keep=1)
@@ -247,25 +250,25 @@ def test_dimensions_are_those_that_torch_counts(base):
     assert (dims.linear_kv, dims.heads_q, dims.head_dim) == (2 * 64 * 2 * 16, 4, 16)
 
 
-@pytest.mark.parametrize("name", common.MODELS)
+@pytest.mark.parametrize("name", common_models.MODELS)
 def test_every_model_is_known_to_transformers(name):
-    p = common.parser("", "")
-    setup = common.check_setup(p, p.parse_args(["--model", name, "--layers", "1", "--dtype", "float32"]))
+    p = common_run.parser("", "")
+    setup = common_run.check_setup(p, p.parse_args(["--model", name, "--layers", "1", "--dtype", "float32"]))
     with torch.device("meta"):
-        model = common.AutoModelForCausalLM.from_config(setup.config)
+        model = common_models.AutoModelForCausalLM.from_config(setup.config)
     assert len(list(model.get_decoder().layers)) == setup.layers == 1
-    assert common.dims_of(model).head_dim == {"tiny": 16, "small": 64, "phi-2": 80}.get(
+    assert common_floor.dims_of(model).head_dim == {"tiny": 16, "small": 64, "phi-2": 80}.get(
         name, 256 if "gemma" in name else 128
     )
 
 
 def test_the_oracle_leaves_the_weights_as_they_were(text):
-    p = common.parser("", "")
-    setup = common.check_setup(p, p.parse_args(["--model", "tiny", "--dtype", "bfloat16", "--device", "cpu"]))
-    model = common.attach(common.load_base(setup))
+    p = common_run.parser("", "")
+    setup = common_run.check_setup(p, p.parse_args(["--model", "tiny", "--dtype", "bfloat16", "--device", "cpu"]))
+    model = common_models.attach(common_models.load_base(setup))
     before = {name: parameter.clone() for name, parameter in model.state_dict().items()}
     ids = torch.tensor([text.prompts(1, 12)[0]])
-    for inside in (common.float32_inference, common.float32_weights):
+    for inside in (common_models.float32_inference, common_models.float32_weights):
         with inside(model), torch.no_grad():
             assert model(input_ids=ids).logits.dtype == torch.float32
         after = model.state_dict()
@@ -274,11 +277,11 @@ def test_the_oracle_leaves_the_weights_as_they_were(text):
 
 def test_errors_are_relative_and_never_nan():
     expected = torch.tensor([3.0, 4.0])
-    assert common.relative_error(torch.tensor([3.0, 3.0]), expected) == pytest.approx(0.2)
-    assert common.relative_error(torch.tensor([3.0, float("nan")]), expected) == float("inf")
+    assert common_run.relative_error(torch.tensor([3.0, 3.0]), expected) == pytest.approx(0.2)
+    assert common_run.relative_error(torch.tensor([3.0, float("nan")]), expected) == float("inf")
     for error in (0.3, float("nan"), float("inf")):
-        with pytest.raises(common.Wrong, match="one-pass differs from the oracle"):
-            common.check_errors("one-pass", {"logits": error}, {"logits": 0.2})
+        with pytest.raises(common_run.Wrong, match="one-pass differs from the oracle"):
+            common_run.check_errors("one-pass", {"logits": error}, {"logits": 0.2})
 
 
 def test_interleaved_gives_every_provider_each_place():

@@ -1,0 +1,103 @@
+"""The least that a pass can cost, in FLOPs and in plain LoRA passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Dims:
+    """What a forward multiplies: parameters of linear layers, and the size of a score's dot product."""
+
+    layers: int
+    linear: int  # of all linears of a layer
+    linear_kv: int  # of its key and value projections
+    head: int  # of the output matrix
+    heads_q: int
+    head_dim: int
+
+
+def head_dim_of(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def dims_of(base: torch.nn.Module) -> Dims:
+    """The dimensions of a decoder whose layers are alike; ask before it has adapters."""
+    config = base.config.get_text_config()
+    layers = next(m for m in base.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))
+    heads_kv = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return Dims(
+        layers=len(layers),
+        linear=sum(m.weight.numel() for m in layers[-1].modules() if isinstance(m, torch.nn.Linear)),
+        linear_kv=2 * config.hidden_size * heads_kv * head_dim_of(config),
+        head=base.get_output_embeddings().weight.numel(),
+        heads_q=config.num_attention_heads,
+        head_dim=head_dim_of(config),
+    )
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What one pass must compute, in units of the plain LoRA pass that is timed beside it.
+
+    It bounds the time where both are bound by FLOPs; short prompts are bound by launches and by reading weights.
+
+    Attributes:
+        rows: (2P + A) / (P + A): rows of linear layers over tokens, nothing else.
+        linear: FLOPs of the linear layers as they have to run: the prompt's rows stop at the last layer's keys
+            and values, the output matrix sees the rows it must, and the LoRA pass computes its padding.
+        attention: the same with the attention's FLOPs, the pairs that the masks show.
+    """
+
+    rows: float
+    linear: float
+    attention: float
+
+
+def floor(dims: Dims, prompts: Sequence[int], answers: Sequence[int], *, training: bool) -> Floor:
+    """The floor of a batch of n prompt rows per stream and a answer rows per sample.
+
+    Per sample one pass has 2n + a rows in every layer, of which the 2n prompt rows end at the last layer's keys
+    and values; the prompt attends to itself, n^2 pairs bidirectional and n (n + 1) / 2 causal, and the answer to
+    prompt and answer. In prefill a = 1, the last prompt token. The LoRA pass has batch x width rows in all
+    layers; its output matrix sees every row in training and one per sample in prefill. With its backward pass a
+    step has twice the FLOPs of frozen linears (gradients of the input only) and three times those of attention.
+    """
+    samples = list(zip(prompts, answers, strict=True))
+    batch, width = len(samples), max(n + a for n, a in samples)
+    answer_pairs = sum(a * n + a * (a + 1) // 2 for n, a in samples)
+    one_pass = _flops(
+        dims,
+        rows=sum(2 * n + a for n, a in samples),
+        last_rows=sum(answers),
+        pairs=sum(n * n + n * (n + 1) // 2 for n, _ in samples) + answer_pairs,
+        last_pairs=answer_pairs,
+        head_rows=sum(answers),
+    )
+    causal = batch * width * (width + 1) // 2
+    lora = _flops(
+        dims,
+        rows=batch * width,
+        last_rows=batch * width,
+        pairs=causal,
+        last_pairs=causal,
+        head_rows=batch * width if training else batch,
+    )
+    linear, attention = (2, 3) if training else (1, 1)
+    totals = [linear * flops[0] + attention * flops[1] for flops in (one_pass, lora)]
+    return Floor(
+        rows=sum(2 * n + a for n, a in samples) / sum(n + a for n, a in samples),
+        linear=one_pass[0] / lora[0],
+        attention=totals[0] / totals[1],
+    )
+
+
+def _flops(dims: Dims, *, rows, last_rows, pairs, last_pairs, head_rows) -> tuple[int, int]:
+    """FLOPs of linears and of attention in one forward."""
+    before = dims.layers - 1
+    last = dims.linear_kv * rows + (dims.linear - dims.linear_kv) * last_rows
+    linear = 2 * (before * dims.linear * rows + last + dims.head * head_rows)
+    return linear, 4 * dims.heads_q * dims.head_dim * (before * pairs + last_pairs)

@@ -1,0 +1,336 @@
+"""From the arguments to the measurements: what can run, whether it is right, how long it takes."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bitune_kernels import backends
+from bitune_kernels.testing.timing import interleaved, provenance
+
+from .floor import Floor, dims_of, head_dim_of
+from .models import MODELS, Setup, attach, default_dtype, find_device, load_base, model_config
+from .report import CASE_FIELDS, TIME_FIELDS, Results, measurements, table_head, table_line
+from .text import Text
+
+BENCHMARKS = Path(__file__).resolve().parents[1]
+DTYPES = ("bfloat16", "float16", "float32")
+# A provider may be off by twice the error of the reference backend in the same dtype, or by this much: relative,
+# norm of the difference over norm. A mask that is wrong in one layer of many shows as several percent.
+SMALLEST_BOUND = {"bfloat16": 2 * 2**-7, "float16": 2 * 2**-10, "float32": 1e-4}
+
+
+def parser(description: str, providers: str) -> argparse.ArgumentParser:
+    """The options that all benchmarks of whole models have."""
+    p = argparse.ArgumentParser(description=description)
+    p.add_argument("--model", default="small", help=f"{', '.join(MODELS)} (random weights) or a model's folder")
+    p.add_argument("--layers", type=int, help="cut the model to its first layers (default: all)")
+    p.add_argument("--dtype", choices=DTYPES, help="default: bfloat16; on a CPU float32 where that is faster")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    p.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    p.add_argument("--providers", nargs="+", metavar="NAME", help=providers)
+    p.add_argument("--seconds", type=float, default=10.0, help="of timing per shape (default: 10)")
+    p.add_argument("--min-rounds", type=int, default=3, help="at least (default: 3)")
+    p.add_argument("--warmup", type=int, default=1, help="rounds before that (default: 1)")
+    p.add_argument("--instructions", type=Path, default=BENCHMARKS / "instructions.jsonl", help='lines of {"prompt"}')
+    p.add_argument("--out", type=Path, default=BENCHMARKS / "results", help="folder of CSV file and plot")
+    return p
+
+
+def check_setup(p: argparse.ArgumentParser, args) -> Setup:
+    """Everything about the common arguments that can be wrong, before any work."""
+    for name, value, smallest in (
+        ("threads", args.threads, 1),
+        ("layers", args.layers, 1),
+        ("min-rounds", args.min_rounds, 1),
+        ("warmup", args.warmup, 0),
+        ("seconds", args.seconds, 0),
+    ):
+        if value is not None and not smallest <= value < math.inf:
+            p.error(f"--{name}: expected a number >= {smallest}, got {value}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = find_device(p, args.device)
+    folder, config = model_config(p, args.model)
+    text_config = config.get_text_config()
+    layers = args.layers or text_config.num_hidden_layers
+    if layers > text_config.num_hidden_layers:
+        p.error(f"--layers: expected at most {text_config.num_hidden_layers} ({args.model}), got {layers}")
+    text_config.num_hidden_layers = layers
+    if getattr(text_config, "layer_types", None):
+        text_config.layer_types = text_config.layer_types[:layers]
+    if not args.instructions.is_file():
+        p.error(f"--instructions: {args.instructions} is not a file")
+    if args.out.exists() and not args.out.is_dir():
+        p.error(f"--out: expected a folder, got the file {args.out}")
+    name = args.model if folder is None else folder.resolve().name
+    dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(device)
+    return Setup(name, config, folder, layers, device, dtype)
+
+
+def backend_reasons(setup: Setup, *, training: bool) -> dict[str, str | None]:
+    """Each backend of the package, and why it can't run this model here, or None."""
+    c = setup.text_config
+    call = dict(
+        device=setup.device,
+        dtype=setup.dtype,
+        head_dim=head_dim_of(c),
+        head_dim_v=head_dim_of(c),
+        window=getattr(c, "sliding_window", None),
+        softcap=getattr(c, "attn_logit_softcapping", None),
+        requires_grad=training,
+    )
+    reasons = {}
+    for name in backends.BACKENDS:
+        try:
+            reasons[name] = backends.load(name).unsupported(**call)
+        except (ImportError, RuntimeError) as e:
+            reasons[name] = f"{type(e).__name__}: {_first_line(e)}"
+    return reasons
+
+
+def _first_line(e: Exception) -> str:
+    return str(e).strip().partition("\n")[0]
+
+
+def _usual_backends(reasons: dict[str, str | None], device: torch.device) -> tuple[list[str], list[str]]:
+    """What "one-pass" stands for, and a note on each backend that it leaves out."""
+    chosen, notes = [], []
+    for name, reason in reasons.items():
+        if reason is None and name == "reference":
+            reason = "the oracle, written to be read; ask for it by name"
+        elif reason is None and device.type == "cpu" and name not in backends.AUTO:
+            reason = "compiles for minutes on a CPU; ask for it by name"
+        if reason is None:
+            chosen.append(f"one-pass[{name}]")
+        else:
+            notes.append(f"left out: one-pass[{name}]: {reason}")
+    return chosen, notes
+
+
+def choose_providers(
+    p: argparse.ArgumentParser,
+    setup: Setup,
+    names: Sequence[str],
+    *,
+    extra: Sequence[str] = (),
+    training: bool,
+) -> tuple[list[str], list[str]]:
+    """The providers behind the names of the command line, and a note on each backend that can't run."""
+    reasons = backend_reasons(setup, training=training)
+    single = ("three-pass", "lora", *extra)
+    chosen, notes = [], []
+    for name in names:
+        backend = name[len("one-pass[") : -1] if name.startswith("one-pass[") and name.endswith("]") else None
+        if name == "one-pass":
+            usual, notes = _usual_backends(reasons, setup.device)
+            chosen += usual
+        elif backend in reasons:
+            if reasons[backend] is not None:
+                p.error(f"--providers: {name} can't run here: {reasons[backend]}")
+            chosen.append(name)
+        elif name in single:
+            chosen.append(name)
+        else:
+            known = ", ".join([*single, "one-pass", *(f"one-pass[{b}]" for b in reasons)])
+            p.error(f"--providers: expected names of {known}; got {name!r}")
+    return list(dict.fromkeys(chosen)), notes
+
+
+def prepare(benchmark: str, args, setup: Setup, notes: Sequence[str], outputs: Sequence[str]):
+    """Everything between the arguments and the first measurement, with what it says on the terminal."""
+    facts = provenance(setup.device) | {
+        "benchmark": benchmark,
+        "model": setup.name,
+        "layers": setup.layers,
+        "dtype": setup.dtype_name,
+        "warmup": args.warmup,
+    }
+    fields = [*facts, "text", *CASE_FIELDS, *TIME_FIELDS]
+    fields += [f"{kind}_{name}" for kind in ("error", "bound") for name in outputs]
+    try:
+        results = Results(args.out / f"{benchmark}.csv", fields)
+        text = Text(args.instructions, setup.text_config.vocab_size, setup.folder)
+    except (OSError, ValueError, KeyError) as e:
+        raise SystemExit(f"{benchmark}.py: error: {type(e).__name__}: {e}") from None
+    facts["text"] = text.source
+    print(f"model: {title(setup, facts)}, LoRA r=8 on every linear")
+    print(f"text: {len(text.ids)} instructions, token ids of {text.source}")
+    for note in notes:
+        print(note)
+    try:
+        base = load_base(setup)
+        dims = dims_of(base)
+        model = attach(base)
+    except (OSError, ValueError) as e:
+        raise SystemExit(f"{benchmark}.py: error: {e}") from None
+    return results, facts, text, model, dims
+
+
+def title(setup: Setup, facts: dict) -> str:
+    """Model and machine in one line."""
+    machine = facts["gpu"] or f"{facts['cpu']}, {facts['threads']} threads"
+    return f"{setup.name}, {setup.layers} layers, {setup.dtype_name}, {machine}"
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """|found - expected| / |expected| in float32; infinite where ``found`` is not finite."""
+    if not bool(torch.isfinite(found).all()):
+        return math.inf
+    expected = expected.float()
+    return float((found.float() - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+class Wrong(Exception):
+    """A provider computes something else than the oracle."""
+
+
+def check_errors(provider: str, errors: dict[str, float], bounds: dict[str, float]) -> None:
+    """Refuse a provider that is off by more than rounding explains."""
+    bad = [f"{e:.1e} (bound {bounds[name]:.1e}) in {name}" for name, e in errors.items() if not e <= bounds[name]]
+    if bad:
+        raise Wrong(f"{provider} differs from the oracle by {', '.join(bad)}")
+
+
+def peak_memory_mib(device: torch.device, function) -> float | None:
+    """Peak of the allocator in one call, weights included. None on a CPU: its allocator keeps what was freed."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 2**20
+
+
+class Case:
+    """One shape of a benchmark: its inputs, one call per provider, and what the oracle says.
+
+    Attributes:
+        batch, length: the shape.
+        tokens: real tokens of the batch.
+        padding: share of the padded batch's places that hold none.
+        floor: what one pass must cost.
+        outputs: names of what is compared with the oracle.
+    """
+
+    batch: int
+    length: int
+    tokens: int
+    padding: float
+    floor: Floor
+    outputs: tuple[str, ...]
+
+    def run(self, provider: str) -> object:
+        """One call, the one that is timed."""
+        raise NotImplementedError
+
+    def errors(self, provider: str) -> dict[str, float]:
+        """Run a provider and compare each of its outputs with the oracle."""
+        raise NotImplementedError
+
+    def forget_oracle(self) -> None:
+        """Free what is needed for ``errors`` only."""
+
+
+def case_facts(case: Case) -> dict:
+    """The columns ``CASE_FIELDS``."""
+    floors = (round(x, 4) for x in (case.floor.rows, case.floor.linear, case.floor.attention))
+    values = (case.batch, case.length, case.tokens, round(case.padding, 4), *floors)
+    return dict(zip(CASE_FIELDS, values, strict=True))
+
+
+def measure(
+    shapes: Sequence[tuple[int, int]],
+    make_case: Callable[[int, int], Case],
+    providers: Sequence[str],
+    setup: Setup,
+    args,
+    results: Results,
+    facts: dict,
+    deadline: float | None = None,
+) -> bool:
+    """Check, time and report each shape, smallest first; what is done is on disk when this is interrupted.
+
+    Returns:
+        whether all providers computed what the oracle says.
+    """
+    print(table_head())
+    right, seconds_per_token = True, 0.0
+    bar = tqdm(total=len(shapes), unit="shape", leave=False, disable=None)
+    try:
+        for done, (batch, length) in enumerate(sorted(shapes, key=lambda shape: shape[0] * shape[1])):
+            start = time.perf_counter()
+            expected = max(args.seconds, seconds_per_token * batch * length)
+            if deadline is not None and done and start + expected > deadline:
+                tqdm.write(f"{batch:>5}  {length:>6}  left out: it would pass --minutes")
+                continue
+            bar.set_description(f"batch {batch}, length {length}: checking")
+            case = make_case(batch, length)
+            checks, refused = _check(case, providers, setup)
+            right, needed = right and not refused, time.perf_counter() - start
+            if checks:
+                memory = {n: peak_memory_mib(setup.device, partial(case.run, n)) for n in checks}
+                bar.set_description(f"batch {batch}, length {length}: timing")
+                times = interleaved(
+                    {name: partial(case.run, name) for name in checks},
+                    seconds=args.seconds,
+                    min_rounds=args.min_rounds,
+                    warmup=args.warmup,
+                    device=setup.device,
+                    progress=lambda share, done=done: _advance(bar, done + share),
+                )
+                rows = measurements(facts | case_facts(case), times, case.tokens, checks, memory)
+                results.append(rows)
+                for row in rows:
+                    tqdm.write(table_line(row))
+                needed += (args.warmup + args.min_rounds) * sum(t.quantile(0.5) for t in times.values())
+            seconds_per_token = needed / (batch * length)
+            _advance(bar, done + 1)
+    except KeyboardInterrupt:
+        tqdm.write("interrupted: shapes that were done are kept")
+    finally:
+        bar.close()
+    return right
+
+
+def _advance(bar, position: float) -> None:
+    bar.n = round(position, 2)
+    bar.refresh()
+
+
+def _check(case: Case, providers: Sequence[str], setup: Setup) -> tuple[dict[str, dict[str, float]], bool]:
+    """Errors and bounds of each provider that may be timed, and whether one was refused because it is wrong."""
+    checks, refused = {}, False
+    try:
+        bounds = _bounds(case, setup)
+    except RuntimeError as e:
+        tqdm.write(f"{case.batch:>5}  {case.length:>6}  not timed: the oracle failed: {_first_line(e)}")
+        return {}, False
+    for name in providers:
+        try:
+            errors = case.errors(name)
+            check_errors(name, errors, bounds)
+            checks[name] = {f"error_{what}": e for what, e in errors.items()}
+            checks[name] |= {f"bound_{what}": bound for what, bound in bounds.items()}
+        except Wrong as e:
+            refused = True
+            tqdm.write(f"{case.batch:>5}  {case.length:>6}  not timed: {e}")
+        except (ImportError, NotImplementedError, RuntimeError, ValueError) as e:
+            tqdm.write(f"{case.batch:>5}  {case.length:>6}  not timed: {name}: {type(e).__name__}: {_first_line(e)}")
+    case.forget_oracle()
+    return checks, refused
+
+
+def _bounds(case: Case, setup: Setup) -> dict[str, float]:
+    smallest = SMALLEST_BOUND[setup.dtype_name]
+    if setup.dtype == torch.float32:  # the oracle itself
+        return dict.fromkeys(case.outputs, smallest)
+    return {name: max(2 * error, smallest) for name, error in case.errors("one-pass[reference]").items()}
