@@ -45,3 +45,21 @@ def resolve(name: str, **call) -> tuple[str, str]:
             return candidate, "; ".join(passed_over) or "the fastest that runs here"
         passed_over.append(f"not {candidate}: {reason}")
     raise ValueError(f"backend: none can run this call: {'; '.join(passed_over)}")
+
+
+def choose(name: str, q, v, window, softcap, sinks, stream_mask, prefix, requires_grad: bool) -> ModuleType:
+    """The module that runs a call of ``bitune_attention`` with these arguments, or ValueError."""
+    name, _ = resolve(
+        name,
+        device=q.device,
+        dtype=q.dtype,
+        head_dim=q.shape[-1],
+        head_dim_v=v.shape[-1],
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        stream_mask=stream_mask,
+        prefix=prefix,
+        requires_grad=requires_grad,
+    )
+    return load(name)

@@ -20,8 +20,9 @@ from ..mixing import MixingCoefficients
 from ..plan import SegmentPlan
 from .adapters import BIDIR, CAUSAL, adapter_configs, base_module, route_rows
 from .backbone import BackboneHooks
+from .probe import find_structure
 from .self_test import check_one_pass
-from .structure import Structure, find_structure
+from .structure import Structure
 
 logger = logging.getLogger(__name__)
 

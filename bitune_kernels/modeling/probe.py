@@ -1,0 +1,198 @@
+"""Finding the structure of a model by watching one tiny forward, instead of knowing every family by name."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .passes import attention_forward
+from .structure import ATTENTION_NAME, Structure, Trim
+
+_PROBE_TOKENS = 5
+
+# Keyword arguments of attention functions that carry no information which the plan doesn't have.
+_IGNORED_KWARGS = {"position_ids", "cache_position", "position_embeddings", "past_key_values", "s_aux"}
+
+
+class _Probe:
+    """Records what happens during one forward of the backbone, in order."""
+
+    def __init__(self):
+        self.calls = []  # (attention module, key [1, num_heads_kv, tokens, head_dim], window)
+        self.problems = []
+        self.before, self.attention_input, self.produced = [], {}, {}
+        self.local_sizes = {}
+        self.keep = []  # tensors whose id is remembered must stay alive
+
+    def attention(self, module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+        for name, x in kwargs.items():
+            if isinstance(x, torch.Tensor) and name not in _IGNORED_KWARGS:
+                self.problems.append(f"its attention depends on {name!r}, which packed rows can't supply")
+        window = kwargs.get("sliding_window")
+        if attention_mask is not None:
+            window, chunked = self.local_sizes.get(id(attention_mask), (window, False))
+            if chunked:
+                self.problems.append("its attention is chunked, for which a bidirectional stream is not defined")
+        if key.shape[2] != query.shape[2]:
+            self.problems.append("its attention has keys that are not tokens of the input")
+        self.calls.append((module, key, window))
+        self.before.append(("attention", module))
+        group_size = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(group_size, dim=1) for x in (key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return out.transpose(1, 2).contiguous(), None
+
+    def mask(self, *args, local_size=None, mask_function=None, device=None, **kwargs):
+        mask = torch.zeros(1, 1, _PROBE_TOKENS, _PROBE_TOKENS, device=device)
+        chunked = False
+        if local_size is not None and mask_function is not None:
+            q, kv = torch.tensor(local_size, device=device), torch.tensor(local_size - 1, device=device)
+            chunked = local_size > 1 and not bool(mask_function(0, 0, q, kv))
+        self.local_sizes[id(mask)] = (local_size, chunked)
+        self.keep.append(mask)
+        return mask
+
+    def entered(self, module, args, kwargs):
+        hidden = kwargs.get("hidden_states", args[0] if args else None)
+        self.before.append(("module", module))
+        self.attention_input[id(module)] = hidden
+
+    def left(self, module, args, output):
+        output = output[0] if isinstance(output, tuple) else output
+        if isinstance(output, torch.Tensor):
+            self.produced[id(output)] = module
+            self.keep.append(output)
+
+
+_probe: _Probe | None = None
+
+
+def register() -> None:
+    """Make our attention and mask functions known to transformers, once."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    def attention(module, *args, **kwargs):
+        return (attention_forward if _probe is None else _probe.attention)(module, *args, **kwargs)
+
+    def mask(*args, **kwargs):
+        if _probe is None:
+            raise RuntimeError("transformers asked for a mask during a Bitune pass; this family can't be used")
+        return _probe.mask(*args, **kwargs)
+
+    AttentionInterface.register(ATTENTION_NAME, attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, mask)
+
+
+@contextmanager
+def _probing(model: nn.Module, configs: list):
+    global _probe
+    implementations = [c._attn_implementation for c in configs]
+    training = [m for m in model.modules() if m.training]
+    _probe = probe = _Probe()
+    handles = []
+    for m in model.modules():
+        handles.append(m.register_forward_pre_hook(probe.entered, with_kwargs=True))
+        handles.append(m.register_forward_hook(probe.left))
+    model.eval()
+    try:
+        for c in configs:
+            c._attn_implementation = ATTENTION_NAME
+        with torch.no_grad():
+            yield probe
+    finally:
+        _probe = None
+        for handle in handles:
+            handle.remove()
+        for c, implementation in zip(configs, implementations, strict=True):
+            c._attn_implementation = implementation
+        for m in training:
+            m.training = True
+
+
+def find_structure(model: nn.Module) -> Structure:
+    """Watch one forward of a causal LM's backbone over a few tokens.
+
+    Raises:
+        ValueError: the family can't be used, with the reason; the model is left as it was.
+    """
+    name = type(model).__name__
+    backbone = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if backbone is None or backbone is model or not hasattr(model, "get_output_embeddings"):
+        raise ValueError(f"base_model: expected a transformers causal LM with a decoder backbone, got {name}")
+    configs = list({id(m.config): m.config for m in [model, *backbone.modules()] if hasattr(m, "config")}.values())
+    device = next(backbone.parameters()).device
+    if device.type == "meta":
+        raise ValueError("base_model: expected real weights, got parameters on the meta device")
+    ids = torch.arange(1, _PROBE_TOKENS + 1, device=device)[None]
+    register()
+    with _probing(backbone, configs) as probe:
+        try:
+            out = backbone(input_ids=ids, use_cache=False)
+        except Exception as e:
+            raise ValueError(f"base_model: {name} can't be used: a plain forward failed: {e}") from e
+    if not probe.calls:
+        raise ValueError(
+            f"base_model: {name} can't be used: it computes attention itself and never calls the attention function "
+            "registered with transformers (AttentionInterface)"
+        )
+    attentions = [module for module, _, _ in probe.calls]
+    if len({id(m) for m in attentions}) != len(attentions):
+        probe.problems.append("an attention module runs more than once in a forward")
+    expected = getattr(backbone.config, "num_hidden_layers", len(attentions))
+    if len(attentions) != expected:
+        probe.problems.append(f"only {len(attentions)} of {expected} layers use the registered attention function")
+    if not hasattr(out, "last_hidden_state"):
+        probe.problems.append("its backbone gives no last_hidden_state")
+    if probe.problems:
+        raise ValueError(f"base_model: {name} can't be used: {probe.problems[0]}")
+
+    keys = [key.data_ptr() for _, key, _ in probe.calls]
+    names = {id(m): n for n, m in backbone.named_modules()}
+    modules = dict(backbone.named_modules())
+    last = attentions[-1]
+    layer_name = names[id(last)]
+    while layer_name and not isinstance(modules[layer_name.rpartition(".")[0]], nn.ModuleList):
+        layer_name = layer_name.rpartition(".")[0]
+    layer = modules[layer_name] if layer_name else None
+    return Structure(
+        backbone=backbone,
+        attentions=attentions,
+        layers=[m for m in backbone.modules() if hasattr(m, "gradient_checkpointing") and m is not backbone],
+        configs=configs,
+        windows=[window for _, _, window in probe.calls],
+        num_heads_kv=[key.shape[1] for _, key, _ in probe.calls],
+        kv_layers=[keys.index(key) for key in keys],
+        trim=None if layer is None else _find_trim(layer, last, probe),
+        unused_bidir=_unused(model, layer, last, probe),
+    )
+
+
+def _find_trim(layer: nn.Module, attention: nn.Module, probe: _Probe) -> Trim | None:
+    inside = {id(m) for m in attention.modules()} - {id(attention)}
+    after = probe.before[probe.before.index(("attention", attention)) + 1 :]
+    exits = [m for _, m in after if id(m) in inside]
+    hidden = probe.attention_input.get(id(attention))
+    if not exits or hidden is None:
+        return None
+    if hidden is probe.attention_input.get(id(layer)):
+        norm = None
+    else:
+        norm = probe.produced.get(id(hidden))
+        if norm is None or id(norm) not in {id(m) for m in layer.children()}:
+            return None
+        if probe.attention_input.get(id(norm)) is not probe.attention_input.get(id(layer)):
+            return None
+    return Trim(layer=layer, attention=attention, norm=norm, exit=exits[0])
+
+
+def _unused(model: nn.Module, layer: nn.Module | None, attention: nn.Module, probe: _Probe) -> set[nn.Module]:
+    end = probe.before.index(("attention", attention))
+    used = {id(m) for _, m in probe.before[:end]}
+    # Modules that never ran may be experts that no token chose here. Of the head it is known that it follows.
+    behind = {m for _, m in probe.before[end:]}
+    behind |= {model.get_output_embeddings()} - {model.get_input_embeddings(), None}
+    if layer is not None:
+        behind |= set(layer.modules())
+    return {m for m in behind if id(m) not in used and not any(True for _ in m.children())}
