@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import subprocess
 import sys
@@ -77,9 +78,29 @@ def test_every_backend_is_in_the_table():
     assert sorted(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)) == sorted(BACKENDS)
 
 
+def results(name: str) -> list[dict[str, str]]:
+    with (ROOT / "benchmarks" / "results" / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def test_measured_figures_stand_in_the_results():
-    rows = [line for path in (ROOT / "benchmarks" / "results").glob("*.csv") for line in path.read_text().splitlines()]
-    shas = set(re.findall(r"commit `(\w+)`", README))
-    assert shas, "the measured table names its commit"
+    measured = README[README.index("## Measured") : README.index("## Limits")]
+    shas = re.findall(r"commit `(\w+)`", measured)
+    rows = results("prefill")
     for sha in shas:
-        assert any(sha in row for row in rows), sha
+        assert any(row["git_sha"].startswith(sha) and row["git_dirty"] == "0" for row in rows), sha
+    table = re.findall(
+        r"^\| (\w+) \| (\d+) x (\d+) \| (\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \(([\d.]+)\) \|", measured, re.M
+    )
+    assert len(table) == len(re.findall(r"^\| b?float", measured, re.M)) >= 6, "every line of the table is read"
+    for dtype, batch, length, three, one, *ratios in table:
+        shape = {"dtype": dtype, "batch": batch, "length": length}
+        same = [r for r in rows if r["git_sha"].startswith(shas[0]) and shape.items() <= r.items()]
+        by_provider = {r["provider"]: r for r in same}
+        found = by_provider["one-pass[sdpa]"]
+        assert f"{float(by_provider['three-pass']['p50_ms']):.0f}" == three and f"{float(found['p50_ms']):.0f}" == one
+        columns = ("speedup_over_three_pass", "cost_in_lora_passes", "floor_linear")
+        assert [f"{float(found[c]):.2f}" for c in columns] == ratios
+    update = {r["provider"]: float(r["p50_ms"]) / 1e3 for r in results("train_step") if r["dtype"] == "float32"}
+    for provider in ("one-pass[sdpa]", "authors-schedule", "three-pass", "lora"):
+        assert f"{update[provider]:.1f} s" in re.sub(r"\s+", " ", measured), provider
