@@ -358,6 +358,20 @@ def test_an_adapter_on_the_embedding_is_exact():
     torch.testing.assert_close(losses[0], losses[1], atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_merged_adapters_are_refused_where_two_are_needed(fused):
+    model = bitune_model(use_fused=fused).eval()
+    ids, mask, labels = ragged_batch()
+    with torch.no_grad():
+        before = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        model.merge_adapter()
+        with pytest.raises(ValueError, match="unmerge_adapter"):
+            model(input_ids=ids, attention_mask=mask, labels=labels)
+        model.unmerge_adapter()
+        after = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+
+
 def test_theta_that_is_not_finite_is_refused(tmp_path):
     model = bitune_model()
     with torch.no_grad():

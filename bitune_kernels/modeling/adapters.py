@@ -41,7 +41,6 @@ class SegmentLoraLinear(lora.Linear):
         block = None if p is None or self.disable_adapters else p.split(x)
         if block is None:
             return super().forward(x, *args, **kwargs)
-        _refuse_merged(self)
         _, n = block
         rows = x.reshape(-1, x.shape[-1])
         if self._is_plain(rows):
@@ -75,11 +74,6 @@ class SegmentLoraLinear(lora.Linear):
         return self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
 
 
-def _refuse_merged(module) -> None:
-    if getattr(module, "merged", False):
-        raise RuntimeError("adapters: expected unmerged adapters to run both streams, call unmerge_adapter() first")
-
-
 def _by_blocks(module, forward, x: torch.Tensor, n: int) -> torch.Tensor:
     with _using(module, BIDIR):
         bidir = forward(x[:n])
@@ -93,7 +87,6 @@ def _before(module, args):
     block = None if p is None or not args else p.split(args[0])
     if block is None:
         return None
-    _refuse_merged(module)
     dim, n = block
     x, *others = args
     with _using(module, BIDIR):

@@ -120,6 +120,10 @@ class BackboneHooks:
         return SegmentPlan.from_batch(shape, mask, num_streams=self.config.num_streams, device=tokens.device)
 
     def _refuse(self, tokens, kwargs, plan: SegmentPlan) -> None:
+        if self.config.separate_adapters and any(getattr(m, "merged", False) for m in self.structure.adapted):
+            raise ValueError(
+                "adapters: expected unmerged ones to run both streams (call unmerge_adapter()), got merged weights"
+            )
         for flag in ("output_attentions", "output_hidden_states"):
             if kwargs.get(flag):
                 raise ValueError(f"{flag}: expected False, since the rows of a Bitune pass are not the input's tokens")
