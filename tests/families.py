@@ -83,7 +83,9 @@ FAMILIES = (
         "gemma2",
         GQA
         | MIXED_LAYERS
-        | dict(head_dim=16, query_pre_attn_scalar=11, attn_logit_softcapping=2.0, final_logit_softcapping=5.0),
+        | dict(head_dim=16, query_pre_attn_scalar=11, attn_logit_softcapping=2.0, final_logit_softcapping=5.0)
+        # transformers 5.17 takes SDPA by default, which drops the softcap in silence
+        | dict(attn_implementation="eager"),
     ),
     Family("gemma3_text", GQA | MIXED_LAYERS | dict(head_dim=16, query_pre_attn_scalar=11)),
     Family(
