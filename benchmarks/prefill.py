@@ -60,10 +60,7 @@ class Prefill(Case):
         out = self.run(provider)
         cache = []
         for layer in out.past_key_values.layers:
-            for x in (
-                layer.keys,
-                layer.values,
-            ):  # [batch, heads, seq, head_dim]; a sliding layer keeps fewer tokens
+            for x in (layer.keys, layer.values):  # [batch, heads, seq, dim]; a sliding layer keeps fewer tokens
                 real = self.mask[:, -x.shape[2] :].bool()
                 cache.append(x.transpose(1, 2)[real])
         return {"logits": list(out.logits[:, -1]), "cache": cache}

@@ -11,6 +11,29 @@ from . import backends
 from .plan import SegmentPlan
 
 
+def _run(inputs, plan, softmax_scale, window, softcap, stream_mask, shared_qkv, requires_grad, backend):
+    # The backend's own call, for forward and for its repetition under autograd; inputs are q .. v_prefix.
+    q, k, v, alpha_k, alpha_v, beta, sinks, k_prefix, v_prefix = inputs
+    prefix = None if k_prefix is None else (k_prefix, v_prefix)
+    module = backends.choose(backend, q, v, window, softcap, sinks, stream_mask, prefix, requires_grad)
+    return module.attention(
+        q,
+        k,
+        v,
+        alpha_k,
+        alpha_v,
+        plan,
+        softmax_scale=softmax_scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        stream_mask=stream_mask,
+        shared_qkv=shared_qkv,
+        beta=beta,
+        prefix=prefix,
+    )
+
+
 @torch.library.custom_op("bitune::attention", mutates_args=())
 def _attention_op(
     q: torch.Tensor,
@@ -35,24 +58,10 @@ def _attention_op(
     requires_grad: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    prefix = None if k_prefix is None else (k_prefix, v_prefix)
-    module = backends.choose(backend, q, v, window, softcap, sinks, stream_mask, prefix, requires_grad)
-    out, k_mixed, v_mixed = module.attention(
-        q,
-        k,
-        v,
-        alpha_k,
-        alpha_v,
-        SegmentPlan.from_cu_seqlens(cu_prompt, cu_answer, cu_prefix, num_streams),
-        softmax_scale=softmax_scale,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        stream_mask=stream_mask,
-        shared_qkv=shared_qkv,
-        beta=beta,
-        prefix=prefix,
-    )
+    inputs = (q, k, v, alpha_k, alpha_v, beta, sinks, k_prefix, v_prefix)
+    plan = SegmentPlan.from_cu_seqlens(cu_prompt, cu_answer, cu_prefix, num_streams)
+    options = (softmax_scale, window, softcap, stream_mask, shared_qkv, requires_grad, backend)
+    out, k_mixed, v_mixed = _run(inputs, plan, *options)
     if num_streams == 1:  # an operator's outputs may not alias its inputs
         k_mixed, v_mixed = k_mixed.clone(), v_mixed.clone()
     return out.contiguous(), k_mixed.contiguous(), v_mixed.contiguous()
@@ -128,20 +137,9 @@ def _attention_backward_op(
     autograd_keys = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
     with autograd_keys, torch.enable_grad():
         leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
-        prefix = None if k_prefix is None else (leaves[7], leaves[8])
-        module = backends.choose(backend, q, v, window, softcap, sinks, stream_mask, prefix, requires_grad)
-        outputs = module.attention(
-            *leaves[:5],
-            SegmentPlan.from_cu_seqlens(cu_prompt, cu_answer, cu_prefix, num_streams),
-            softmax_scale=softmax_scale,
-            window=window,
-            softcap=softcap,
-            sinks=leaves[6],
-            stream_mask=stream_mask,
-            shared_qkv=shared_qkv,
-            beta=leaves[5],
-            prefix=prefix,
-        )
+        plan = SegmentPlan.from_cu_seqlens(cu_prompt, cu_answer, cu_prefix, num_streams)
+        options = (softmax_scale, window, softcap, stream_mask, shared_qkv, requires_grad, backend)
+        outputs = _run(leaves, plan, *options)
     given = [x for x in leaves if x is not None]
     pairs = zip(outputs, (d_out, d_k_mixed, d_v_mixed), strict=True)
     used = [(o, d) for o, d in pairs if o.requires_grad]

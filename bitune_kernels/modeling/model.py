@@ -130,7 +130,6 @@ class BituneModel(PeftModelForCausalLM):
         super().__init__(base_model, causal, adapter_name=CAUSAL, autocast_adapter_dtype=autocast_adapter_dtype)
         if config.separate_adapters:
             self.add_adapter(BIDIR, bidir, autocast_adapter_dtype=autocast_adapter_dtype)
-        self.bitune_config = config
         device = next(structure.backbone.parameters()).device
         self.mixing = None
         if config.num_streams == 2:
@@ -150,6 +149,11 @@ class BituneModel(PeftModelForCausalLM):
         structure.adapted = route_rows(base_model)
         self._hooks = BackboneHooks(structure, config, self.mixing)
         self._train_adapters(True)
+
+    @property
+    def bitune_config(self) -> BituneConfig:
+        """The method, its adapters and its schedule."""
+        return self._hooks.config
 
     def _train_adapters(self, trainable: bool) -> None:
         # PEFT trains one adapter at a time; both streams and the thetas learn together here. What the bidirectional
@@ -198,14 +202,11 @@ class BituneModel(PeftModelForCausalLM):
         """
         before = self.bitune_config
         changes = {"use_fused": use_fused, "backend": backend}
-        self._set_config(replace(before, **{name: x for name, x in changes.items() if x is not None}))
+        self._hooks.config = replace(before, **{name: x for name, x in changes.items() if x is not None})
         try:
             yield
         finally:
-            self._set_config(before)
-
-    def _set_config(self, config: BituneConfig) -> None:
-        self.bitune_config = self._hooks.config = config
+            self._hooks.config = before
 
     def unload(self) -> nn.Module:
         """Remove adapters and hooks; returns the base model."""

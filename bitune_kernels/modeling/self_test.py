@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 
 import torch
 
@@ -29,15 +28,11 @@ def check_one_pass(model) -> None:
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
 
+    plan = SegmentPlan.from_batch((2, 7), mask, [3, 5], num_streams=hooks.config.num_streams, device=ids.device)
+
     def run(fused: bool) -> torch.Tensor:
-        config = hooks.config
-        hooks.config = replace(config, use_fused=fused)
-        try:
-            plan = SegmentPlan.from_batch((2, 7), mask, [3, 5], num_streams=config.num_streams, device=ids.device)
-            with hooks.request(plan):
-                return backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.double()
-        finally:
-            hooks.config = config
+        with model.use_schedule(use_fused=fused), hooks.request(plan):
+            return backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.double()
 
     training = [m for m in model.modules() if m.training]
     model.eval()
