@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 
@@ -50,6 +51,8 @@ class SegmentPlan:
         padded_shape: (batch, seq) that ``token_index`` refers to.
         num_prompt, num_answer, num_prefix: N, A and the cached rows: sums of the lengths.
         max_prompt, max_answer: the longest prompt and answer segment.
+        lengths: int64 [2 or 3, batch] on the CPU: prompt, answer and, if there is one, prefix lengths. What a
+            compiled graph is given instead of the numbers, and what the host can read without waiting for a GPU.
     """
 
     prompt_lengths: tuple[int, ...]
@@ -66,6 +69,7 @@ class SegmentPlan:
     num_prefix: int = field(init=False)
     max_prompt: int = field(init=False)
     max_answer: int = field(init=False)
+    lengths: torch.Tensor = field(init=False, repr=False)
 
     def __post_init__(self):
         # Plain attributes: torch.compile can't trace the lock of a cached_property, and would guard on each length
@@ -79,6 +83,10 @@ class SegmentPlan:
         }
         for name, value in counts.items():
             object.__setattr__(self, name, value)
+        lengths = [self.prompt_lengths, self.answer_lengths]
+        if self.prefix_lengths is not None:
+            lengths.append(self.prefix_lengths)
+        object.__setattr__(self, "lengths", torch.tensor(lengths, dtype=torch.int64, device="cpu"))
 
     @classmethod
     def from_lengths(
@@ -166,15 +174,55 @@ class SegmentPlan:
 
     @classmethod
     def from_cu_seqlens(
-        cls, cu_prompt: torch.Tensor, cu_answer: torch.Tensor, cu_prefix: torch.Tensor | None, num_streams: int
+        cls,
+        cu_prompt: torch.Tensor,
+        cu_answer: torch.Tensor,
+        cu_prefix: torch.Tensor | None = None,
+        num_streams: int = 2,
     ) -> SegmentPlan:
-        """The plan that the tensors of a registered operator describe (reads them: synchronizes a GPU)."""
+        """A plan from cumulative lengths, as flash-attn's varlen functions take them, on their device.
 
-        def lengths(cu):
-            return None if cu is None else tuple(cu.diff().tolist())
+        Reads the tensors: synchronizes a GPU, once. Make one plan per batch, not one per layer.
 
-        return cls(
-            lengths(cu_prompt), lengths(cu_answer), num_streams, cu_prompt, cu_answer, lengths(cu_prefix), cu_prefix
+        Args:
+            cu_prompt: integers [batch + 1], 0 and then the sums of the first 1, 2, .. batch ``prompt_lengths``.
+            cu_answer: likewise of ``answer_lengths``.
+            cu_prefix: likewise of ``prefix_lengths``, or None.
+            num_streams: 2, or 1 for the variants without mixing.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what was expected and what came.
+        """
+        given = {"cu_prompt": cu_prompt, "cu_answer": cu_answer}
+        if cu_prefix is not None:
+            given["cu_prefix"] = cu_prefix
+        for name, cu in given.items():
+            if not isinstance(cu, torch.Tensor):
+                raise TypeError(f"{name}: expected an integer tensor, got {type(cu).__name__}")
+            if cu.is_floating_point() or cu.is_complex() or cu.dtype == torch.bool:
+                raise TypeError(f"{name}: expected integers, got a tensor of {cu.dtype}")
+            if cu.ndim != 1 or not cu.shape[0]:
+                raise ValueError(f"{name}: expected shape [batch + 1], got {list(cu.shape)}")
+            if cu.shape != cu_prompt.shape or cu.device != cu_prompt.device:
+                raise ValueError(
+                    f"{name}: expected {list(cu_prompt.shape)} on {cu_prompt.device} as cu_prompt, got "
+                    f"{list(cu.shape)} on {cu.device}"
+                )
+        rows = torch.stack([cu.to(torch.int64) for cu in given.values()]).tolist()  # one transfer for all of them
+        lengths = []
+        for name, cu in zip(given, rows, strict=True):
+            if cu[0] != 0:
+                raise ValueError(f"{name}: expected 0 as its first value, got {cu[0]}")
+            lengths.append([end - start for start, end in pairwise(cu)])
+            if any(n < 0 for n in lengths[-1]):
+                raise ValueError(f"{name}: expected values that never decrease, got {cu}")
+        prompt, answer, *prefix = lengths
+        return cls.from_lengths(
+            prompt,
+            answer,
+            num_streams=num_streams,
+            prefix_lengths=prefix[0] if prefix else None,
+            device=cu_prompt.device,
         )
 
     @property

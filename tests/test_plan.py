@@ -89,15 +89,44 @@ def test_positions_count_after_the_prefix(num_streams):
     assert plan.cu_prefix.tolist() == [0, 4, 7] and plan.num_prefix == 7
 
 
-def test_lengths_alone_and_cu_seqlens_make_the_same_plan():
-    lengths = {"prompt_lengths": (0, 5, 2), "answer_lengths": (3, 0, 1), "prefix_lengths": (1, 0, 2)}
-    plan = SegmentPlan.from_lengths(**lengths, num_streams=1)
-    again = SegmentPlan.from_cu_seqlens(plan.cu_prompt, plan.cu_answer, plan.cu_prefix, 1)
-    for key, values in lengths.items():
-        assert getattr(plan, key) == getattr(again, key) == values
+LENGTHS = {"prompt_lengths": (0, 5, 2), "answer_lengths": (3, 0, 1), "prefix_lengths": (1, 0, 2)}
+
+
+def test_lengths_may_be_tensors():
+    plan = SegmentPlan.from_lengths(**{key: torch.tensor(x) for key, x in LENGTHS.items()})
+    assert all(getattr(plan, key) == values for key, values in LENGTHS.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8], ids=str)
+def test_cu_seqlens_make_the_same_plan(dtype):
+    plan = SegmentPlan.from_lengths(**LENGTHS, num_streams=1)
+    given = [cu.to(dtype, copy=True) for cu in (plan.cu_prompt, plan.cu_answer, plan.cu_prefix)]
+    again = SegmentPlan.from_cu_seqlens(*given, num_streams=1)
+    assert all(getattr(again, key) == values for key, values in LENGTHS.items())
+    for key in ("cu_prompt", "cu_answer", "cu_prefix"):
+        assert torch.equal(getattr(again, key), getattr(plan, key)) and getattr(again, key).dtype == torch.int32
     assert again.num_streams == 1
-    as_tensors = SegmentPlan.from_lengths(**{key: torch.tensor(x) for key, x in lengths.items()})
-    assert as_tensors.prompt_lengths == (0, 5, 2)
+    given[0].zero_()  # the plan doesn't change with buffers that its caller uses again
+    assert torch.equal(again.cu_prompt, plan.cu_prompt)
+
+
+def test_cu_seqlens_without_prefix_have_two_streams():
+    plan = SegmentPlan.from_cu_seqlens(torch.tensor([0, 2, 2]), torch.tensor([0, 1, 4]))
+    assert (plan.prompt_lengths, plan.answer_lengths, plan.prefix_lengths) == ((2, 0), (1, 3), None)
+    assert plan.num_streams == 2
+    assert SegmentPlan.from_cu_seqlens(torch.tensor([0]), torch.tensor([0])).num_rows == 0
+
+
+def test_lengths_as_one_tensor_on_the_cpu():
+    with torch.device("meta"):
+        plan, past = SegmentPlan.from_lengths([2, 0], [1, 3]), SegmentPlan.from_lengths(**LENGTHS)
+    assert plan.cu_prompt.device.type == "meta"
+    assert plan.lengths.device.type == past.lengths.device.type == "cpu"
+    assert plan.lengths.dtype == torch.int64
+    assert plan.lengths.tolist() == [[2, 0], [1, 3]]
+    assert past.lengths.tolist() == [list(x) for x in LENGTHS.values()]
+    assert SegmentPlan.from_lengths([], []).lengths.shape == (2, 0)
+    assert SegmentPlan.from_batch((2, 4), None, [3, 1]).lengths.tolist() == [[2, 0], [2, 4]]
 
 
 def test_empty_batch():
@@ -145,3 +174,27 @@ BAD_LENGTHS = [
 def test_bad_lengths_are_refused(lengths, options, error, message):
     with pytest.raises(error, match=f"^{message}"):
         SegmentPlan.from_lengths(*lengths, **options)
+
+
+GOOD_CU = torch.tensor([0, 2, 5], dtype=torch.int32)
+
+BAD_CU = [
+    ({"cu_prompt": [0, 2, 5]}, TypeError, "cu_prompt: expected an integer tensor, got list"),
+    ({"cu_answer": None}, TypeError, "cu_answer: expected an integer tensor, got NoneType"),
+    ({"cu_answer": GOOD_CU.float()}, TypeError, "cu_answer: expected integers, got a tensor of torch.float32"),
+    ({"cu_prefix": GOOD_CU.bool()}, TypeError, "cu_prefix: expected integers, got a tensor of torch.bool"),
+    ({"cu_prompt": GOOD_CU[None]}, ValueError, r"cu_prompt: expected shape \[batch \+ 1\], got \[1, 3\]"),
+    ({"cu_prompt": GOOD_CU[:0]}, ValueError, r"cu_prompt: expected shape \[batch \+ 1\], got \[0\]"),
+    ({"cu_answer": GOOD_CU[:2]}, ValueError, r"cu_answer: expected \[3\] on cpu as cu_prompt, got \[2\] on cpu"),
+    ({"cu_prefix": GOOD_CU.to("meta")}, ValueError, r"cu_prefix: expected \[3\] on cpu as cu_prompt, got .* meta"),
+    ({"cu_prompt": GOOD_CU + 1}, ValueError, "cu_prompt: expected 0 as its first value, got 1"),
+    ({"cu_prefix": -GOOD_CU}, ValueError, r"cu_prefix: expected values that never decrease, got \[0, -2, -5\]"),
+    ({"cu_answer": GOOD_CU[[0, 2, 1]]}, ValueError, r"cu_answer: expected .* never decrease, got \[0, 5, 2\]"),
+    ({"num_streams": 3}, ValueError, "num_streams: expected 1 or 2, got 3"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_CU)
+def test_bad_cu_seqlens_are_refused(change, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        SegmentPlan.from_cu_seqlens(**{"cu_prompt": GOOD_CU, "cu_answer": GOOD_CU, "cu_prefix": GOOD_CU} | change)
