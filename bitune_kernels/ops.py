@@ -6,8 +6,7 @@ import math
 
 import torch
 
-from . import backends, mixing
-from . import registered as _registered  # noqa: F401  makes torch.ops.bitune
+from . import backends, mixing, registered
 from .masks import STREAM_MASKS
 from .plan import SegmentPlan
 
@@ -73,55 +72,26 @@ def bitune_attention(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    alpha_k, alpha_v, beta = _check(
-        q, k, v, alpha_k, alpha_v, plan, softmax_scale, window, softcap, sinks, stream_mask, shared_qkv, beta, prefix
-    )
-    softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    tensors = (q, k, v, alpha_k, alpha_v, beta, sinks, *(prefix or ()))
-    requires_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    if not torch.compiler.is_compiling():
-        return backends.choose(backend, q, v, window, softcap, sinks, stream_mask, prefix, requires_grad).attention(
-            q,
-            k,
-            v,
-            alpha_k,
-            alpha_v,
-            plan,
-            softmax_scale=softmax_scale,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
-            stream_mask=stream_mask,
-            shared_qkv=shared_qkv,
-            beta=beta,
-            prefix=prefix,
-        )
-    # A compiled graph must not specialize on the lengths of one batch, so there the call is one opaque operator,
-    # which chooses the backend when it runs: the choice imports modules, which can't be traced.
-    k_prefix, v_prefix = prefix or (None, None)
-    return torch.ops.bitune.attention(
+    args, options = _checked(
         q,
         k,
         v,
         alpha_k,
         alpha_v,
-        beta,
-        sinks,
-        k_prefix,
-        v_prefix,
-        plan.cu_prompt,
-        plan.cu_answer,
-        plan.cu_prefix,
-        plan.num_prompt,
-        plan.num_streams,
-        softmax_scale,
-        window,
-        softcap,
-        stream_mask,
-        shared_qkv,
-        requires_grad,
-        backend,
+        plan,
+        softmax_scale=softmax_scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        stream_mask=stream_mask,
+        shared_qkv=shared_qkv,
+        beta=beta,
+        prefix=prefix,
     )
+    requires_grad = bool(_requiring_grad(*args, **options))
+    if torch.compiler.is_compiling():
+        return registered.attention(*args, **options, requires_grad=requires_grad, backend=backend)
+    return backends.choose(backend, q, v, requires_grad, **options).attention(*args, **options)
 
 
 def bitune_prefill(
@@ -135,6 +105,7 @@ def bitune_prefill(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     cache_positions: torch.Tensor,
+    backend: str = "auto",
     **options,
 ) -> torch.Tensor:
     """``bitune_attention`` for inference, which also writes what later tokens attend to into a key/value cache.
@@ -143,17 +114,20 @@ def bitune_prefill(
         q, k, v, alpha_k, alpha_v, plan, options: as in ``bitune_attention``.
         k_cache, v_cache: [num_slots, num_heads_kv, head_dim], any strides; written in place.
         cache_positions: int64 [N + A], the slot of each mixed prompt row and then of each answer row.
+        backend: as in ``bitune_attention``.
 
     Returns:
         out, as ``bitune_attention``. Not differentiable: call it under ``torch.no_grad()``.
     """
-    _check_plan(plan)
+    args, options = _checked(q, k, v, alpha_k, alpha_v, plan, **options)
     rows = plan.num_prompt + plan.num_answer
     if cache_positions.dtype != torch.int64 or tuple(cache_positions.shape) != (rows,):
         raise ValueError(
             f"cache_positions: expected int64 [{rows}] (prompt and answer rows), got {cache_positions.dtype} "
             f"{list(cache_positions.shape)}"
         )
+    if cache_positions.device != k.device:
+        raise ValueError(f"cache_positions: expected it on {k.device}, got {cache_positions.device}")
     for name, cache, rows_of in (("k_cache", k_cache, k), ("v_cache", v_cache, v)):
         if cache.ndim != 3 or cache.shape[1:] != rows_of.shape[1:] or cache.dtype != rows_of.dtype:
             expected = ", ".join(["num_slots", *map(str, rows_of.shape[1:])])
@@ -161,35 +135,46 @@ def bitune_prefill(
         if cache.device != rows_of.device:
             raise ValueError(f"{name}: expected it on {rows_of.device}, got {cache.device}")
     # The mix also depends on alpha: with its gradient the caller's cache would become part of a graph.
-    inputs = {"q": q, "k": k, "v": v, "alpha_k": alpha_k, "alpha_v": alpha_v}
-    needs_grad = [name for name, x in inputs.items() if isinstance(x, torch.Tensor) and x.requires_grad]
-    if needs_grad and torch.is_grad_enabled():
+    if needs_grad := _requiring_grad(*args, **options):
         raise ValueError(
             f"{', '.join(needs_grad)}: expected no gradients (bitune_prefill is for inference), got requires_grad=True"
         )
-    out, k_mixed, v_mixed = bitune_attention(q, k, v, alpha_k, alpha_v, plan, **options)
-    prompt_slots, answer_slots = cache_positions.split([plan.num_prompt, plan.num_answer])
-    for cache, mixed, own in ((k_cache, k_mixed, k), (v_cache, v_mixed, v)):
-        cache.index_copy_(0, prompt_slots, mixed)
-        cache.index_copy_(0, answer_slots, own[plan.answer_start :])
-    return out
+    cache = {"k_cache": k_cache, "v_cache": v_cache, "cache_positions": cache_positions}
+    if torch.compiler.is_compiling():
+        return registered.prefill(*args, **options, **cache, backend=backend)
+    return backends.prefill(backends.choose(backend, q, v, False, **options), *args, **options, **cache)
 
 
-def mix_kv(causal: torch.Tensor, bidir: torch.Tensor, alpha: torch.Tensor | float) -> torch.Tensor:
+def mix_kv(
+    causal: torch.Tensor, bidir: torch.Tensor, alpha: torch.Tensor | float, *, backend: str = "auto"
+) -> torch.Tensor:
     """The mix alone: ``(1 - alpha) * causal + alpha * bidir`` in float32, rounded to the dtype of ``causal``.
 
     Args:
         causal, bidir: [rows, num_heads_kv, head_dim], same dtype and device.
         alpha: in [0, 1], scalar or [num_heads_kv].
+        backend: "auto" and "reference" are plain PyTorch, which torch.compile fuses with what stands around it;
+            another name is a backend with a kernel for it, which is then used or refused.
 
     Returns:
         [rows, num_heads_kv, head_dim]. Differentiable in all three.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    if causal.shape != bidir.shape or causal.dtype != bidir.dtype:
+    _check_floating("causal", causal)
+    if causal.ndim != 3:
+        raise ValueError(f"causal: expected [rows, heads, head_dim], got shape {list(causal.shape)}")
+    _check_floating("bidir", bidir)
+    if causal.shape != bidir.shape or causal.dtype != bidir.dtype or causal.device != bidir.device:
         raise ValueError(
-            f"bidir: expected {causal.dtype} {list(causal.shape)} as causal, got {bidir.dtype} {list(bidir.shape)}"
+            f"bidir: expected {causal.dtype} {list(causal.shape)} on {causal.device} as causal, got {bidir.dtype} "
+            f"{list(bidir.shape)} on {bidir.device}"
         )
-    return mixing.mix(causal, bidir, _coefficient("alpha", alpha, causal.shape[1], causal))
+    alpha = _coefficient("alpha", alpha, causal.shape[1], causal)
+    if backend in ("auto", "reference"):
+        return mixing.mix(causal, bidir, alpha)
+    return torch.ops.bitune.mix_kv(causal, bidir, alpha, backend)
 
 
 def _coefficient(name: str, value, heads: int, like: torch.Tensor) -> torch.Tensor:
@@ -216,20 +201,31 @@ def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _check_plan(plan) -> None:
-    if not isinstance(plan, SegmentPlan):
-        raise TypeError(f"plan: expected a SegmentPlan, got {type(plan).__name__}")
-
-
 def _check_floating(name: str, x) -> None:
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         raise TypeError(f"{name}: expected a floating point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
 
 
-def _check(
-    q, k, v, alpha_k, alpha_v, plan, softmax_scale, window, softcap, sinks, stream_mask, shared_qkv, beta, prefix
+def _checked(
+    q,
+    k,
+    v,
+    alpha_k,
+    alpha_v,
+    plan,
+    *,
+    softmax_scale=None,
+    window=None,
+    softcap=None,
+    sinks=None,
+    stream_mask="full",
+    shared_qkv=False,
+    beta=None,
+    prefix=None,
 ):
-    _check_plan(plan)
+    # Refuse what bitune_attention can't take; what is left as backends get it, positional and keyword arguments.
+    if not isinstance(plan, SegmentPlan):
+        raise TypeError(f"plan: expected a SegmentPlan, got {type(plan).__name__}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_floating(name, x)
         if x.ndim != 3:
@@ -280,4 +276,21 @@ def _check(
                     f"{name}: expected {like.dtype} {expected} on {like.device}, got {x.dtype} {list(x.shape)} on "
                     f"{x.device}"
                 )
-    return alpha_k, alpha_v, beta
+    options = {
+        "softmax_scale": q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale),
+        "window": window,
+        "softcap": softcap,
+        "sinks": sinks,
+        "stream_mask": stream_mask,
+        "shared_qkv": shared_qkv,
+        "beta": beta,
+        "prefix": prefix,
+    }
+    return (q, k, v, alpha_k, alpha_v, plan), options
+
+
+def _requiring_grad(q, k, v, alpha_k, alpha_v, plan, *, beta, sinks, prefix, **others) -> list[str]:
+    # The arguments of a checked call that autograd wants a gradient of.
+    given = {"q": q, "k": k, "v": v, "alpha_k": alpha_k, "alpha_v": alpha_v, "beta": beta, "sinks": sinks}
+    given["prefix[0]"], given["prefix[1]"] = prefix or (None, None)
+    return [name for name, x in given.items() if x is not None and x.requires_grad and torch.is_grad_enabled()]

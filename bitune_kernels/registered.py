@@ -1,145 +1,211 @@
-"""``bitune_attention`` as registered operators, opaque to torch.compile: implementation, fake and gradient.
+"""The operators as registered ones, opaque to torch.compile: implementation, fake and gradient.
 
-A compiled graph then doesn't specialize on the lengths of one batch. Checks happen before, in ``ops``.
+A compiled graph then doesn't specialize on the lengths of one batch, and the choice of the backend, which imports
+modules, isn't traced. Checks happen before, in ``ops``.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
 from . import backends
 from .plan import SegmentPlan
 
-
-def _run(inputs, plan, softmax_scale, window, softcap, stream_mask, shared_qkv, requires_grad, backend):
-    # The backend's own call, for forward and for its repetition under autograd; inputs are q .. v_prefix.
-    q, k, v, alpha_k, alpha_v, beta, sinks, k_prefix, v_prefix = inputs
-    prefix = None if k_prefix is None else (k_prefix, v_prefix)
-    module = backends.choose(backend, q, v, window, softcap, sinks, stream_mask, prefix, requires_grad)
-    return module.attention(
-        q,
-        k,
-        v,
-        alpha_k,
-        alpha_v,
-        plan,
-        softmax_scale=softmax_scale,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        stream_mask=stream_mask,
-        shared_qkv=shared_qkv,
-        beta=beta,
-        prefix=prefix,
-    )
+# Arguments of a call in the order of the operators' schemas: the tensors that may have a gradient, then the rest.
+_TENSORS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? alpha_k, Tensor? alpha_v, Tensor? beta, Tensor? sinks, "
+    "Tensor? k_prefix, Tensor? v_prefix"
+)
+_REST = (
+    "Tensor lengths, SymInt num_prompt, SymInt num_streams, float softmax_scale, SymInt? window, float? softcap, "
+    "str stream_mask, bool shared_qkv, bool requires_grad, str backend"
+)
+_NUM_TENSORS = _TENSORS.count("Tensor")
 
 
-@torch.library.custom_op("bitune::attention", mutates_args=())
-def _attention_op(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    alpha_k: torch.Tensor | None,
-    alpha_v: torch.Tensor | None,
-    beta: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    k_prefix: torch.Tensor | None,
-    v_prefix: torch.Tensor | None,
-    cu_prompt: torch.Tensor,
-    cu_answer: torch.Tensor,
-    cu_prefix: torch.Tensor | None,
-    num_prompt: int,
-    num_streams: int,
-    softmax_scale: float,
-    window: int | None,
-    softcap: float | None,
-    stream_mask: str,
-    shared_qkv: bool,
-    requires_grad: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    inputs = (q, k, v, alpha_k, alpha_v, beta, sinks, k_prefix, v_prefix)
-    plan = SegmentPlan.from_cu_seqlens(cu_prompt, cu_answer, cu_prefix, num_streams)
-    options = (softmax_scale, window, softcap, stream_mask, shared_qkv, requires_grad, backend)
-    out, k_mixed, v_mixed = _run(inputs, plan, *options)
-    if num_streams == 1:  # an operator's outputs may not alias its inputs
-        k_mixed, v_mixed = k_mixed.clone(), v_mixed.clone()
-    return out.contiguous(), k_mixed.contiguous(), v_mixed.contiguous()
+class _Call(NamedTuple):
+    """The arguments of a schema: _TENSORS, _REST."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    alpha_k: torch.Tensor | None
+    alpha_v: torch.Tensor | None
+    beta: torch.Tensor | None
+    sinks: torch.Tensor | None
+    k_prefix: torch.Tensor | None
+    v_prefix: torch.Tensor | None
+    lengths: torch.Tensor
+    num_prompt: int
+    num_streams: int
+    softmax_scale: float
+    window: int | None
+    softcap: float | None
+    stream_mask: str
+    shared_qkv: bool
+    requires_grad: bool
+    backend: str
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return self[:_NUM_TENSORS]
+
+    @property
+    def rest(self) -> tuple:
+        return self[_NUM_TENSORS:]
+
+    def plan(self) -> SegmentPlan:
+        return _plan(tuple(map(tuple, self.lengths.tolist())), self.num_streams, self.q.device)
+
+    def arguments(self) -> tuple[tuple, dict]:
+        """The positional and keyword arguments of a backend."""
+        options = {
+            "softmax_scale": self.softmax_scale,
+            "window": self.window,
+            "softcap": self.softcap,
+            "sinks": self.sinks,
+            "stream_mask": self.stream_mask,
+            "shared_qkv": self.shared_qkv,
+            "beta": self.beta,
+            "prefix": None if self.k_prefix is None else (self.k_prefix, self.v_prefix),
+        }
+        return (self.q, self.k, self.v, self.alpha_k, self.alpha_v, self.plan()), options
+
+    def module(self) -> ModuleType:
+        _, options = self.arguments()
+        return backends.choose(self.backend, self.q, self.v, self.requires_grad, **options)
+
+    def rows(self) -> tuple[int, int, int]:
+        """Of out, and of streams and lse when they are saved."""
+        rows = self.q.shape[0]
+        if rows != self.k.shape[0]:  # answer rows alone
+            return rows, 0, rows
+        in_streams = rows + self.num_prompt * int(self.shared_qkv)
+        if self.beta is None:
+            return in_streams, 0, in_streams
+        return in_streams - self.num_prompt, 2 * self.num_prompt, in_streams
+
+    def unused(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """streams and lse as a backend without its own backward returns them."""
+        _, streams, lse = self.rows() if self.requires_grad else (0, 0, 0)
+        heads = self.q.shape[1]
+        return self.q.new_zeros(streams, heads, self.v.shape[2]), self.q.new_zeros(lse, heads, dtype=torch.float32)
 
 
-@_attention_op.register_fake
-def _(
+def _flatten(
     q,
     k,
     v,
     alpha_k,
     alpha_v,
-    beta,
-    sinks,
-    k_prefix,
-    v_prefix,
-    cu_prompt,
-    cu_answer,
-    cu_prefix,
-    num_prompt,
-    num_streams,
+    plan,
+    *,
     softmax_scale,
     window,
     softcap,
+    sinks,
     stream_mask,
     shared_qkv,
+    beta,
+    prefix,
     requires_grad,
     backend,
-):
-    rows = q.shape[0]
-    if rows == k.shape[0] and num_prompt:
-        rows += num_prompt * (int(shared_qkv) - int(beta is not None))
+) -> _Call:
+    tensors = (q, k, v, alpha_k, alpha_v, beta, sinks, *(prefix or (None, None)))
+    rest = (plan.lengths, plan.num_prompt, plan.num_streams, softmax_scale, window, softcap)
+    return _Call(*tensors, *rest, stream_mask, shared_qkv, requires_grad, backend)
+
+
+# Each layer of a model runs the same batch: its plan goes to the GPU once, and so does what a backend derives from it.
+@lru_cache(maxsize=16)
+def _plan(lengths: tuple[tuple[int, ...], ...], num_streams: int, device: torch.device) -> SegmentPlan:
+    prompt, answer, *prefix = lengths
+    with torch.inference_mode(False):  # a later call may train, and autograd saves no inference tensors
+        return SegmentPlan.from_lengths(
+            prompt, answer, num_streams=num_streams, prefix_lengths=prefix[0] if prefix else None, device=device
+        )
+
+
+# attention
+
+
+def attention(*args, **options) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A checked call of ``bitune_attention``, with ``requires_grad`` and ``backend`` among the options."""
+    out, k_mixed, v_mixed, _, _ = torch.ops.bitune.attention(*_flatten(*args, **options))
+    return out, k_mixed, v_mixed
+
+
+@torch.library.custom_op(
+    "bitune::attention",
+    mutates_args=(),
+    schema=f"({_TENSORS}, {_REST}) -> (Tensor out, Tensor k_mixed, Tensor v_mixed, Tensor streams, Tensor lse)",
+)
+def _attention_op(*arguments):
+    call = _Call(*arguments)
+    module, (args, options) = call.module(), call.arguments()
+    if hasattr(module, "forward"):
+        out, k_mixed, v_mixed, *saved = module.forward(*args, **options, save=call.requires_grad)
+    else:
+        out, k_mixed, v_mixed = module.attention(*args, **options)
+        saved = call.unused()
+    if call.num_streams == 1:  # rows of k and v themselves, and an operator's outputs may not alias its inputs
+        k_mixed, v_mixed = k_mixed.clone(), v_mixed.clone()
+    return tuple(x.contiguous() for x in (out, k_mixed, v_mixed, *saved))
+
+
+@_attention_op.register_fake
+def _(*arguments):
+    call = _Call(*arguments)
+    q, k, v = call.q, call.k, call.v
+    rows, _, _ = call.rows()
     return (
         q.new_empty(rows, q.shape[1], v.shape[2]),
-        k.new_empty(num_prompt, *k.shape[1:]),
-        v.new_empty(num_prompt, *v.shape[1:]),
+        k.new_empty(call.num_prompt, *k.shape[1:]),
+        v.new_empty(call.num_prompt, *v.shape[1:]),
+        *call.unused(),
     )
 
 
-_DIFFERENTIABLE = 9  # the tensor arguments that stand first: q .. v_prefix
+def _split(arguments) -> tuple[_Call, tuple[torch.Tensor, ...]]:
+    # Where three further tensors stand between _TENSORS and _REST: the call without them, and these.
+    tensors, further, rest = arguments[:_NUM_TENSORS], arguments[_NUM_TENSORS:][:3], arguments[_NUM_TENSORS + 3 :]
+    return _Call(*tensors, *rest), further
 
 
-@torch.library.custom_op("bitune::attention_backward", mutates_args=())
-def _attention_backward_op(
-    d_out: torch.Tensor,
-    d_k_mixed: torch.Tensor,
-    d_v_mixed: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    alpha_k: torch.Tensor | None,
-    alpha_v: torch.Tensor | None,
-    beta: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    k_prefix: torch.Tensor | None,
-    v_prefix: torch.Tensor | None,
-    cu_prompt: torch.Tensor,
-    cu_answer: torch.Tensor,
-    cu_prefix: torch.Tensor | None,
-    num_prompt: int,
-    num_streams: int,
-    softmax_scale: float,
-    window: int | None,
-    softcap: float | None,
-    stream_mask: str,
-    shared_qkv: bool,
-    requires_grad: bool,
-    backend: str,
-) -> list[torch.Tensor]:
+@torch.library.custom_op(
+    "bitune::attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor d_out, Tensor d_k_mixed, Tensor d_v_mixed, {_TENSORS}, Tensor out, Tensor streams, Tensor lse, "
+    f"{_REST}) -> Tensor[]",
+)
+def _attention_backward_op(d_out, d_k_mixed, d_v_mixed, *arguments):
+    call, saved = _split(arguments)
+    module = call.module()
+    if hasattr(module, "backward"):
+        return module.backward(
+            d_out,
+            d_k_mixed,
+            d_v_mixed,
+            *call.tensors,
+            *saved,
+            call.plan(),
+            softmax_scale=call.softmax_scale,
+            window=call.window,
+            softcap=call.softcap,
+            stream_mask=call.stream_mask,
+            shared_qkv=call.shared_qkv,
+        )
     # The PyTorch backends have no backward of their own: run them again under autograd. An operator runs below the
     # autograd keys, where enable_grad alone records nothing and every gradient would be 0.
-    inputs = (q, k, v, alpha_k, alpha_v, beta, sinks, k_prefix, v_prefix)
     autograd_keys = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
     with autograd_keys, torch.enable_grad():
-        leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
-        plan = SegmentPlan.from_cu_seqlens(cu_prompt, cu_answer, cu_prefix, num_streams)
-        options = (softmax_scale, window, softcap, stream_mask, shared_qkv, requires_grad, backend)
-        outputs = _run(leaves, plan, *options)
+        leaves = [None if x is None else x.detach().requires_grad_() for x in call.tensors]
+        args, options = _Call(*leaves, *call.rest).arguments()
+        outputs = module.attention(*args, **options)
     given = [x for x in leaves if x is not None]
     pairs = zip(outputs, (d_out, d_k_mixed, d_v_mixed), strict=True)
     used = [(o, d) for o, d in pairs if o.requires_grad]
@@ -149,20 +215,93 @@ def _attention_backward_op(
 
 
 @_attention_backward_op.register_fake
-def _(d_out, d_k_mixed, d_v_mixed, *args):
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in args[:_DIFFERENTIABLE] if x is not None]
+def _(d_out, d_k_mixed, d_v_mixed, *arguments):
+    call, _ = _split(arguments)
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in call.tensors if x is not None]
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.options = inputs[12:]
-    ctx.save_for_backward(*inputs[:12])
+def _save_attention(ctx, inputs, output):
+    call, (out, _, _, streams, lse) = _Call(*inputs), output
+    lengths, *ctx.options = call.rest
+    ctx.save_for_backward(*call.tensors, out, streams, lse, lengths)
 
 
-def _attention_backward(ctx, d_out, d_k_mixed, d_v_mixed):
+def _attention_backward(ctx, d_out, d_k_mixed, d_v_mixed, d_streams, d_lse):
+    # streams and lse never leave this module, so their gradients are nobody's.
     saved = ctx.saved_tensors
     grads = iter(torch.ops.bitune.attention_backward(d_out, d_k_mixed, d_v_mixed, *saved, *ctx.options))
-    given = [None if x is None else next(grads) for x in saved[:_DIFFERENTIABLE]]
-    return (*given, *[None] * (3 + len(ctx.options)))
+    given = [None if x is None else next(grads) for x in saved[:_NUM_TENSORS]]
+    return (*given, None, *[None] * len(ctx.options))
 
 
-_attention_op.register_autograd(_attention_backward, setup_context=_setup_context)
+_attention_op.register_autograd(_attention_backward, setup_context=_save_attention)
+
+
+# prefill
+
+
+def prefill(*args, k_cache, v_cache, cache_positions, backend, **options) -> torch.Tensor:
+    """A checked call of ``bitune_prefill``."""
+    call = _flatten(*args, **options, requires_grad=False, backend=backend)
+    return torch.ops.bitune.prefill(*call.tensors, k_cache, v_cache, cache_positions, *call.rest)
+
+
+@torch.library.custom_op(
+    "bitune::prefill",
+    mutates_args=("k_cache", "v_cache"),
+    schema=f"({_TENSORS}, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_positions, {_REST}) -> Tensor",
+)
+def _prefill_op(*arguments):
+    call, (k_cache, v_cache, cache_positions) = _split(arguments)
+    args, options = call.arguments()
+    cache = {"k_cache": k_cache, "v_cache": v_cache, "cache_positions": cache_positions}
+    return backends.prefill(call.module(), *args, **options, **cache).contiguous()
+
+
+@_prefill_op.register_fake
+def _(*arguments):
+    call, _ = _split(arguments)
+    rows, _, _ = call.rows()
+    return call.q.new_empty(rows, call.q.shape[1], call.v.shape[2])
+
+
+# mix_kv with a backend's own kernels
+
+
+@torch.library.custom_op(
+    "bitune::mix_kv", mutates_args=(), schema="(Tensor causal, Tensor bidir, Tensor alpha, str backend) -> Tensor"
+)
+def _mix_kv_op(causal, bidir, alpha, backend):
+    return backends.choose_mix(backend, causal).mix(causal, bidir, alpha)
+
+
+@_mix_kv_op.register_fake
+def _(causal, bidir, alpha, backend):
+    return torch.empty_like(causal, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op(
+    "bitune::mix_kv_backward",
+    mutates_args=(),
+    schema="(Tensor d_mixed, Tensor causal, Tensor bidir, Tensor alpha, str backend) -> (Tensor, Tensor, Tensor)",
+)
+def _mix_kv_backward_op(d_mixed, causal, bidir, alpha, backend):
+    return backends.choose_mix(backend, causal).mix_backward(d_mixed, causal, bidir, alpha)
+
+
+@_mix_kv_backward_op.register_fake
+def _(d_mixed, *inputs_and_backend):
+    causal, bidir, alpha, _ = inputs_and_backend
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (causal, bidir, alpha))
+
+
+def _save_mix_kv(ctx, inputs, output):
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _mix_kv_backward(ctx, d_mixed):
+    return (*torch.ops.bitune.mix_kv_backward(d_mixed, *ctx.saved_tensors, ctx.backend), None)
+
+
+_mix_kv_op.register_autograd(_mix_kv_backward, setup_context=_save_mix_kv)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from bitune_kernels import bitune_attention, bitune_prefill, mix_kv
+from bitune_kernels import SegmentPlan, backends, bitune_attention, bitune_prefill, mix_kv, registered
 from bitune_kernels.backends import reference, resolve, sdpa
 from bitune_kernels.testing import (
     CASES,
@@ -44,6 +44,107 @@ def gradients(inputs, outputs):
     used = [(o, torch.randn(o.shape, generator=generator, dtype=o.dtype)) for o in outputs if o.requires_grad]
     grads = torch.autograd.grad([o for o, _ in used], given.values(), [d for _, d in used], allow_unused=True)
     return {key: torch.zeros_like(x) if g is None else g for (key, x), g in zip(given.items(), grads, strict=True)}
+
+
+class Own:
+    """A backend that has every function a backend may have, each the formula; keeps what was called."""
+
+    def __init__(self):
+        self.calls, self.plans, self.check_saved = [], set(), True
+
+    def unsupported(self, **call):
+        return reference.unsupported(**call)
+
+    def attention(self, *args, **options):
+        self.calls.append("attention")
+        return reference.attention(*args, **options)
+
+    def forward(self, q, k, v, alpha_k, alpha_v, plan, *, save, **options):
+        self.calls.append("forward save" if save else "forward")
+        self.plans.add(plan)
+        out, k_mixed, v_mixed = reference.attention(q, k, v, alpha_k, alpha_v, plan, **options)
+        streams, lse = self.saved(q, k, v, alpha_k, alpha_v, plan, **options)
+        return out, k_mixed, v_mixed, *((streams, lse) if save else (streams[:0].clone(), lse[:0].clone()))
+
+    def saved(self, q, k, v, alpha_k, alpha_v, plan, **options):
+        """streams and, in place of lse, something else that backward can hold against what it is given."""
+        apart, _, _ = reference.attention(q, k, v, alpha_k, alpha_v, plan, **options | {"beta": None})
+        mixed = options["beta"] is not None and len(q) == len(k)
+        return apart[: 2 * plan.num_prompt if mixed else 0].clone(), apart.sum(dim=2).float()
+
+    def backward(
+        self,
+        d_out,
+        d_k_mixed,
+        d_v_mixed,
+        q,
+        k,
+        v,
+        alpha_k,
+        alpha_v,
+        beta,
+        sinks,
+        k_prefix,
+        v_prefix,
+        out,
+        streams,
+        lse,
+        plan,
+        *,
+        softmax_scale,
+        window,
+        softcap,
+        stream_mask,
+        shared_qkv,
+    ):
+        self.calls.append("backward")
+        self.plans.add(plan)
+        with (
+            torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False),
+            torch.enable_grad(),
+        ):
+            tensors = (q, k, v, alpha_k, alpha_v, beta, sinks, k_prefix, v_prefix)
+            leaves = [None if x is None else x.detach().requires_grad_() for x in tensors]
+            *args, beta, sinks, k_prefix, v_prefix = leaves
+            options = dict(softmax_scale=softmax_scale, window=window, softcap=softcap, stream_mask=stream_mask)
+            options |= dict(shared_qkv=shared_qkv, beta=beta, sinks=sinks)
+            options["prefix"] = None if k_prefix is None else (k_prefix, v_prefix)
+            outputs = reference.attention(*args, plan, **options)
+            if self.check_saved:
+                for given, wanted in zip(
+                    (out, streams, lse), (outputs[0], *self.saved(*args, plan, **options)), strict=True
+                ):
+                    assert torch.equal(given, wanted)
+        given = [x for x in leaves if x is not None]
+        pairs = [p for p in zip(outputs, (d_out, d_k_mixed, d_v_mixed), strict=True) if p[0].requires_grad]
+        grads = torch.autograd.grad([o for o, _ in pairs], given, [d for _, d in pairs], allow_unused=True)
+        return [torch.zeros_like(x) if g is None else g.contiguous() for g, x in zip(grads, given, strict=True)]
+
+    def prefill(self, q, k, v, alpha_k, alpha_v, plan, *, k_cache, v_cache, cache_positions, **options):
+        self.calls.append("prefill")
+        self.plans.add(plan)
+        out, k_mixed, v_mixed = reference.attention(q, k, v, alpha_k, alpha_v, plan, **options)
+        k_cache[cache_positions] = torch.cat([k_mixed, k[plan.answer_start :]])
+        v_cache[cache_positions] = torch.cat([v_mixed, v[plan.answer_start :]])
+        return out
+
+    def mix(self, causal, bidir, alpha):
+        self.calls.append("mix")
+        return torch.lerp(causal, bidir, alpha[..., None] if alpha.ndim else alpha)
+
+    def mix_backward(self, d_mixed, causal, bidir, alpha):
+        self.calls.append("mix_backward")
+        weight = alpha[:, None] if alpha.ndim else alpha
+        d_alpha = (d_mixed * (bidir - causal)).sum(dim=(0, 2))
+        return d_mixed * (1 - weight), d_mixed * weight, d_alpha if alpha.ndim else d_alpha.sum()
+
+
+@pytest.fixture
+def own(monkeypatch):
+    module, load = Own(), backends.load
+    monkeypatch.setattr(backends, "BACKENDS", (*backends.BACKENDS, "own"))
+    monkeypatch.setattr(backends, "load", lambda name: module if name == "own" else load(name))
+    return module
 
 
 @pytest.mark.parametrize(
@@ -206,7 +307,7 @@ def test_alpha_may_be_a_number():
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "transposed"])
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "own"])
 @pytest.mark.parametrize(
     "case",
     [
@@ -218,7 +319,7 @@ def test_alpha_may_be_a_number():
     ],
     ids=lambda case: case.id,
 )
-def test_prefill_writes_the_named_slots_and_nothing_else(case, backend, transposed):
+def test_prefill_writes_the_named_slots_and_nothing_else(case, backend, transposed, own):
     inputs = case.make(torch.bfloat16)
     plan, rows = inputs["plan"], sum(case.prompts) + sum(case.answers)
     num_slots, heads = rows + 9, case.heads[1]
@@ -229,6 +330,7 @@ def test_prefill_writes_the_named_slots_and_nothing_else(case, backend, transpos
         cache = torch.full(shape, float("nan"), dtype=torch.bfloat16)
         caches.append(cache.transpose(0, 1) if transposed else cache)
     out = bitune_prefill(**inputs, k_cache=caches[0], v_cache=caches[1], cache_positions=slots, backend=backend)
+    assert own.calls == (["prefill"] if backend == "own" else [])
     expected, k_mixed, v_mixed = bitune_attention(**inputs, backend=backend)
     assert torch.equal(out, expected)
     for cache, mixed, own in zip(caches, (k_mixed, v_mixed), (inputs["k"], inputs["v"]), strict=True):
@@ -262,6 +364,36 @@ def test_mix_kv_gradcheck():
     assert torch.autograd.gradcheck(mix_kv, (causal, bidir, alpha))
 
 
+@pytest.mark.parametrize("alpha", [0.3, torch.tensor(0.3), torch.tensor([0.2, 0.9])], ids=["number", "scalar", "head"])
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_mix_kv_of_a_backend(alpha, compile, own):
+    causal, bidir = (x.requires_grad_() for x in torch.randn(2, 5, 2, 4))
+    leaves = [causal, bidir]
+    if isinstance(alpha, torch.Tensor):
+        leaves.append(alpha.clone().requires_grad_())
+        alpha = leaves[-1]
+    d_mixed = torch.randn(5, 2, 4)
+    function, _ = compiled_and_counter(mix_kv) if compile else (mix_kv, None)
+    mixed, expected = function(causal, bidir, alpha, backend="own"), mix_kv(causal, bidir, alpha)
+    torch.testing.assert_close(mixed, expected)
+    grads = torch.autograd.grad(mixed, leaves, d_mixed)
+    assert own.calls == ["mix", "mix_backward"]
+    for actual, wanted in zip(grads, torch.autograd.grad(expected, leaves, d_mixed), strict=True):
+        assert actual.shape == wanted.shape
+        torch.testing.assert_close(actual, wanted)
+    assert torch.equal(mix_kv(causal, bidir, alpha, backend="reference"), expected)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "flex", "fastest"])
+def test_mix_kv_is_refused_by_backends_without_one(name, own):
+    rows = torch.zeros(3, 2, 4)
+    with pytest.raises(ValueError, match=rf"^backend: expected .* \(auto, reference, own\), got '{name}'"):
+        mix_kv(rows, rows, 0.5, backend=name)
+    own.unsupported = lambda **call: f"no kernel for {call['device']}, {call['dtype']}"
+    with pytest.raises(ValueError, match=r"^backend: 'own' can't run this call: no kernel for cpu, torch\.float32"):
+        mix_kv(rows, rows, 0.5, backend="own")
+
+
 # the registered operators and torch.compile
 
 OPERATOR_CASES = [
@@ -275,30 +407,50 @@ OPERATOR_CASES = [
 
 
 def operator_arguments(case, backend, requires_grad):
+    """Of bitune::attention: nine tensors (q .. v_prefix), then the rest."""
     inputs = case.make(torch.float32, requires_grad=requires_grad)
     plan, prefix = inputs["plan"], inputs.get("prefix") or (None, None)
     scale = case.head_dim**-0.5
     tensors = [inputs.get(key) for key in ("q", "k", "v", "alpha_k", "alpha_v", "beta", "sinks")]
-    lengths = [plan.cu_prompt, plan.cu_answer, plan.cu_prefix, plan.num_prompt, plan.num_streams]
+    lengths = [plan.lengths, plan.num_prompt, plan.num_streams]
     options = [case.window, case.softcap, case.stream_mask, case.shared_qkv, requires_grad, backend]
     return (*tensors, *prefix, *lengths, scale, *options)
 
 
+def prefill_arguments(case, backend):
+    """Of bitune::prefill."""
+    arguments = operator_arguments(case, backend, requires_grad=False)
+    slots = case.plan().num_prompt + case.plan().num_answer
+    caches = [torch.zeros(slots + 2, case.heads[1], dim) for dim in case.dims]
+    return (*arguments[:9], *caches, torch.arange(slots).flip(0), *arguments[9:])
+
+
 @pytest.mark.parametrize(
     ("case", "backend"),
     [
         pytest.param(case, backend, id=f"{backend}-{case.id}")
         for case in OPERATOR_CASES
-        for backend in runnable_backends(case, torch.float32)
+        for backend in [*runnable_backends(case, torch.float32), "own"]
     ],
 )
-def test_opcheck(case, backend):
+def test_opcheck(case, backend, own):
     arguments = operator_arguments(case, backend, requires_grad=True)
     torch.library.opcheck(torch.ops.bitune.attention.default, arguments)
-    outputs = torch.ops.bitune.attention(*arguments)
+    outputs = [x.detach() for x in torch.ops.bitune.attention(*arguments)]
+    own.check_saved = False  # opcheck gives numbers of its own
     arguments = operator_arguments(case, backend, requires_grad=False)
-    cotangents = [torch.randn(o.shape) for o in outputs]
-    torch.library.opcheck(torch.ops.bitune.attention_backward.default, (*cotangents, *arguments))
+    cotangents = [torch.randn(o.shape) for o in outputs[:3]]
+    arguments = (*cotangents, *arguments[:9], outputs[0], *outputs[3:], *arguments[9:])
+    torch.library.opcheck(torch.ops.bitune.attention_backward.default, arguments)
+    torch.library.opcheck(torch.ops.bitune.prefill.default, prefill_arguments(case, backend))
+
+
+@pytest.mark.parametrize("alpha", [torch.tensor(0.3), torch.tensor([0.2, 0.9])], ids=["scalar", "head"])
+def test_opcheck_mix(alpha, own):
+    causal, bidir = (x.requires_grad_() for x in torch.randn(2, 5, 2, 4))
+    torch.library.opcheck(torch.ops.bitune.mix_kv.default, (causal, bidir, alpha.requires_grad_(), "own"))
+    tensors = [x.detach() for x in (torch.randn(5, 2, 4), causal, bidir, alpha)]
+    torch.library.opcheck(torch.ops.bitune.mix_kv_backward.default, (*tensors, "own"))
 
 
 @pytest.mark.parametrize(
@@ -306,17 +458,22 @@ def test_opcheck(case, backend):
     [
         pytest.param(case, backend, id=f"{backend}-{case.id}")
         for case in OPERATOR_CASES
-        for backend in runnable_backends(case, torch.float32)
+        for backend in [*runnable_backends(case, torch.float32), "own"]
     ],
 )
-def test_registered_operator_is_the_plain_call(case, backend):
+def test_registered_operator_is_the_plain_call(case, backend, own):
     # opcheck compares the operator with itself only
     inputs = case.make(requires_grad=True)
     plain = bitune_attention(**inputs, backend=backend)
+    own.calls.clear()
     arguments = operator_arguments(case, backend, requires_grad=True)
-    registered = torch.ops.bitune.attention(*arguments)
+    *registered, streams, lse = torch.ops.bitune.attention(*arguments)
     for actual, expected in zip(registered, plain, strict=True):
         assert torch.equal(actual, expected)
+    in_streams = case.plan().num_prompt * (0 if case.answer_only else 2)
+    rows = in_streams if case.num_streams == 2 or case.shared_qkv else in_streams // 2
+    assert lse.shape == (rows + case.plan().num_answer, case.heads[0]) and lse.dtype == torch.float32
+    assert streams.shape == (in_streams if case.beta else 0, case.heads[0], case.dims[1])
     tensors = [x for x in arguments[:9] if x is not None]
     grads = gradients(inputs, plain)
     assert len(tensors) == len(grads)
@@ -324,6 +481,15 @@ def test_registered_operator_is_the_plain_call(case, backend):
     d_outputs = [torch.randn(o.shape, generator=generator) for o in plain]
     for (key, expected), actual in zip(grads.items(), torch.autograd.grad(registered, tensors, d_outputs), strict=True):
         torch.testing.assert_close(actual, expected, msg=lambda m, key=key: f"{key}: {m}")
+        assert actual.is_contiguous()
+    assert own.calls == (["forward save", "backward"] if backend == "own" else [])
+
+
+@pytest.mark.parametrize("backend", ["reference", "own"])
+def test_nothing_is_saved_without_gradients(backend, own):
+    case = OPERATOR_CASES[-1]
+    *_, streams, lse = torch.ops.bitune.attention(*operator_arguments(case, backend, requires_grad=False))
+    assert streams.shape == (0, *case.heads[:1], case.head_dim) and lse.shape == (0, case.heads[0])
 
 
 # Lengths per call; the batch size stays. The first call compiles for its lengths, the second for all lengths.
@@ -337,7 +503,7 @@ LENGTHS = [
 ]
 
 
-@pytest.mark.parametrize(
+VARIANTS = pytest.mark.parametrize(
     "options",
     [
         {},
@@ -348,23 +514,83 @@ LENGTHS = [
     ],
     ids=lambda options: "-".join(options) or "plain",
 )
-def test_compiled_once_for_all_lengths(options):
-    def attend(**inputs):
-        out, k_mixed, v_mixed = bitune_attention(**inputs)
-        return out * 2, k_mixed, v_mixed + 1
 
+
+def compiled_and_counter(function):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(attend, fullgraph=True, backend=counter)
+    return torch.compile(function, fullgraph=True, backend=counter), counter
+
+
+@VARIANTS
+@pytest.mark.parametrize("backend", ["auto", "own"])
+def test_compiled_once_for_all_lengths(options, backend, own):
+    def attend(**inputs):
+        out, k_mixed, v_mixed = bitune_attention(**inputs, backend=backend)
+        return out * 2, k_mixed, v_mixed + 1
+
+    compiled, counter = compiled_and_counter(attend)
     for call, (prompts, answers) in enumerate(LENGTHS):
         inputs = Case(prompts=prompts, answers=answers, **options).make(requires_grad=True)
-        outputs, expected = compiled(**inputs), attend(**inputs)
+        expected = attend(**inputs)
+        own.calls.clear()
+        outputs = compiled(**inputs)
         for actual, wanted in zip(outputs, expected, strict=True):
             torch.testing.assert_close(actual, wanted)
-        grads, expected = gradients(inputs, outputs), gradients(inputs, expected)
+        grads = gradients(inputs, outputs)
+        assert own.calls == (["forward save", "backward"] if backend == "own" else [])
+        expected = gradients(inputs, expected)
         for key in grads:
             torch.testing.assert_close(grads[key], expected[key], msg=lambda m, key=key: f"{key}: {m}")
         assert counter.frame_count == min(call + 1, 2)
+
+
+@VARIANTS
+@pytest.mark.parametrize("backend", ["auto", "own"])
+def test_prefill_compiled_once_for_all_lengths(options, backend, own):
+    def prefill(k_cache, **inputs):
+        v_cache = inputs["v"].new_zeros(k_cache.shape[1], 2, 16)  # one cache from inside, one view from outside
+        out = bitune_prefill(**inputs, k_cache=k_cache.transpose(0, 1), v_cache=v_cache, backend=backend)
+        return out * 2, v_cache + 1
+
+    compiled, counter = compiled_and_counter(prefill)
+    for call, (prompts, answers) in enumerate(LENGTHS):
+        inputs = Case(prompts=prompts, answers=answers, **options).make()
+        rows = sum(prompts) + sum(answers)
+        inputs["cache_positions"] = torch.arange(rows).flip(0) + 1
+        actual_cache, wanted_cache = torch.zeros(2, 2, rows + 3, 16)
+        expected = prefill(wanted_cache, **inputs)
+        own.calls.clear()
+        for actual, wanted in zip(compiled(actual_cache, **inputs), expected, strict=True):
+            torch.testing.assert_close(actual, wanted)
+        torch.testing.assert_close(actual_cache, wanted_cache)
+        assert wanted_cache.any()
+        assert own.calls == (["prefill"] if backend == "own" else [])
+        assert counter.frame_count == min(call + 1, 2)
+
+
+def test_compiled_layers_share_one_plan(own, monkeypatch):
+    def layers(**inputs):
+        for _ in range(3):
+            inputs["q"], _, _ = bitune_attention(**inputs, backend="own")
+        return inputs["q"]
+
+    def refuse(*args, **kwargs):
+        pytest.fail("reads tensors that lie on the GPU")
+
+    registered._plan.cache_clear()
+    inputs = Case(prompts=(5, 7), answers=(3, 4), prefix=(2, 0)).make(requires_grad=True)
+    monkeypatch.setattr(SegmentPlan, "from_cu_seqlens", refuse)
+    with torch.inference_mode():
+        layers_compiled, _ = compiled_and_counter(layers)
+        layers_compiled(**Case(prompts=(5, 7), answers=(3, 4), prefix=(2, 0)).make())
+    layers_compiled(**inputs).sum().backward()
+    assert own.calls == ["forward"] * 3 + ["forward save"] * 3 + ["backward"] * 3
+    (plan,) = own.plans
+    assert plan.lengths.tolist() == inputs["plan"].lengths.tolist()
+    for key in ("cu_prompt", "cu_answer", "cu_prefix"):
+        assert torch.equal(getattr(plan, key), getattr(inputs["plan"], key))
+        assert not getattr(plan, key).is_inference()  # autograd could not save these
 
 
 def test_compiled_call_refuses_like_the_plain_one():
@@ -542,6 +768,12 @@ BAD_CACHE = [
     ({"v_cache": torch.zeros(12, 2, 16).half()}, ValueError, "v_cache: expected .* got torch.float16"),
     ({"v_cache": torch.zeros(2, 12, 16, 1)}, ValueError, "v_cache: expected"),
     ({"k_cache": torch.zeros(12, 2, 16, device="meta")}, ValueError, "k_cache: expected it on cpu, got meta"),
+    ({"cache_positions": torch.arange(10).to("meta")}, ValueError, "cache_positions: expected it on cpu, got meta"),
+    ({"softcap": 0.0}, ValueError, "softcap: expected a finite number > 0 or None, got 0.0"),
+    ({"backend": "fastest"}, ValueError, "backend: expected one of auto, .* got 'fastest'"),
+    ({"backend": "sdpa", "softcap": 1.0}, ValueError, "backend: 'sdpa' can't run this call"),
+    ({"sinks": torch.zeros(4, requires_grad=True)}, ValueError, "sinks: expected no gradients"),
+    ({"beta": torch.zeros((), requires_grad=True)}, ValueError, "beta: expected no gradients"),
     ({"q": torch.zeros(ROWS, 4, 16, requires_grad=True)}, ValueError, "q: expected no gradients"),
     ({"alpha_v": torch.tensor(0.5, requires_grad=True)}, ValueError, "alpha_v: expected no gradients"),
 ]
@@ -557,14 +789,23 @@ def test_bad_cache_is_refused(change, error, message, nothing_computes):
 
 
 @pytest.mark.parametrize(
-    ("bidir", "alpha", "error", "message"),
+    ("change", "error", "message"),
     [
-        (torch.zeros(2, 2, 4), 0.5, ValueError, r"bidir: expected torch.float32 \[3, 2, 4\] as causal"),
-        (torch.zeros(3, 2, 4).half(), 0.5, ValueError, "bidir: .* got torch.float16"),
-        (torch.zeros(3, 2, 4), torch.zeros(3), ValueError, r"alpha: expected a scalar or shape \[2\]"),
-        (torch.zeros(3, 2, 4), "0.5", TypeError, "alpha: expected a number"),
+        (
+            {"causal": torch.zeros(3, 2, 4).int()},
+            TypeError,
+            "causal: expected a floating point tensor, got torch.int32",
+        ),
+        ({"causal": [0.0]}, TypeError, "causal: expected a floating point tensor, got list"),
+        ({"causal": torch.zeros(6, 4)}, ValueError, r"causal: expected \[rows, heads, head_dim\], got shape \[6, 4\]"),
+        ({"bidir": None}, TypeError, "bidir: expected a floating point tensor, got NoneType"),
+        ({"bidir": torch.zeros(2, 2, 4)}, ValueError, r"bidir: expected torch.float32 \[3, 2, 4\] on cpu as causal"),
+        ({"bidir": torch.zeros(3, 2, 4).half()}, ValueError, "bidir: .* got torch.float16"),
+        ({"bidir": torch.zeros(3, 2, 4, device="meta")}, ValueError, "bidir: .* on meta"),
+        ({"alpha": torch.zeros(3)}, ValueError, r"alpha: expected a scalar or shape \[2\]"),
+        ({"alpha": "0.5"}, TypeError, "alpha: expected a number"),
     ],
 )
-def test_bad_mix_is_refused(bidir, alpha, error, message):
+def test_bad_mix_is_refused(change, error, message):
     with pytest.raises(error, match=f"^{message}"):
-        mix_kv(torch.zeros(3, 2, 4), bidir, alpha)
+        mix_kv(**{"causal": torch.zeros(3, 2, 4), "bidir": torch.zeros(3, 2, 4), "alpha": 0.5} | change)

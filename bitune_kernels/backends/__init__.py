@@ -1,7 +1,30 @@
 """Backends of the attention operators, and the one place that chooses between them.
 
-Each module has one function ``attention(q, k, v, alpha_k, alpha_v, plan, **options)`` with the meaning given by
-``bitune_kernels.ops.bitune_attention``; ``reference`` is the formula that the others are tested against.
+Each module has ``unsupported(**call)`` and ``attention(q, k, v, alpha_k, alpha_v, plan, **options)`` with the meaning
+given by ``bitune_kernels.ops.bitune_attention``, differentiable; ``reference`` is the formula that the others are
+tested against. Every option but ``backend`` is given, the weights as float32 or float64 tensors [] or [heads].
+
+A module with kernels of its own may also have these, which autograd does not see. Tensors that come in may have any
+strides (a gradient also 0); those that go out are contiguous and share no memory with each other or what came in.
+
+``forward(q, k, v, alpha_k, alpha_v, plan, **options, save) -> (out, k_mixed, v_mixed, streams, lse)`` and
+``backward(d_out, d_k_mixed, d_v_mixed, q, k, v, alpha_k, alpha_v, beta, sinks, k_prefix, v_prefix, out, streams, lse,
+plan, *, softmax_scale, window, softcap, stream_mask, shared_qkv) -> gradients``, both or neither
+    The call under torch.compile, where ``attention`` is not used. With one stream k_mixed and v_mixed may be views of
+    k and v. ``save`` says that backward will follow; without it streams and lse have 0 rows:
+
+    * streams [2 N, num_heads_q, head_dim_v] in q's dtype: outputs of the bidir and then the causal rows before
+      ``beta`` mixes them. 0 rows without ``beta`` and for q of answer rows alone.
+    * lse float32 [R, num_heads_q]: natural logarithm of the sum that each row of each stream was divided by, sink
+      included. R = the rows of q, and with ``shared_qkv`` N more unless q has answer rows alone.
+
+    The gradients are a list, one for each tensor of q .. v_prefix that is not None, in that order and with the shape
+    and dtype of that tensor.
+``prefill(q, k, v, alpha_k, alpha_v, plan, **options, k_cache, v_cache, cache_positions) -> out``
+    ``bitune_kernels.ops.bitune_prefill`` without writing k_mixed and v_mixed anywhere but into the cache.
+``mix(causal, bidir, alpha) -> mixed`` and ``mix_backward(d_mixed, causal, bidir, alpha) -> (d_causal, d_bidir,
+d_alpha)``, both or neither
+    ``bitune_kernels.ops.mix_kv``.
 """
 
 from __future__ import annotations
@@ -47,7 +70,9 @@ def resolve(name: str, **call) -> tuple[str, str]:
     raise ValueError(f"backend: none can run this call: {'; '.join(passed_over)}")
 
 
-def choose(name: str, q, v, window, softcap, sinks, stream_mask, prefix, requires_grad: bool) -> ModuleType:
+def choose(
+    name: str, q, v, requires_grad: bool, *, window, softcap, sinks, stream_mask, prefix, **indifferent
+) -> ModuleType:
     """The module that runs a call of ``bitune_attention`` with these arguments, or ValueError."""
     name, _ = resolve(
         name,
@@ -63,3 +88,28 @@ def choose(name: str, q, v, window, softcap, sinks, stream_mask, prefix, require
         requires_grad=requires_grad,
     )
     return load(name)
+
+
+def choose_mix(name: str, like) -> ModuleType:
+    """The module of this name, which mixes tensors like this one with ``mix`` and ``mix_backward``, or ValueError."""
+    # Both are asked for: backends written in PyTorch have a `mix` too, the one that they import.
+    able = [x for x in BACKENDS if hasattr(load(x), "mix_backward")]
+    if name not in able:
+        raise ValueError(
+            f"backend: expected one that can mix ({', '.join(['auto', 'reference', *able])}), got {name!r}"
+        )
+    name, _ = resolve(name, device=like.device, dtype=like.dtype)
+    return load(name)
+
+
+def prefill(module: ModuleType, q, k, v, alpha_k, alpha_v, plan, *, k_cache, v_cache, cache_positions, **options):
+    """``bitune_prefill`` with this module, in as few launches as it can."""
+    if hasattr(module, "prefill"):
+        cache = {"k_cache": k_cache, "v_cache": v_cache, "cache_positions": cache_positions}
+        return module.prefill(q, k, v, alpha_k, alpha_v, plan, **options, **cache)
+    out, k_mixed, v_mixed = module.attention(q, k, v, alpha_k, alpha_v, plan, **options)
+    prompt_slots, answer_slots = cache_positions.split([plan.num_prompt, plan.num_answer])
+    for cache, mixed, own in ((k_cache, k_mixed, k), (v_cache, v_mixed, v)):
+        cache.index_copy_(0, prompt_slots, mixed)
+        cache.index_copy_(0, answer_slots, own[plan.answer_start :])
+    return out
