@@ -61,9 +61,11 @@ class _Call(NamedTuple):
     def plan(self) -> SegmentPlan:
         return _plan(tuple(map(tuple, self.lengths.tolist())), self.num_streams, self.q.device)
 
-    def arguments(self) -> tuple[tuple, dict]:
-        """The positional and keyword arguments of a backend."""
-        options = {
+    def positional(self) -> tuple:
+        return self.q, self.k, self.v, self.alpha_k, self.alpha_v, self.plan()
+
+    def options(self) -> dict:
+        return {
             "softmax_scale": self.softmax_scale,
             "window": self.window,
             "softcap": self.softcap,
@@ -73,11 +75,9 @@ class _Call(NamedTuple):
             "beta": self.beta,
             "prefix": None if self.k_prefix is None else (self.k_prefix, self.v_prefix),
         }
-        return (self.q, self.k, self.v, self.alpha_k, self.alpha_v, self.plan()), options
 
     def module(self) -> ModuleType:
-        _, options = self.arguments()
-        return backends.choose(self.backend, self.q, self.v, self.requires_grad, **options)
+        return backends.choose(self.backend, self.q, self.v, self.requires_grad, **self.options())
 
     def rows(self) -> tuple[int, int, int]:
         """Of out, and of streams and lse when they are saved."""
@@ -146,11 +146,11 @@ def attention(*args, **options) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 )
 def _attention_op(*arguments):
     call = _Call(*arguments)
-    module, (args, options) = call.module(), call.arguments()
+    module = call.module()
     if hasattr(module, "forward"):
-        out, k_mixed, v_mixed, *saved = module.forward(*args, **options, save=call.requires_grad)
+        out, k_mixed, v_mixed, *saved = module.forward(*call.positional(), **call.options(), save=call.requires_grad)
     else:
-        out, k_mixed, v_mixed = module.attention(*args, **options)
+        out, k_mixed, v_mixed = module.attention(*call.positional(), **call.options())
         saved = call.unused()
     if call.num_streams == 1:  # rows of k and v themselves, and an operator's outputs may not alias its inputs
         k_mixed, v_mixed = k_mixed.clone(), v_mixed.clone()
@@ -204,8 +204,8 @@ def _attention_backward_op(d_out, d_k_mixed, d_v_mixed, *arguments):
     autograd_keys = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
     with autograd_keys, torch.enable_grad():
         leaves = [None if x is None else x.detach().requires_grad_() for x in call.tensors]
-        args, options = _Call(*leaves, *call.rest).arguments()
-        outputs = module.attention(*args, **options)
+        again = _Call(*leaves, *call.rest)
+        outputs = module.attention(*again.positional(), **again.options())
     given = [x for x in leaves if x is not None]
     pairs = zip(outputs, (d_out, d_k_mixed, d_v_mixed), strict=True)
     used = [(o, d) for o, d in pairs if o.requires_grad]
@@ -253,9 +253,8 @@ def prefill(*args, k_cache, v_cache, cache_positions, backend, **options) -> tor
 )
 def _prefill_op(*arguments):
     call, (k_cache, v_cache, cache_positions) = _split(arguments)
-    args, options = call.arguments()
     cache = {"k_cache": k_cache, "v_cache": v_cache, "cache_positions": cache_positions}
-    return backends.prefill(call.module(), *args, **options, **cache).contiguous()
+    return backends.prefill(call.module(), *call.positional(), **call.options(), **cache).contiguous()
 
 
 @_prefill_op.register_fake

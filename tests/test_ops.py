@@ -1,5 +1,7 @@
 """The operators against the formula, for every backend, forward and backward; and what they refuse."""
 
+import re
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -72,49 +74,21 @@ class Own:
         mixed = options["beta"] is not None and len(q) == len(k)
         return apart[: 2 * plan.num_prompt if mixed else 0].clone(), apart.sum(dim=2).float()
 
-    def backward(
-        self,
-        d_out,
-        d_k_mixed,
-        d_v_mixed,
-        q,
-        k,
-        v,
-        alpha_k,
-        alpha_v,
-        beta,
-        sinks,
-        k_prefix,
-        v_prefix,
-        out,
-        streams,
-        lse,
-        plan,
-        *,
-        softmax_scale,
-        window,
-        softcap,
-        stream_mask,
-        shared_qkv,
-    ):
+    def backward(self, d_out, d_k_mixed, d_v_mixed, *args, **options):
         self.calls.append("backward")
+        (*tensors, out, streams, lse, plan) = args
         self.plans.add(plan)
-        with (
-            torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False),
-            torch.enable_grad(),
-        ):
-            tensors = (q, k, v, alpha_k, alpha_v, beta, sinks, k_prefix, v_prefix)
+        # as an operator does it: autograd is off here
+        autograd_keys = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+        with autograd_keys, torch.enable_grad():
             leaves = [None if x is None else x.detach().requires_grad_() for x in tensors]
-            *args, beta, sinks, k_prefix, v_prefix = leaves
-            options = dict(softmax_scale=softmax_scale, window=window, softcap=softcap, stream_mask=stream_mask)
-            options |= dict(shared_qkv=shared_qkv, beta=beta, sinks=sinks)
+            *args, options["beta"], options["sinks"], k_prefix, v_prefix = leaves
             options["prefix"] = None if k_prefix is None else (k_prefix, v_prefix)
             outputs = reference.attention(*args, plan, **options)
-            if self.check_saved:
-                for given, wanted in zip(
-                    (out, streams, lse), (outputs[0], *self.saved(*args, plan, **options)), strict=True
-                ):
-                    assert torch.equal(given, wanted)
+            saved = (outputs[0], *self.saved(*args, plan, **options))
+        if self.check_saved:
+            for given, wanted in zip((out, streams, lse), saved, strict=True):
+                assert torch.equal(given, wanted)
         given = [x for x in leaves if x is not None]
         pairs = [p for p in zip(outputs, (d_out, d_k_mixed, d_v_mixed), strict=True) if p[0].requires_grad]
         grads = torch.autograd.grad([o for o, _ in pairs], given, [d for _, d in pairs], allow_unused=True)
@@ -333,8 +307,8 @@ def test_prefill_writes_the_named_slots_and_nothing_else(case, backend, transpos
     assert own.calls == (["prefill"] if backend == "own" else [])
     expected, k_mixed, v_mixed = bitune_attention(**inputs, backend=backend)
     assert torch.equal(out, expected)
-    for cache, mixed, own in zip(caches, (k_mixed, v_mixed), (inputs["k"], inputs["v"]), strict=True):
-        written = torch.cat([mixed, own[plan.num_streams * plan.num_prompt :]])
+    for cache, mixed, x in zip(caches, (k_mixed, v_mixed), (inputs["k"], inputs["v"]), strict=True):
+        written = torch.cat([mixed, x[plan.num_streams * plan.num_prompt :]])
         assert torch.equal(cache[slots], written)
         others = torch.ones(num_slots, dtype=torch.bool)
         others[slots] = False
@@ -772,8 +746,6 @@ BAD_CACHE = [
     ({"softcap": 0.0}, ValueError, "softcap: expected a finite number > 0 or None, got 0.0"),
     ({"backend": "fastest"}, ValueError, "backend: expected one of auto, .* got 'fastest'"),
     ({"backend": "sdpa", "softcap": 1.0}, ValueError, "backend: 'sdpa' can't run this call"),
-    ({"sinks": torch.zeros(4, requires_grad=True)}, ValueError, "sinks: expected no gradients"),
-    ({"beta": torch.zeros((), requires_grad=True)}, ValueError, "beta: expected no gradients"),
     ({"q": torch.zeros(ROWS, 4, 16, requires_grad=True)}, ValueError, "q: expected no gradients"),
     ({"alpha_v": torch.tensor(0.5, requires_grad=True)}, ValueError, "alpha_v: expected no gradients"),
 ]
@@ -786,6 +758,18 @@ def test_bad_cache_is_refused(change, error, message, nothing_computes):
     call = TWO.make() | {f"{x}_cache": torch.zeros(12, 2, 16) for x in "kv"} | {"cache_positions": torch.arange(10)}
     with pytest.raises(error, match=f"^{message}"):
         bitune_prefill(**call | change)
+
+
+def test_prefill_refuses_each_input_with_a_gradient(nothing_computes):
+    case = Case(prompts=(4, 3), answers=(2, 1), prefix=(2, 3), beta="head", sinks=True)
+    call = case.make() | {f"{x}_cache": torch.zeros(12, 2, 16) for x in "kv"} | {"cache_positions": torch.arange(10)}
+    given = leaves(call)
+    assert len(given) == 9
+    for key, x in given.items():
+        x.requires_grad_()
+        with pytest.raises(ValueError, match=f"^{re.escape(key)}: expected no gradients"):
+            bitune_prefill(**call)
+        x.requires_grad_(False)
 
 
 @pytest.mark.parametrize(
