@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.figure
 
@@ -73,7 +74,7 @@ TIME_FIELDS = (
 
 
 def measurements(
-    facts: dict, times: dict[str, Timing], tokens: int, checks: dict[str, dict], memory: dict[str, float | None]
+    facts: dict, case, times: dict[str, Timing], checks: dict[str, dict], memory: dict[str, float | None]
 ) -> list[dict]:
     """One CSV row per provider: ``facts``, which all share, ``TIME_FIELDS``, and ``checks`` of the provider."""
     three, lora = times.get("three-pass"), times.get("lora")
@@ -82,15 +83,41 @@ def measurements(
         values = (
             name,
             t.rounds,
-            round(tokens / t.quantile(0.5), 2),
-            *(round(t.quantile(q) * 1e3, 4) for q in (0.2, 0.5, 0.8)),
+            round(case.tokens / t.quantile(0.5), 2),
+            *milliseconds(t),
             "" if three is None else round(three.ratio(t), 4),
             "" if lora is None else round(t.ratio(lora), 4),
             "" if memory[name] is None else round(memory[name], 1),
-            max(value for what, value in checks[name].items() if what.startswith("error_")),
+            worst_error(checks[name]),
         )
         rows.append(facts | dict(zip(TIME_FIELDS, values, strict=True)) | checks[name])
     return rows
+
+
+def milliseconds(t: Timing) -> list[float]:
+    """p20, p50 and p80."""
+    return [round(t.quantile(q) * 1e3, 4) for q in (0.2, 0.5, 0.8)]
+
+
+def worst_error(checks: dict[str, float]) -> float:
+    return max(value for what, value in checks.items() if what.startswith("error_"))
+
+
+class Table(NamedTuple):
+    """How a benchmark shows what it measured.
+
+    Attributes:
+        head: () -> the text above the table.
+        line: row of the CSV file -> line of the table.
+        rows: (facts, case, times, checks, memory) -> rows of the CSV file.
+    """
+
+    head: Callable[[], str]
+    line: Callable[[dict], str]
+    rows: Callable[..., list[dict]]
+
+
+WHOLE_MODEL = Table(table_head, table_line, measurements)
 
 
 class Results:
