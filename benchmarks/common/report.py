@@ -142,8 +142,14 @@ class Results:
         self.rows += rows
 
 
-def plot(path: Path, rows: Sequence[dict], title: str) -> None:
-    """Cost of each provider in plain LoRA passes, grouped by shape, and the floor of each group."""
+def plot(path: Path, rows: Sequence[dict], title: str) -> str | None:
+    """Cost of each provider in plain LoRA passes, grouped by shape, and the floor of each group.
+
+    Returns why nothing was drawn, or None.
+    """
+    rows = [row for row in rows if row["cost_in_lora_passes"] != ""]
+    if not rows:
+        return "it shows costs in LoRA passes, and lora was not among the providers"
     shapes = list(dict.fromkeys((row["batch"], row["length"]) for row in rows))
     names = [n for n in dict.fromkeys(row["provider"] for row in rows) if n != "lora"]
     width = max(6.0, 2 + 0.6 * len(shapes) * max(1, len(names)))
@@ -168,16 +174,12 @@ def plot(path: Path, rows: Sequence[dict], title: str) -> None:
     figure.savefig(path, dpi=150)
 
 
-def finish(results: Results, title: str) -> None:
+def finish(results: Results, title: str, draw: Callable[..., str | None] = plot) -> None:
     """Say where the numbers are, and draw them."""
     if not results.rows:
         print("nothing was measured")
         return
     print(f"\n{len(results.rows)} rows appended to {results.path}")
-    rows = [row for row in results.rows if row["cost_in_lora_passes"] != ""]
-    if not rows:
-        print("no plot: it shows costs in LoRA passes, and lora was not among the providers")
-        return
     path = results.path.with_suffix(".png")
-    plot(path, rows, title)
-    print(f"plot: {path}")
+    missing = draw(path, results.rows, title)
+    print(f"plot: {path}" if missing is None else f"no plot: {missing}")

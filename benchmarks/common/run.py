@@ -224,7 +224,7 @@ def check_errors(provider: str, errors: dict[str, float], bounds: dict[str, floa
 
 
 def peak_memory_mib(device: torch.device, function) -> float | None:
-    """Peak of the allocator in one call, weights included. None on a CPU: its allocator keeps what was freed."""
+    """Peak of the allocator in one call, what was there included. None on a CPU: its allocator keeps what was freed."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()
@@ -273,6 +273,10 @@ class Case:
         """One call, the one that is timed."""
         raise NotImplementedError
 
+    def memory(self, device: torch.device, provider: str) -> float | None:
+        """MiB at the peak of one call, weights included."""
+        return peak_memory_mib(device, partial(self.run, provider))
+
     def errors(self, provider: str) -> dict[str, float]:
         """Run a provider and compare each of its outputs with the oracle."""
         raise NotImplementedError
@@ -313,7 +317,7 @@ def measure(
             checks, refused = _check(case, providers, setup)
             right, needed = right and not refused, time.perf_counter() - start
             if checks:
-                memory = {n: peak_memory_mib(setup.device, partial(case.run, n)) for n in checks}
+                memory = {n: case.memory(setup.device, n) for n in checks}
                 bar.set_description(f"{case.label}: timing")
                 times = interleaved(
                     {name: partial(case.run, name) for name in checks},
@@ -359,7 +363,7 @@ def _check(case: Case, providers: Sequence[str], setup: Machine) -> tuple[dict[s
         except Wrong as e:
             refused = True
             tqdm.write(f"{case.label}: not timed: {e}")
-        except (ImportError, NotImplementedError, RuntimeError, ValueError) as e:
+        except Exception as e:  # compilers of kernels raise exceptions of their own
             tqdm.write(f"{case.label}: not timed: {name}: {type(e).__name__}: {_first_line(e)}")
     case.forget_oracle()
     return checks, refused
