@@ -420,8 +420,10 @@ def draw(path, rows: Sequence[dict], title: str) -> None:
             axes.set_ylim(bottom=0)
             axes.set_title(f"{mode}, head_dim {dim}", fontsize=8)
             axes.tick_params(labelsize=7)
-    figure.supxlabel("prompt rows per sample", fontsize=8)
-    figure.supylabel("useful TFLOP/s (higher is better)", fontsize=8)
+    for axes in grid[-1]:
+        axes.set_xlabel("prompt rows per sample", fontsize=8)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("useful TFLOP/s (higher is better)", fontsize=8)
     figure.suptitle(title, fontsize=9)
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=150)
