@@ -435,7 +435,8 @@ def choose_providers(p: argparse.ArgumentParser, args, machine: Machine, heads) 
     for head_dim in sorted({h[2] for h in heads}):
         facts = {"device": machine.device, "dtype": machine.dtype, "head_dim": head_dim, "head_dim_v": head_dim}
         for name, reason in reasons_against(**facts, requires_grad="backward" in args.modes).items():
-            reasons[name] = reasons.get(name) or reason
+            # who can run one of the head dims is asked for all of them, and says no where it must
+            reasons[name] = None if reason is None else reasons.get(name, reason)
     for name in OWN:
         reasons.setdefault(name, "this version of the package has no such backend")
     kind = machine.device.type

@@ -40,7 +40,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck")
 # Several tiles and none, grouped heads, every kind of gradient that sums over rows or heads.
 REPEATED = (
     Case(prompts=(300, 1, 0, 129), answers=(1, 40, 65, 0), heads=(8, 2), head_dim=64, alpha="head"),
-    Case(prompts=(1000, 333), answers=(1, 250), heads=(8, 1), head_dim=128),
+    Case(prompts=(500, 133), answers=(1, 150), heads=(8, 1), head_dim=128),
     Case(prompts=(65, 130), answers=(31, 63), heads=(4, 2), head_dim=256, window=40, softcap=2.0),
     Case(prompts=(300, 65), answers=(63, 5), heads=(4, 4), head_dim=128, num_streams=1, shared_qkv=True, beta="head"),
     Case(prompts=(127, 65), answers=(9, 127), heads=(6, 2), head_dim=80, sinks=True, prefix=(65, 3)),

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bitune_kernels import masks
+from bitune_kernels import backends, masks
+from bitune_kernels.backends import sdpa
 from bitune_kernels.testing import timing
 
 for _needed in ("matplotlib", "tokenizers", "tqdm"):
@@ -173,6 +174,26 @@ def test_attention_runs_without_arguments_and_says_what_it_leaves_out(tmp_path, 
     assert "left out: sdpa-cudnn: cuDNN's attention needs a CUDA device" in printed
     assert "left out: triton: " in printed
     assert {row["provider"] for row in rows_of(tmp_path / "attention.csv")} == {"sdpa"}
+
+
+def test_a_kernel_is_set_against_its_peers_and_its_own_one_stream_pass(tmp_path, capsys, monkeypatch):
+    # sdpa under the name of the package's own kernel, whether this version has that backend or not
+    monkeypatch.setitem(sys.modules, "bitune_kernels.backends.triton", sdpa)
+    monkeypatch.setattr(backends, "BACKENDS", tuple({**dict.fromkeys(backends.BACKENDS), "triton": None}))
+    modes = ["--modes", "forward", "shared_qkv", "--only", "equal"]
+    assert run("attention", tmp_path, *ATTENTION, *modes, "--providers", "triton", "sdpa-flash") == 0
+    rows = rows_of(tmp_path / "attention.csv")
+    assert {row["best_peer"] for row in rows} == {"sdpa-flash"}
+    shared = {row["provider"]: row for row in rows if row["mode"] == "shared_qkv"}
+    assert set(shared) == {"triton", "sdpa-flash", "triton[one-stream]", "triton[two-calls]"}
+    assert float(shared["triton"]["cost_in_one_stream_passes"]) > 0
+    assert float(shared["triton"]["useful_gflop"]) == float(shared["triton[two-calls]"]["useful_gflop"])
+
+    monkeypatch.setattr(sdpa, "unsupported", lambda **call: "no such unit")
+    with pytest.raises(SystemExit):
+        run("attention", tmp_path, *ATTENTION, "--providers", "triton")
+    assert "--providers: triton can't run here: no such unit" in capsys.readouterr().err
+    assert run("attention", tmp_path, *ATTENTION, *modes, "--providers", "sdpa-flash") == 0
 
 
 @pytest.mark.parametrize("mode", attention.MODES)
