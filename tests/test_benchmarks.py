@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bitune_kernels import backends, masks
+from bitune_kernels.backends import sdpa
 from bitune_kernels.testing import timing
 
 for _needed in ("matplotlib", "tokenizers", "tqdm"):
@@ -23,7 +25,8 @@ sys.path.insert(0, str(BENCHMARKS))
 common_floor, common_models, common_run, common_text = (
     importlib.import_module(f"common.{name}") for name in ("floor", "models", "run", "text")
 )
-prefill, train_step = (importlib.import_module(name) for name in ("prefill", "train_step"))
+attention, prefill, train_step = (importlib.import_module(name) for name in ("attention", "prefill", "train_step"))
+gpu_check = importlib.import_module("gpu_check")
 
 # One thread, so that tests in parallel don't wait for each other's threads.
 QUICK = ["--threads", "1", "--model", "tiny", "--device", "cpu", "--seconds", "0", "--min-rounds", "2", "--warmup", "0"]
@@ -36,7 +39,13 @@ PROVENANCE += ["gpu", "driver", "cuda"]
 SCRIPTS = {"prefill": prefill, "train_step": train_step}
 
 
+# The attention operator alone: no model.
+QUICK_ATTENTION = [word for word in QUICK if word not in ("--model", "tiny")] + ["--dtype", "float32"]
+
+
 def run(name: str, out: Path, *more: str) -> int:
+    if name == "attention":
+        return attention.main([*QUICK_ATTENTION, "--heads", "4,2,16", "--out", str(out), *more])
     return SCRIPTS[name].main([*QUICK, *SHAPES[name], "--out", str(out), *more])
 
 
@@ -119,6 +128,205 @@ def test_a_wrong_provider_is_not_timed(name, tmp_path, capsys, monkeypatch):
     assert "three-pass" not in {row["provider"] for row in rows_of(tmp_path / f"{name}.csv")}
 
 
+ATTENTION = ["--lengths", "12", "--batch-sizes", "3"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_leaves_a_table_rows_and_a_plot(dtype, tmp_path, capsys):
+    # ragged batches and those of equal lengths take different ways through the calls of SDPA
+    providers = ["sdpa", "sdpa-flash", "reference"]
+    assert run("attention", tmp_path, *ATTENTION, "--dtype", dtype, "--providers", *providers) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(attention.EXPLANATION) and len(attention.EXPLANATION.strip().splitlines()) == 2
+    rows = rows_of(tmp_path / "attention.csv")
+    assert {(r["mode"], r["ragged"]) for r in rows} == {(m, x) for m in attention.MODES for x in "01"}
+    variants = {"sdpa[one-stream]", "sdpa[two-calls]"}
+    outputs = {"forward": ["out", "mixed"], "prefill": ["out", "cache"], "shared_qkv": ["out"]}
+    outputs["backward"] = ["d_q", "d_k", "d_v"]
+    for mode in attention.MODES:
+        found = [r["provider"] for r in rows if r["mode"] == mode]
+        assert set(found) == {*providers, *(variants if mode == "shared_qkv" else ())}
+    for row in rows:
+        assert list(row)[: len(PROVENANCE)] == PROVENANCE
+        assert row["provider"] in printed
+        assert (row["dtype"], row["batch"], row["length"], row["rounds"]) == (dtype, "3", "12", "2")
+        assert row["answer"] == ("1" if row["mode"] == "prefill" else "3")
+        assert float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
+        assert float(row["useful_tflops"]) == pytest.approx(
+            float(row["useful_gflop"]) / float(row["p50_ms"]), rel=1e-2, abs=1e-6
+        )
+        # peaks are printed where they are measured, on a GPU
+        assert row["measured_tflops"] == row["floor_ms"] == row["time_over_floor"] == row["peak_mib"] == ""
+        assert row["best_peer"] in providers and float(row["floor_mib"]) > 0
+        if row["provider"] == row["best_peer"]:
+            assert float(row["speedup_over_best_peer"]) == 1
+        if row["provider"].endswith("[one-stream]"):
+            assert float(row["cost_in_one_stream_passes"]) == 1
+        checked = [name for name in outputs[row["mode"]] if row[f"error_{name}"]]
+        assert checked == outputs[row["mode"]] or (row["provider"] == "sdpa-flash" and checked == ["out"])
+        assert all(float(row[f"error_{name}"]) <= float(row[f"bound_{name}"]) for name in checked)
+    assert (tmp_path / "attention.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_attention_runs_without_arguments_and_says_what_it_leaves_out(tmp_path, capsys):
+    assert attention.main([*QUICK_ATTENTION, "--modes", "prefill", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: sdpa-cudnn: cuDNN's attention needs a CUDA device" in printed
+    assert "left out: triton: " in printed
+    assert {row["provider"] for row in rows_of(tmp_path / "attention.csv")} == {"sdpa"}
+
+
+def test_a_kernel_is_set_against_its_peers_and_its_own_one_stream_pass(tmp_path, capsys, monkeypatch):
+    # sdpa under the name of the package's own kernel, whether this version has that backend or not
+    monkeypatch.setitem(sys.modules, "bitune_kernels.backends.triton", sdpa)
+    monkeypatch.setattr(backends, "BACKENDS", tuple({**dict.fromkeys(backends.BACKENDS), "triton": None}))
+    modes = ["--modes", "forward", "shared_qkv", "--only", "equal"]
+    assert run("attention", tmp_path, *ATTENTION, *modes, "--providers", "triton", "sdpa-flash") == 0
+    rows = rows_of(tmp_path / "attention.csv")
+    assert {row["best_peer"] for row in rows} == {"sdpa-flash"}
+    shared = {row["provider"]: row for row in rows if row["mode"] == "shared_qkv"}
+    assert set(shared) == {"triton", "sdpa-flash", "triton[one-stream]", "triton[two-calls]"}
+    assert float(shared["triton"]["cost_in_one_stream_passes"]) > 0
+    assert float(shared["triton"]["useful_gflop"]) == float(shared["triton[two-calls]"]["useful_gflop"])
+
+    monkeypatch.setattr(sdpa, "unsupported", lambda **call: "no such unit")
+    with pytest.raises(SystemExit):
+        run("attention", tmp_path, *ATTENTION, "--providers", "triton")
+    assert "--providers: triton can't run here: no such unit" in capsys.readouterr().err
+    assert run("attention", tmp_path, *ATTENTION, *modes, "--providers", "sdpa-flash") == 0
+
+
+@pytest.mark.parametrize("mode", attention.MODES)
+@pytest.mark.parametrize("wrong", ["answers", "mix", "unwritten"])
+def test_wrong_attention_is_not_timed(mode, wrong, tmp_path, capsys, monkeypatch):
+    right = attention.SdpaCalls.__call__
+
+    def calls(self, q, k, v, alpha_k=None, alpha_v=None, caches=None):
+        if wrong == "mix":
+            alpha_k = None if alpha_k is None else alpha_k + 0.2
+        outputs = right(self, q, k, v, alpha_k, alpha_v, caches)
+        if wrong == "answers":  # the last row of each sample
+            rows, o = outputs[-1]
+            outputs[-1] = rows, torch.cat([o[:, :, :-1], o[:, :, -1:] * 0.9], dim=2)
+        return outputs[:-1] if wrong == "unwritten" else outputs
+
+    monkeypatch.setattr(attention.SdpaCalls, "__call__", calls)
+    code = run(
+        "attention", tmp_path, *ATTENTION, "--modes", mode, "--only", "equal", "--providers", "sdpa-flash", "sdpa"
+    )
+    found = {row["provider"].partition("[")[0] for row in rows_of(tmp_path / "attention.csv")}
+    if (wrong, mode) == ("mix", "shared_qkv"):  # which mixes nothing
+        assert code == 0 and found == {"sdpa", "sdpa-flash"}
+    else:
+        # a graph without the answer depends on no alpha: there the backward pass can't run at all
+        fails = (wrong, mode) == ("unwritten", "backward")
+        assert code == int(not fails) and found == {"sdpa"}
+        message = "not timed: sdpa-flash" + (": RuntimeError" if fails else " differs from the oracle")
+        assert message in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("mode", attention.MODES)
+def test_useful_flops_against_a_count_of_the_visible_pairs(mode, ragged):
+    case = attention.Attention(common_models.Machine(torch.device("cpu"), torch.float32), 3, 21, mode, ragged, 4, 2, 8)
+    assert (len(set(case.prompts)) > 1) == ragged and max(case.prompts) == 21
+    pairs = dict.fromkeys(("full", "causal", "answer"), 0)
+    for n, a in zip(case.prompts, case.answers, strict=True):
+        for mask in ("full", "causal"):
+            pairs[mask] += int(masks.visible_to_prompt(mask, n).sum())
+        pairs["answer"] += int(masks.visible_to_answer(a, n).sum())
+    products = 5 if mode == "backward" else 2  # scores and values; backward: dV, dP, dQ, dK and the scores again
+    flops = 2 * products * 8 * 4
+    assert case.useful_flops("triton") == flops * sum(pairs.values())
+    assert case.useful_flops("triton[two-calls]") == flops * sum(pairs.values())
+    assert case.useful_flops("triton[one-stream]") == flops * (pairs["full"] + pairs["answer"])
+
+
+def test_fewest_bytes_against_a_count_by_hand():
+    machine = common_models.Machine(torch.device("cpu"), torch.float32)
+    q, kv, row = 4 * 8, 2 * 2 * 8, 4  # elements of one row of q or out, of one of k and v, bytes of one element
+    of = {mode: attention.Attention(machine, 2, 12, mode, False, 4, 2, 8) for mode in attention.MODES}
+    N, A = 24, 6
+    inputs, out = (2 * N + A) * (q + kv), (2 * N + A) * q
+    assert of["forward"].floor_bytes("triton") == row * (inputs + out + N * kv)
+    assert of["backward"].floor_bytes("triton") == row * (2 * inputs + 2 * out)  # dq, dk, dv; out and its gradient
+    assert of["prefill"].floor_bytes("triton") == row * ((2 * N + 2) * (2 * q + kv) + (N + 2) * kv)
+    assert of["shared_qkv"].floor_bytes("triton") == row * ((N + A) * (q + kv) + out)
+    assert of["shared_qkv"].floor_bytes("triton[one-stream]") == row * (N + A) * (2 * q + kv)
+
+
+def test_a_full_run_on_a_gpu_covers_the_lengths():
+    args = attention.argparse.Namespace(
+        heads=None,
+        lengths=None,
+        batch_sizes=None,
+        tokens=None,
+        quick=False,
+        only=["equal", "ragged"],
+        modes=["forward"],
+    )
+    shapes = attention.shapes_of(args, on_cpu=False)
+    assert len(set(shapes)) == len(shapes) < 40
+    assert {s[1] for s in shapes if s[4:] == attention.MAIN_HEADS} == set(attention.LENGTHS)
+    assert {s[6] for s in shapes} == {64, 128, 256}
+    assert all(s[0] <= 64 and s[0] * s[1] <= 16384 for s in shapes)
+    assert any(s[3] for s in shapes) and (1, 64) in {s[:2] for s in shapes}
+
+
+def test_the_gpu_check_asks_for_a_gpu(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main(["--out", str(tmp_path / "out")]) == 2
+    assert "needs a CUDA GPU" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_stage_does_not_stop_the_others(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: True)
+    command = {
+        "tests": [sys.executable, "-c", "print('3 passed')"],
+        "repeats": [sys.executable, "-c", "raise SystemExit('broken')"],
+        "large": [sys.executable, "-c", "import time; time.sleep(60)"],
+        "sanitizer": "compute-sanitizer is not on PATH",
+        "attention": [sys.executable, "-c", "print('end')"],
+    }
+    monkeypatch.setattr(gpu_check, "commands_of", lambda stage, args: [("", command[stage])])
+    monkeypatch.setattr(gpu_check, "provenance", lambda device: timing.provenance())
+    monkeypatch.setitem(gpu_check.SECONDS, "large", 1)
+    assert gpu_check.main(["--out", str(tmp_path)]) == 1
+    lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines() if line.strip()]
+    summary = {stage: (state, rest) for stage, state, rest in lines}
+    states = {stage: state for stage, (state, _) in summary.items()}
+    assert states == {
+        "tests": "passed", "repeats": "FAILED", "sanitizer": "skipped", "large": "FAILED", "attention": "passed"
+    }  # fmt: skip
+    assert "3 passed" in summary["tests"][1] and "broken" in summary["repeats"][1]
+    assert "limit of 1 s" in summary["large"][1] and "not on PATH" in summary["sanitizer"][1]
+    assert "broken" in (tmp_path / "gpu_check" / "repeats.log").read_text()
+    assert {row["stage"]: row["state"] for row in rows_of(tmp_path / "gpu_check.csv")} == states
+    assert gpu_check.main(["--out", str(tmp_path), "--stages", "tests,attention"]) == 0
+
+
+def test_the_small_cases_repeat_bitwise(capsys):
+    assert gpu_check.repeats("sdpa", "cpu", times=3, cases=gpu_check.REPEATED[:1]) == 0
+    assert "3 times" in capsys.readouterr().out
+
+
+def test_the_large_case_is_compared_at_its_far_end(capsys, monkeypatch):
+    size = {"elements": 2**19, "sample": (12, 3)}  # the same code with a small batch
+    assert gpu_check.large("sdpa", "cpu", **size) == 0
+    assert "sample" in capsys.readouterr().out
+    right = gpu_check.bitune_attention
+
+    def overflow(q, *args, **options):
+        out, k_mixed, v_mixed = right(q, *args, **options)
+        if q.numel() > 2**19:
+            out = out.index_fill(0, torch.tensor([len(out) - 1]), 1.0)
+        return out, k_mixed, v_mixed
+
+    monkeypatch.setattr(gpu_check, "bitune_attention", overflow)
+    assert gpu_check.large("sdpa", "cpu", **size) == 1
+
+
 def test_an_interrupted_run_keeps_what_is_done(tmp_path, capsys, monkeypatch):
     calls = []
 
@@ -159,6 +367,14 @@ def test_a_time_limit_leaves_out_the_larger_shapes(tmp_path, capsys):
         ("prefill", ["--instructions", "nowhere.jsonl"], "--instructions: nowhere.jsonl is not a file"),
         ("prefill", ["--out", str(BENCHMARKS / "prefill.py")], "--out: expected a folder"),
         ("prefill", ["--dtype", "int8"], "--dtype: invalid choice"),
+        ("attention", ["--lengths", "0"], "--lengths: expected numbers >= 1"),
+        ("attention", ["--heads", "3,2,16"], "--heads: expected query heads a multiple of"),
+        ("attention", ["--heads", "4,2"], "--heads: expected three numbers"),
+        ("attention", ["--tokens", "0"], "--tokens: expected a number >= 1"),
+        ("attention", ["--batch-sizes", "1", "--only", "ragged"], "--only: ragged batches need more than one sample"),
+        ("attention", ["--providers", "sdpa-cudnn"], "--providers: sdpa-cudnn can't run here: cuDNN's attention needs"),
+        ("attention", ["--providers", "dense"], "--providers: expected names of sdpa"),
+        ("attention", ["--device", "cuda:99"], "--device: cuda:99 asked for"),
         ("train_step", ["--samples", "0"], "--samples: expected numbers >= 1"),
         ("train_step", ["--max-lengths", "3"], "--max-lengths: expected 4 to 2048"),
     ],

@@ -14,6 +14,7 @@ from bitune_kernels.testing import (
     Case,
     assert_backend_within_budget,
     assert_within_budget,
+    default_device,
     oracle,
     run_case,
     runnable_backends,
@@ -127,11 +128,11 @@ def own(monkeypatch):
         pytest.param(case, dtype, backend, id=f"{backend}-{name(dtype)}-{case.id}")
         for case in CASES
         for dtype in DTYPES
-        for backend in runnable_backends(case, dtype)
+        for backend in runnable_backends(case, dtype, default_device())
     ],
 )
 def test_backend_against_oracle(case, dtype, backend):
-    assert_backend_within_budget(backend, case, dtype)
+    assert_backend_within_budget(backend, case, dtype, default_device())
 
 
 def test_case_ids_are_unique():

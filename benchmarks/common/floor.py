@@ -39,6 +39,18 @@ def dims_of(base: torch.nn.Module) -> Dims:
     )
 
 
+def visible_pairs(prompts: Sequence[int], answers: Sequence[int], streams: Sequence[str] = ("bidir", "causal")) -> int:
+    """Query-key pairs that the masks show, per query head.
+
+    A prompt of n rows attends to itself, n^2 pairs bidirectional and n (n + 1) / 2 causal; its a answer rows see the
+    prompt and, causally, each other: a n + a (a + 1) / 2.
+    """
+    of_stream = {"bidir": lambda n: n * n, "causal": lambda n: n * (n + 1) // 2}
+    return sum(
+        sum(of_stream[s](n) for s in streams) + a * n + a * (a + 1) // 2 for n, a in zip(prompts, answers, strict=True)
+    )
+
+
 @dataclass(frozen=True)
 class Floor:
     """What one pass must compute, in units of the plain LoRA pass that is timed beside it.
@@ -61,19 +73,19 @@ def floor(dims: Dims, prompts: Sequence[int], answers: Sequence[int], *, trainin
     """The floor of a batch of n prompt rows per stream and a answer rows per sample.
 
     Per sample one pass has 2n + a rows in every layer, of which the 2n prompt rows end at the last layer's keys
-    and values; the prompt attends to itself, n^2 pairs bidirectional and n (n + 1) / 2 causal, and the answer to
-    prompt and answer. In prefill a = 1, the last prompt token. The LoRA pass has batch x width rows in all
-    layers; its output matrix sees every row in training and one per sample in prefill. With its backward pass a
-    step has twice the FLOPs of frozen linears (gradients of the input only) and three times those of attention.
+    and values; ``visible_pairs`` counts the attention. In prefill a = 1, the last prompt token. The LoRA pass has
+    batch x width rows in all layers; its output matrix sees every row in training and one per sample in prefill.
+    With its backward pass a step has twice the FLOPs of frozen linears (gradients of the input only) and three
+    times those of attention.
     """
     samples = list(zip(prompts, answers, strict=True))
     batch, width = len(samples), max(n + a for n, a in samples)
-    answer_pairs = sum(a * n + a * (a + 1) // 2 for n, a in samples)
+    answer_pairs = visible_pairs(prompts, answers, streams=())
     one_pass = _flops(
         dims,
         rows=sum(2 * n + a for n, a in samples),
         last_rows=sum(answers),
-        pairs=sum(n * n + n * (n + 1) // 2 for n, _ in samples) + answer_pairs,
+        pairs=visible_pairs(prompts, answers),
         last_pairs=answer_pairs,
         head_rows=sum(answers),
     )

@@ -48,23 +48,29 @@ MODELS = {
 
 
 @dataclass
-class Setup:
-    """The checked arguments that name the model and where it runs."""
+class Machine:
+    """The checked arguments that say where a benchmark runs."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+@dataclass
+class Setup(Machine):
+    """And those that name the model."""
 
     name: str
     config: object  # of transformers
     folder: Path | None
     layers: int
-    device: torch.device
-    dtype: torch.dtype
 
     @property
     def text_config(self):
         return self.config.get_text_config()
-
-    @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
 
     @property
     def max_length(self) -> int:

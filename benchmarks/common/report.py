@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.figure
 
@@ -73,7 +74,7 @@ TIME_FIELDS = (
 
 
 def measurements(
-    facts: dict, times: dict[str, Timing], tokens: int, checks: dict[str, dict], memory: dict[str, float | None]
+    facts: dict, case, times: dict[str, Timing], checks: dict[str, dict], memory: dict[str, float | None]
 ) -> list[dict]:
     """One CSV row per provider: ``facts``, which all share, ``TIME_FIELDS``, and ``checks`` of the provider."""
     three, lora = times.get("three-pass"), times.get("lora")
@@ -82,15 +83,41 @@ def measurements(
         values = (
             name,
             t.rounds,
-            round(tokens / t.quantile(0.5), 2),
-            *(round(t.quantile(q) * 1e3, 4) for q in (0.2, 0.5, 0.8)),
+            round(case.tokens / t.quantile(0.5), 2),
+            *milliseconds(t),
             "" if three is None else round(three.ratio(t), 4),
             "" if lora is None else round(t.ratio(lora), 4),
             "" if memory[name] is None else round(memory[name], 1),
-            max(value for what, value in checks[name].items() if what.startswith("error_")),
+            worst_error(checks[name]),
         )
         rows.append(facts | dict(zip(TIME_FIELDS, values, strict=True)) | checks[name])
     return rows
+
+
+def milliseconds(t: Timing) -> list[float]:
+    """p20, p50 and p80."""
+    return [round(t.quantile(q) * 1e3, 4) for q in (0.2, 0.5, 0.8)]
+
+
+def worst_error(checks: dict[str, float]) -> float:
+    return max(value for what, value in checks.items() if what.startswith("error_"))
+
+
+class Table(NamedTuple):
+    """How a benchmark shows what it measured.
+
+    Attributes:
+        head: () -> the text above the table.
+        line: row of the CSV file -> line of the table.
+        rows: (facts, case, times, checks, memory) -> rows of the CSV file.
+    """
+
+    head: Callable[[], str]
+    line: Callable[[dict], str]
+    rows: Callable[..., list[dict]]
+
+
+WHOLE_MODEL = Table(table_head, table_line, measurements)
 
 
 class Results:
@@ -115,8 +142,14 @@ class Results:
         self.rows += rows
 
 
-def plot(path: Path, rows: Sequence[dict], title: str) -> None:
-    """Cost of each provider in plain LoRA passes, grouped by shape, and the floor of each group."""
+def plot(path: Path, rows: Sequence[dict], title: str) -> str | None:
+    """Cost of each provider in plain LoRA passes, grouped by shape, and the floor of each group.
+
+    Returns why nothing was drawn, or None.
+    """
+    rows = [row for row in rows if row["cost_in_lora_passes"] != ""]
+    if not rows:
+        return "it shows costs in LoRA passes, and lora was not among the providers"
     shapes = list(dict.fromkeys((row["batch"], row["length"]) for row in rows))
     names = [n for n in dict.fromkeys(row["provider"] for row in rows) if n != "lora"]
     width = max(6.0, 2 + 0.6 * len(shapes) * max(1, len(names)))
@@ -141,16 +174,12 @@ def plot(path: Path, rows: Sequence[dict], title: str) -> None:
     figure.savefig(path, dpi=150)
 
 
-def finish(results: Results, title: str) -> None:
+def finish(results: Results, title: str, draw: Callable[..., str | None] = plot) -> None:
     """Say where the numbers are, and draw them."""
     if not results.rows:
         print("nothing was measured")
         return
     print(f"\n{len(results.rows)} rows appended to {results.path}")
-    rows = [row for row in results.rows if row["cost_in_lora_passes"] != ""]
-    if not rows:
-        print("no plot: it shows costs in LoRA passes, and lora was not among the providers")
-        return
     path = results.path.with_suffix(".png")
-    plot(path, rows, title)
-    print(f"plot: {path}")
+    missing = draw(path, results.rows, title)
+    print(f"plot: {path}" if missing is None else f"no plot: {missing}")

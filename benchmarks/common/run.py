@@ -16,8 +16,8 @@ from bitune_kernels import backends
 from bitune_kernels.testing.timing import interleaved, provenance
 
 from .floor import Floor, dims_of, head_dim_of
-from .models import MODELS, Setup, attach, default_dtype, find_device, load_base, model_config
-from .report import CASE_FIELDS, TIME_FIELDS, Results, measurements, table_head, table_line
+from .models import MODELS, Machine, Setup, attach, default_dtype, find_device, load_base, model_config
+from .report import CASE_FIELDS, TIME_FIELDS, WHOLE_MODEL, Results, Table
 from .text import Text
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
@@ -32,32 +32,46 @@ def parser(description: str, providers: str) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=description)
     p.add_argument("--model", default="small", help=f"{', '.join(MODELS)} (random weights) or a model's folder")
     p.add_argument("--layers", type=int, help="cut the model to its first layers (default: all)")
+    p.add_argument("--instructions", type=Path, default=BENCHMARKS / "instructions.jsonl", help='lines of {"prompt"}')
+    add_run_options(p, providers, seconds=10.0, min_rounds=3, warmup=1)
+    return p
+
+
+def add_run_options(p: argparse.ArgumentParser, providers: str, *, seconds: float, min_rounds: int, warmup: int):
+    """The options that every benchmark has, with these defaults."""
     p.add_argument("--dtype", choices=DTYPES, help="default: bfloat16; on a CPU float32 where that is faster")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     p.add_argument("--providers", nargs="+", metavar="NAME", help=providers)
-    p.add_argument("--seconds", type=float, default=10.0, help="of timing per shape (default: 10)")
-    p.add_argument("--min-rounds", type=int, default=3, help="at least (default: 3)")
-    p.add_argument("--warmup", type=int, default=1, help="rounds before that (default: 1)")
-    p.add_argument("--instructions", type=Path, default=BENCHMARKS / "instructions.jsonl", help='lines of {"prompt"}')
+    p.add_argument("--seconds", type=float, default=seconds, help=f"of timing per shape (default: {seconds:g})")
+    p.add_argument("--min-rounds", type=int, default=min_rounds, help=f"at least (default: {min_rounds})")
+    p.add_argument("--warmup", type=int, default=warmup, help=f"rounds before that (default: {warmup})")
     p.add_argument("--out", type=Path, default=BENCHMARKS / "results", help="folder of CSV file and plot")
-    return p
 
 
-def check_setup(p: argparse.ArgumentParser, args) -> Setup:
-    """Everything about the common arguments that can be wrong, before any work."""
+def check_machine(p: argparse.ArgumentParser, args) -> Machine:
+    """Everything about ``add_run_options`` that can be wrong, before any work."""
     for name, value, smallest in (
         ("threads", args.threads, 1),
-        ("layers", args.layers, 1),
         ("min-rounds", args.min_rounds, 1),
         ("warmup", args.warmup, 0),
         ("seconds", args.seconds, 0),
     ):
         if value is not None and not smallest <= value < math.inf:
             p.error(f"--{name}: expected a number >= {smallest}, got {value}")
+    if args.out.exists() and not args.out.is_dir():
+        p.error(f"--out: expected a folder, got the file {args.out}")
     if args.threads:
         torch.set_num_threads(args.threads)
     device = find_device(p, args.device)
+    return Machine(device, getattr(torch, args.dtype) if args.dtype else default_dtype(device))
+
+
+def check_setup(p: argparse.ArgumentParser, args) -> Setup:
+    """Everything about the arguments of ``parser`` that can be wrong, before any work."""
+    if args.layers is not None and args.layers < 1:
+        p.error(f"--layers: expected a number >= 1, got {args.layers}")
+    machine = check_machine(p, args)
     folder, config = model_config(p, args.model)
     text_config = config.get_text_config()
     layers = args.layers or text_config.num_hidden_layers
@@ -68,17 +82,14 @@ def check_setup(p: argparse.ArgumentParser, args) -> Setup:
         text_config.layer_types = text_config.layer_types[:layers]
     if not args.instructions.is_file():
         p.error(f"--instructions: {args.instructions} is not a file")
-    if args.out.exists() and not args.out.is_dir():
-        p.error(f"--out: expected a folder, got the file {args.out}")
     name = args.model if folder is None else folder.resolve().name
-    dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(device)
-    return Setup(name, config, folder, layers, device, dtype)
+    return Setup(machine.device, machine.dtype, name, config, folder, layers)
 
 
 def backend_reasons(setup: Setup, *, training: bool) -> dict[str, str | None]:
     """Each backend of the package, and why it can't run this model here, or None."""
     c = setup.text_config
-    call = dict(
+    return reasons_against(
         device=setup.device,
         dtype=setup.dtype,
         head_dim=head_dim_of(c),
@@ -87,6 +98,10 @@ def backend_reasons(setup: Setup, *, training: bool) -> dict[str, str | None]:
         softcap=getattr(c, "attn_logit_softcapping", None),
         requires_grad=training,
     )
+
+
+def reasons_against(**call) -> dict[str, str | None]:
+    """Each backend of the package, and why it can't run a call here (facts as in ``backends.resolve``), or None."""
     reasons = {}
     for name in backends.BACKENDS:
         try:
@@ -100,14 +115,20 @@ def _first_line(e: Exception) -> str:
     return str(e).strip().partition("\n")[0]
 
 
+def not_usual(name: str, device: torch.device) -> str | None:
+    """Why a backend that can run is timed only where it is asked for by name, or None."""
+    if name == "reference":
+        return "the oracle, written to be read; ask for it by name"
+    if device.type == "cpu" and name not in backends.AUTO:
+        return "compiles for minutes on a CPU; ask for it by name"
+    return None
+
+
 def _usual_backends(reasons: dict[str, str | None], device: torch.device) -> tuple[list[str], list[str]]:
     """What "one-pass" stands for, and a note on each backend that it leaves out."""
     chosen, notes = [], []
     for name, reason in reasons.items():
-        if reason is None and name == "reference":
-            reason = "the oracle, written to be read; ask for it by name"
-        elif reason is None and device.type == "cpu" and name not in backends.AUTO:
-            reason = "compiles for minutes on a CPU; ask for it by name"
+        reason = reason or not_usual(name, device)
         if reason is None:
             chosen.append(f"one-pass[{name}]")
         else:
@@ -176,8 +197,11 @@ def prepare(benchmark: str, args, setup: Setup, notes: Sequence[str], outputs: S
 
 def title(setup: Setup, facts: dict) -> str:
     """Model and machine in one line."""
-    machine = facts["gpu"] or f"{facts['cpu']}, {facts['threads']} threads"
-    return f"{setup.name}, {setup.layers} layers, {setup.dtype_name}, {machine}"
+    return f"{setup.name}, {setup.layers} layers, {setup.dtype_name}, {machine_name(facts)}"
+
+
+def machine_name(facts: dict) -> str:
+    return facts["gpu"] or f"{facts['cpu']}, {facts['threads']} threads"
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -200,7 +224,7 @@ def check_errors(provider: str, errors: dict[str, float], bounds: dict[str, floa
 
 
 def peak_memory_mib(device: torch.device, function) -> float | None:
-    """Peak of the allocator in one call, weights included. None on a CPU: its allocator keeps what was freed."""
+    """Peak of the allocator in one call, what was there included. None on a CPU: its allocator keeps what was freed."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()
@@ -219,6 +243,7 @@ class Case:
         padding: share of the padded batch's places that hold none.
         floor: what one pass must cost.
         outputs: names of what is compared with the oracle.
+        yardstick: the provider that is the oracle in the dtype of the run; others may be twice as far off.
     """
 
     batch: int
@@ -227,10 +252,30 @@ class Case:
     padding: float
     floor: Floor
     outputs: tuple[str, ...]
+    yardstick = "one-pass[reference]"
+
+    @property
+    def label(self) -> str:
+        """The shape on the terminal."""
+        return f"batch {self.batch}, length {self.length}"
+
+    def facts(self) -> dict:
+        """The columns ``CASE_FIELDS``."""
+        floors = (round(x, 4) for x in (self.floor.rows, self.floor.linear, self.floor.attention))
+        values = (self.batch, self.length, self.tokens, round(self.padding, 4), *floors)
+        return dict(zip(CASE_FIELDS, values, strict=True))
+
+    def providers(self, names: Sequence[str]) -> list[str]:
+        """What is timed here where these were chosen."""
+        return list(names)
 
     def run(self, provider: str) -> object:
         """One call, the one that is timed."""
         raise NotImplementedError
+
+    def memory(self, device: torch.device, provider: str) -> float | None:
+        """MiB at the peak of one call, weights included."""
+        return peak_memory_mib(device, partial(self.run, provider))
 
     def errors(self, provider: str) -> dict[str, float]:
         """Run a provider and compare each of its outputs with the oracle."""
@@ -240,45 +285,40 @@ class Case:
         """Free what is needed for ``errors`` only."""
 
 
-def case_facts(case: Case) -> dict:
-    """The columns ``CASE_FIELDS``."""
-    floors = (round(x, 4) for x in (case.floor.rows, case.floor.linear, case.floor.attention))
-    values = (case.batch, case.length, case.tokens, round(case.padding, 4), *floors)
-    return dict(zip(CASE_FIELDS, values, strict=True))
-
-
 def measure(
-    shapes: Sequence[tuple[int, int]],
-    make_case: Callable[[int, int], Case],
+    shapes: Sequence[tuple],
+    make_case: Callable[..., Case],
     providers: Sequence[str],
-    setup: Setup,
+    setup: Machine,
     args,
     results: Results,
     facts: dict,
     deadline: float | None = None,
+    table: Table = WHOLE_MODEL,
 ) -> bool:
-    """Check, time and report each shape, smallest first; what is done is on disk when this is interrupted.
+    """Check, time and report each shape (batch, length, ...), smallest first; an interrupted run keeps what is done.
 
     Returns:
         whether all providers computed what the oracle says.
     """
-    print(table_head())
+    print(table.head())
     right, seconds_per_token = True, 0.0
     bar = tqdm(total=len(shapes), unit="shape", leave=False, disable=None)
     try:
-        for done, (batch, length) in enumerate(sorted(shapes, key=lambda shape: shape[0] * shape[1])):
+        for done, shape in enumerate(sorted(shapes, key=lambda shape: shape[0] * shape[1])):
             start = time.perf_counter()
+            batch, length = shape[:2]
             expected = max(args.seconds, seconds_per_token * batch * length)
             if deadline is not None and done and start + expected > deadline:
-                tqdm.write(f"{batch:>5}  {length:>6}  left out: it would pass --minutes")
+                tqdm.write(f"batch {batch}, length {length}: left out: it would pass --minutes")
                 continue
-            bar.set_description(f"batch {batch}, length {length}: checking")
-            case = make_case(batch, length)
+            case = make_case(*shape)
+            bar.set_description(f"{case.label}: checking")
             checks, refused = _check(case, providers, setup)
             right, needed = right and not refused, time.perf_counter() - start
             if checks:
-                memory = {n: peak_memory_mib(setup.device, partial(case.run, n)) for n in checks}
-                bar.set_description(f"batch {batch}, length {length}: timing")
+                memory = {n: case.memory(setup.device, n) for n in checks}
+                bar.set_description(f"{case.label}: timing")
                 times = interleaved(
                     {name: partial(case.run, name) for name in checks},
                     seconds=args.seconds,
@@ -287,10 +327,10 @@ def measure(
                     device=setup.device,
                     progress=lambda share, done=done: _advance(bar, done + share),
                 )
-                rows = measurements(facts | case_facts(case), times, case.tokens, checks, memory)
+                rows = table.rows(facts | case.facts(), case, times, checks, memory)
                 results.append(rows)
                 for row in rows:
-                    tqdm.write(table_line(row))
+                    tqdm.write(table.line(row))
                 needed += (args.warmup + args.min_rounds) * sum(t.quantile(0.5) for t in times.values())
             seconds_per_token = needed / (batch * length)
             _advance(bar, done + 1)
@@ -306,15 +346,15 @@ def _advance(bar, position: float) -> None:
     bar.refresh()
 
 
-def _check(case: Case, providers: Sequence[str], setup: Setup) -> tuple[dict[str, dict[str, float]], bool]:
+def _check(case: Case, providers: Sequence[str], setup: Machine) -> tuple[dict[str, dict[str, float]], bool]:
     """Errors and bounds of each provider that may be timed, and whether one was refused because it is wrong."""
     checks, refused = {}, False
     try:
         bounds = _bounds(case, setup)
     except RuntimeError as e:
-        tqdm.write(f"{case.batch:>5}  {case.length:>6}  not timed: the oracle failed: {_first_line(e)}")
+        tqdm.write(f"{case.label}: not timed: the oracle failed: {_first_line(e)}")
         return {}, False
-    for name in providers:
+    for name in case.providers(providers):
         try:
             errors = case.errors(name)
             check_errors(name, errors, bounds)
@@ -322,15 +362,15 @@ def _check(case: Case, providers: Sequence[str], setup: Setup) -> tuple[dict[str
             checks[name] |= {f"bound_{what}": bound for what, bound in bounds.items()}
         except Wrong as e:
             refused = True
-            tqdm.write(f"{case.batch:>5}  {case.length:>6}  not timed: {e}")
-        except (ImportError, NotImplementedError, RuntimeError, ValueError) as e:
-            tqdm.write(f"{case.batch:>5}  {case.length:>6}  not timed: {name}: {type(e).__name__}: {_first_line(e)}")
+            tqdm.write(f"{case.label}: not timed: {e}")
+        except Exception as e:  # compilers of kernels raise exceptions of their own
+            tqdm.write(f"{case.label}: not timed: {name}: {type(e).__name__}: {_first_line(e)}")
     case.forget_oracle()
     return checks, refused
 
 
-def _bounds(case: Case, setup: Setup) -> dict[str, float]:
+def _bounds(case: Case, setup: Machine) -> dict[str, float]:
     smallest = SMALLEST_BOUND[setup.dtype_name]
     if setup.dtype == torch.float32:  # the oracle itself
         return dict.fromkeys(case.outputs, smallest)
-    return {name: max(2 * error, smallest) for name, error in case.errors("one-pass[reference]").items()}
+    return {name: max(2 * error, smallest) for name, error in case.errors(case.yardstick).items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -38,7 +38,7 @@ def _softcap(softcap: float, device):
     return lambda score, b, h, i, j: cap * torch.tanh(score / cap)
 
 
-def _labels(plan: SegmentPlan, segments: list[int], device):
+def _labels(plan: SegmentPlan, segments: tuple[int, ...], device):
     # segment, sample and position of each row, for prompt rows (segments 0-2) and answer rows (segment 3)
     index = torch.arange(plan.batch_size)
     parts = []
@@ -67,6 +67,16 @@ def _see(stream_mask: str, window: int | None):
     return visible
 
 
+@lru_cache(maxsize=4)  # one plan serves every layer of a model, and so does its block mask
+def _block_mask(plan: SegmentPlan, query_segments, key_segments, stream_mask: str, window: int | None, device):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    queries, keys = _labels(plan, query_segments, device), _labels(plan, key_segments, device)
+    visible = _see(stream_mask, window)
+    sizes = queries.shape[1], keys.shape[1]
+    return create_block_mask(lambda b, h, i, j: visible(queries[:, i], keys[:, j]), None, None, *sizes, device=device)
+
+
 def attention(
     q,
     k,
@@ -85,8 +95,6 @@ def attention(
     prefix=None,
 ):
     """``bitune_kernels.ops.bitune_attention`` for calls without sinks and prefix."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
     N, S, A = plan.num_prompt, plan.answer_start, plan.num_answer
     prompts = q.shape[0] > A
     if plan.num_streams == 2:
@@ -107,11 +115,7 @@ def attention(
     if not q.shape[0]:
         return q.new_zeros(0, q.shape[1], v.shape[2]), k_mixed, v_mixed
 
-    queries, seen = _labels(plan, query_segments, q.device), _labels(plan, key_segments, q.device)
-    visible = _see(stream_mask, window)
-    block_mask = create_block_mask(
-        lambda b, h, i, j: visible(queries[:, i], seen[:, j]), None, None, len(q), len(keys), device=q.device
-    )
+    block_mask = _block_mask(plan, tuple(query_segments), tuple(key_segments), stream_mask, window, q.device)
     out = _compiled()(
         *(x.transpose(0, 1).unsqueeze(0) for x in (q, keys, values)),
         score_mod=None if softcap is None else _softcap(softcap, q.device),

@@ -4,6 +4,7 @@ from .cases import CASES, DTYPES, Case
 from .error_budget import (
     assert_backend_within_budget,
     assert_within_budget,
+    default_device,
     low_precision,
     oracle,
     run_case,
@@ -16,6 +17,7 @@ __all__ = [
     "Case",
     "assert_backend_within_budget",
     "assert_within_budget",
+    "default_device",
     "low_precision",
     "oracle",
     "run_case",

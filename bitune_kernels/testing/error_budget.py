@@ -17,6 +17,11 @@ _OUTPUTS = ("out", "k_mixed", "v_mixed")
 _DIFFERENTIABLE = ("q", "k", "v", "alpha_k", "alpha_v", "beta", "sinks", "prefix")
 
 
+def default_device() -> str:
+    """Where the table of cases runs: on a GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def assert_within_budget(
     name: str,
     actual: torch.Tensor,
