@@ -15,7 +15,7 @@ plan, *, softmax_scale, window, softcap, stream_mask, shared_qkv) -> gradients``
 
     * streams [2 N, num_heads_q, head_dim_v] in q's dtype: outputs of the bidir and then the causal rows before
       ``beta`` mixes them. 0 rows without ``beta`` and for q of answer rows alone.
-    * lse float32 [R, num_heads_q]: natural logarithm of the sum that each row of each stream was divided by, sink
+    * lse float32 [R, num_heads_q]: logarithm (to base 2) of the sum that each row of each stream was divided by, sink
       included. R = the rows of q, and with ``shared_qkv`` N more unless q has answer rows alone.
 
     The gradients are a list, one for each tensor of q .. v_prefix that is not None, in that order and with the shape
@@ -33,7 +33,7 @@ from importlib import import_module
 from types import ModuleType
 
 # Ordered by how the choice of "auto" goes: the first one that supports the call.
-BACKENDS = ("sdpa", "flash", "flex", "reference")
+BACKENDS = ("sdpa", "triton", "flash", "flex", "reference")
 
 # "auto" takes only what is tested wherever the tests run; the others must be asked for by name.
 AUTO = ("sdpa", "reference")

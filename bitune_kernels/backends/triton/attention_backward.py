@@ -1,0 +1,695 @@
+"""The backward kernels: one for dq, one for dk and dv, then the mix's own. Deterministic: every sum has one owner.
+
+    p = exp(s - lse);  delta = <d_out, out>;  ds = p (d_out v^T - delta) * d cap;  dq = scale ds k
+    dv = p^T d_out;  dk = scale ds^T q
+
+Keys of the mixed prompt are mixed again from the streams, nothing of it is kept from the forward. What the answer's
+attention sends to them goes through a float32 buffer to ``mix_backward``, which shares it out to both streams.
+
+With beta, d_out of a stream is beta or (1 - beta) times the given one: a weight per row, never a tensor.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from ...plan import SegmentPlan
+from . import schedule, tiles
+from .common import LOG2E, load_keys, load_rows, mix, packed_rows, split, store_rows, tanh, visible
+from .mixing import mix_backward
+from .tiles import Tile
+
+# Columns of schedule.BACKWARD_Q, in its order; the last four once for each part.
+Q_COLUMNS = tl.constexpr(len(schedule.BACKWARD_Q))
+Q_ROW, Q_LENGTH, Q_POSITION, Q_BLOCK, OWN_ROW, MIXED_ROW, MIXED_LENGTH = map(tl.constexpr, range(7))
+PREFIX_ROW, PREFIX_LENGTH, Q_PARTS = map(tl.constexpr, range(7, 10))
+STREAM_ROW, OUT_ROW, MASK, WEIGHT, PER_Q_PART = map(tl.constexpr, range(5))
+
+# Columns of schedule.BACKWARD_KV, likewise.
+KV_COLUMNS = tl.constexpr(len(schedule.BACKWARD_KV))
+KIND, K_ROW, K_LENGTH, K_POSITION, K_BLOCK, K_PARTS = map(tl.constexpr, range(6))
+PART_Q_ROW, PART_Q_LENGTH, PART_Q_POSITION, PART_STREAM_ROW = map(tl.constexpr, range(6, 10))
+PART_OUT_ROW, PART_MASK, PART_WEIGHT = map(tl.constexpr, range(10, 13))
+PER_K_PART = tl.constexpr(7)
+
+CAUSAL, ANTI_CAUSAL = tl.constexpr(schedule.CAUSAL), tl.constexpr(schedule.ANTI_CAUSAL)
+MIXED, PREFIX = tl.constexpr(schedule.MIXED), tl.constexpr(schedule.PREFIX)
+BETA = tl.constexpr(schedule.BETA)
+
+
+@triton.jit
+def probabilities(s, lse, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """exp(cap(scale s) - lse), and d cap / d (scale s)."""
+    if HAS_SOFTCAP:
+        t = tanh(s * (scale / softcap))
+        return tl.exp2(t * (softcap * LOG2E) - lse), 1.0 - t * t
+    else:
+        return tl.exp2(s * (scale * LOG2E) - lse), 1.0
+
+
+@triton.jit
+def row_weights(beta, head_q, kind, there, BETA_PER_HEAD: tl.constexpr):
+    """What d_out counts for a stream's rows: 1, beta or 1 - beta."""
+    b = tl.load(beta + (head_q if BETA_PER_HEAD else head_q * 0), mask=there, other=0.0).to(tl.float32)
+    return tl.where(kind == 0, 1.0, tl.where(kind == BETA, b, 1.0 - b))
+
+
+@triton.jit
+def dq_tiles(
+    dq,
+    q,
+    do,
+    lse,
+    delta,
+    weight,
+    k,
+    v,
+    stride_k_row,
+    stride_k_dim,
+    stride_v_row,
+    stride_v_dim,
+    k_to_causal,
+    v_to_causal,
+    alpha_k,
+    alpha_v,
+    low,
+    high,
+    length,
+    start,
+    stop,
+    gap_start,
+    gap_stop,
+    scale,
+    softcap,
+    DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+    MIX: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+):
+    """dq += ds k over the keys [start, stop) of a run, without those of [gap_start, gap_stop)."""
+    gap = gap_stop - gap_start
+    for i in range(start, stop - gap, BLOCK_N):
+        first = i
+        if MASKED:
+            first += tl.where(i >= gap_start, gap, 0)
+        near = tl.arange(0, BLOCK_N)
+        j = first + near
+        there = j < length
+        tile = first.to(tl.int64)
+        kt = load_keys(
+            k + tile * stride_k_row, near, stride_k_row, stride_k_dim, k_to_causal, alpha_k, there, DIM, BLOCK_DIM,
+            not MASKED, MIX,
+        )  # fmt: skip
+        vt = load_keys(
+            v + tile * stride_v_row, near, stride_v_row, stride_v_dim, v_to_causal, alpha_v, there, DIM_V,
+            BLOCK_DIM_V, not MASKED, MIX,
+        )  # fmt: skip
+        s = tl.dot(q, tl.trans(kt), input_precision="ieee")
+        p, d_cap = probabilities(s, lse[:, None], scale, softcap, HAS_SOFTCAP)
+        if MASKED:
+            p = tl.where((j[None, :] >= low[:, None]) & (j[None, :] < high[:, None]), p, 0.0)
+        dp = tl.dot(do, tl.trans(vt), input_precision="ieee")
+        ds = p * (dp - delta[:, None])
+        if HAS_SOFTCAP:
+            ds *= d_cap
+        if HAS_BETA:
+            ds *= weight[:, None]
+        dq = tl.dot(ds.to(kt.dtype), kt, dq, input_precision="ieee")
+    return dq
+
+
+@triton.jit
+def dq_of_run(
+    dq,
+    q,
+    do,
+    lse,
+    delta,
+    weight,
+    k,
+    v,
+    stride_k_row,
+    stride_k_dim,
+    stride_v_row,
+    stride_v_dim,
+    k_to_causal,
+    v_to_causal,
+    alpha_k,
+    alpha_v,
+    position,
+    first_position,
+    last_position,
+    keys_position,
+    length,
+    mask,
+    window,
+    scale,
+    softcap,
+    DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MIX: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+):
+    """One run of ``length`` keys, as ``attention_forward.attend``."""
+    low_first, high_first = visible(first_position, keys_position, length, mask, window, HAS_WINDOW)
+    low_last, high_last = visible(last_position, keys_position, length, mask, window, HAS_WINDOW)
+    start, whole, rest, stop = split(low_first, low_last, high_first, high_last, BLOCK_N)
+    low, high = visible(position, keys_position, length, mask, window, HAS_WINDOW)
+    dq = dq_tiles(
+        dq, q, do, lse, delta, weight, k, v, stride_k_row, stride_k_dim, stride_v_row, stride_v_dim, k_to_causal,
+        v_to_causal, alpha_k, alpha_v, low, high, length, whole, rest, rest, rest, scale, softcap, DIM, DIM_V,
+        BLOCK_DIM, BLOCK_DIM_V, BLOCK_N, False, MIX, HAS_SOFTCAP, HAS_BETA,
+    )  # fmt: skip
+    return dq_tiles(
+        dq, q, do, lse, delta, weight, k, v, stride_k_row, stride_k_dim, stride_v_row, stride_v_dim, k_to_causal,
+        v_to_causal, alpha_k, alpha_v, low, high, length, start, stop, whole, rest, scale, softcap, DIM, DIM_V,
+        BLOCK_DIM, BLOCK_DIM_V, BLOCK_N, True, MIX, HAS_SOFTCAP, HAS_BETA,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_prompt", "window"])
+def dq_kernel(
+    items,
+    q,
+    k,
+    v,
+    alpha_k,
+    alpha_v,
+    beta,
+    k_prefix,
+    v_prefix,
+    out,
+    streams,
+    d_out,
+    lse,
+    delta,
+    dq,
+    stride_q_row,
+    stride_q_head,
+    stride_q_dim,
+    stride_k_row,
+    stride_k_head,
+    stride_k_dim,
+    stride_v_row,
+    stride_v_head,
+    stride_v_dim,
+    stride_kp_row,
+    stride_kp_head,
+    stride_kp_dim,
+    stride_vp_row,
+    stride_vp_head,
+    stride_vp_dim,
+    stride_do_row,
+    stride_do_head,
+    stride_do_dim,
+    num_prompt,
+    scale,
+    softcap,
+    window,
+    HEADS_KV: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_N_MIXED: tl.constexpr,
+    MIX: tl.constexpr,
+    ALPHA_PER_HEAD: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+    BETA_PER_HEAD: tl.constexpr,
+    HAS_PREFIX: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """dq [rows, HEADS_KV * GROUP, DIM], and delta = <d_out, out> float32 [rows of streams, HEADS_KV * GROUP]."""
+    head = (tl.program_id(0) % HEADS_KV).to(tl.int64)
+    item = items + (tl.program_id(0) // HEADS_KV).to(tl.int64) * Q_COLUMNS
+    length, block = tl.load(item + Q_LENGTH), tl.load(item + Q_BLOCK)
+    token, of_group, stored, first_token, last_token = packed_rows(block, length, GROUP, BLOCK_M)
+    head_q = head * GROUP + of_group
+    near = token - first_token
+    heads = HEADS_KV * GROUP
+
+    k_head, v_head = k + head * stride_k_head, v + head * stride_v_head
+    k_to_causal = num_prompt.to(tl.int64) * stride_k_row
+    v_to_causal = num_prompt.to(tl.int64) * stride_v_row
+    a_k, a_v = 0.0, 0.0
+    if MIX:
+        a_k = tl.load(alpha_k + (head if ALPHA_PER_HEAD else 0)).to(tl.float32)
+        a_v = tl.load(alpha_v + (head if ALPHA_PER_HEAD else 0)).to(tl.float32)
+
+    own_position = tl.load(item + Q_POSITION)
+    position = own_position + token
+    first_position, last_position = own_position + first_token, own_position + last_token
+    q_first = (tl.load(item + Q_ROW) + first_token).to(tl.int64)
+    q_tile = load_rows(
+        q + q_first * stride_q_row + head_q[:, None] * stride_q_head, near, stride_q_row, stride_q_dim, stored, DIM,
+        BLOCK_DIM, False,
+    )  # fmt: skip
+    own_row = tl.load(item + OWN_ROW).to(tl.int64)
+    mixed_row, mixed_length = tl.load(item + MIXED_ROW).to(tl.int64), tl.load(item + MIXED_LENGTH)
+    prefix_row, prefix_length = tl.load(item + PREFIX_ROW).to(tl.int64), tl.load(item + PREFIX_LENGTH)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
+    for part in range(tl.load(item + Q_PARTS)):
+        column = item + Q_PARTS + 1 + part * PER_Q_PART
+        mask, weight_kind = tl.load(column + MASK), tl.load(column + WEIGHT)
+        out_first = (tl.load(column + OUT_ROW) + first_token).to(tl.int64)
+        stream_first = (tl.load(column + STREAM_ROW) + first_token).to(tl.int64)
+        do = load_rows(
+            d_out + out_first * stride_do_row + head_q[:, None] * stride_do_head, near, stride_do_row, stride_do_dim,
+            stored, DIM_V, BLOCK_DIM_V, False,
+        )  # fmt: skip
+        of_heads = near * heads + head_q  # in tensors that are contiguous
+        o = load_rows(out + out_first * heads * DIM_V, of_heads, DIM_V, 1, stored, DIM_V, BLOCK_DIM_V, False)
+        weight = tl.full([BLOCK_M], 1.0, tl.float32)
+        if HAS_BETA:  # the streams' own outputs, not their mix; the answer has none
+            in_streams = tl.where(weight_kind != 0, stored, False)
+            of_stream = load_rows(
+                streams + stream_first * heads * DIM_V, of_heads, DIM_V, 1, in_streams, DIM_V, BLOCK_DIM_V, False
+            )
+            o = tl.where(weight_kind != 0, of_stream, o)
+            weight = row_weights(beta, head_q, weight_kind, stored, BETA_PER_HEAD)
+        row_delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+        tl.store(delta + stream_first * heads + of_heads, row_delta, mask=stored)
+        row_lse = tl.load(lse + stream_first * heads + of_heads, mask=stored, other=0.0)
+
+        if HAS_PREFIX:
+            acc = dq_of_run(
+                acc, q_tile, do, row_lse, row_delta, weight, k_prefix + head * stride_kp_head + prefix_row * stride_kp_row,
+                v_prefix + head * stride_vp_head + prefix_row * stride_vp_row, stride_kp_row, stride_kp_dim,
+                stride_vp_row, stride_vp_dim, 0, 0, 0.0, 0.0, position, first_position, last_position, 0,
+                prefix_length, 0, window, scale, softcap, DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_N, False,
+                HAS_WINDOW, HAS_SOFTCAP, HAS_BETA,
+            )  # fmt: skip
+        acc = dq_of_run(
+            acc, q_tile, do, row_lse, row_delta, weight, k_head + mixed_row * stride_k_row,
+            v_head + mixed_row * stride_v_row, stride_k_row, stride_k_dim, stride_v_row, stride_v_dim, k_to_causal,
+            v_to_causal, a_k, a_v, position, first_position, last_position, own_position - mixed_length, mixed_length,
+            0, window, scale, softcap, DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_N_MIXED, MIX, HAS_WINDOW,
+            HAS_SOFTCAP, HAS_BETA,
+        )  # fmt: skip
+        acc = dq_of_run(
+            acc, q_tile, do, row_lse, row_delta, weight, k_head + own_row * stride_k_row,
+            v_head + own_row * stride_v_row, stride_k_row, stride_k_dim, stride_v_row, stride_v_dim, 0, 0, 0.0, 0.0,
+            position, first_position, last_position, own_position, length, mask, window, scale, softcap, DIM, DIM_V,
+            BLOCK_DIM, BLOCK_DIM_V, BLOCK_N, False, HAS_WINDOW, HAS_SOFTCAP, HAS_BETA,
+        )  # fmt: skip
+    store_rows(dq + q_first * heads * DIM, near * heads + head_q, DIM, 1, acc * scale, stored, DIM, BLOCK_DIM)
+
+
+@triton.jit
+def seen_by(position, q_position, q_length, mask, window, HAS_WINDOW: tl.constexpr):
+    """[low, high): which of ``q_length`` queries, at positions q_position, .., see the key at ``position``."""
+    own = position - q_position
+    low = tl.where(mask == CAUSAL, own, 0)
+    high = tl.where(mask == ANTI_CAUSAL, own + 1, q_length)
+    if HAS_WINDOW:
+        low = tl.maximum(low, own - window + 1)
+        high = tl.minimum(high, own + window)
+    low = tl.minimum(tl.maximum(low, 0), q_length)
+    return low, tl.maximum(tl.minimum(high, q_length), low)
+
+
+@triton.jit
+def dkv_tiles(
+    dk,
+    dv,
+    k,
+    v,
+    q,
+    do,
+    lse,
+    delta,
+    beta,
+    head_q,
+    weight_kind,
+    stride_q_row,
+    stride_q_head,
+    stride_q_dim,
+    stride_do_row,
+    stride_do_head,
+    stride_do_dim,
+    low,
+    high,
+    rows,
+    start,
+    stop,
+    gap_start,
+    gap_stop,
+    scale,
+    softcap,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    MASKED: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+    BETA_PER_HEAD: tl.constexpr,
+):
+    """dk += ds^T q, dv += p^T do over the packed query rows [start, stop), without those of [gap_start, gap_stop)."""
+    gap = gap_stop - gap_start
+    for i in range(start, stop - gap, BLOCK_M):
+        first = i
+        if MASKED:
+            first += tl.where(i >= gap_start, gap, 0)
+        r = first + tl.arange(0, BLOCK_M)
+        there = r < rows
+        first_token = (first // GROUP).to(tl.int64)
+        near, of_group = r // GROUP - first // GROUP, r % GROUP
+        q_tile = load_rows(
+            q + first_token * stride_q_row + of_group[:, None] * stride_q_head, near, stride_q_row, stride_q_dim,
+            there, DIM, BLOCK_DIM, not MASKED,
+        )  # fmt: skip
+        do_tile = load_rows(
+            do + first_token * stride_do_row + of_group[:, None] * stride_do_head, near, stride_do_row,
+            stride_do_dim, there, DIM_V, BLOCK_DIM_V, not MASKED,
+        )  # fmt: skip
+        of_heads = first_token * HEADS + near * HEADS + of_group
+        row_lse = tl.load(lse + of_heads, mask=there, other=0.0)
+        row_delta = tl.load(delta + of_heads, mask=there, other=0.0)
+        s = tl.dot(k, tl.trans(q_tile), input_precision="ieee")
+        p, d_cap = probabilities(s, row_lse[None, :], scale, softcap, HAS_SOFTCAP)
+        if MASKED:
+            p = tl.where((r[None, :] >= low[:, None]) & (r[None, :] < high[:, None]), p, 0.0)
+        if HAS_BETA:
+            p *= row_weights(beta, head_q + of_group, weight_kind, there, BETA_PER_HEAD)[None, :]
+        dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(do_tile), input_precision="ieee")
+        ds = p * (dp - row_delta[None, :])
+        if HAS_SOFTCAP:
+            ds *= d_cap
+        dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["num_prompt", "window"])
+def dkv_kernel(
+    items,
+    q,
+    k,
+    v,
+    alpha_k,
+    alpha_v,
+    beta,
+    k_prefix,
+    v_prefix,
+    d_out,
+    lse,
+    delta,
+    dk,
+    dv,
+    dk_mixed,
+    dv_mixed,
+    dk_prefix,
+    dv_prefix,
+    stride_q_row,
+    stride_q_head,
+    stride_q_dim,
+    stride_k_row,
+    stride_k_head,
+    stride_k_dim,
+    stride_v_row,
+    stride_v_head,
+    stride_v_dim,
+    stride_kp_row,
+    stride_kp_head,
+    stride_kp_dim,
+    stride_vp_row,
+    stride_vp_head,
+    stride_vp_dim,
+    stride_do_row,
+    stride_do_head,
+    stride_do_dim,
+    num_prompt,
+    scale,
+    softcap,
+    window,
+    HEADS_KV: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MIX: tl.constexpr,
+    ALPHA_PER_HEAD: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+    BETA_PER_HEAD: tl.constexpr,
+    HAS_PREFIX: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """A tile of BLOCK_N keys of one key/value head, all query heads of its group: dk, dv (contiguous) of its rows.
+
+    dk_mixed, dv_mixed float32 [N, HEADS_KV, dim]: of the mixed prompt, before it is shared out to the streams.
+    """
+    head = (tl.program_id(0) % HEADS_KV).to(tl.int64)
+    item = items + (tl.program_id(0) // HEADS_KV).to(tl.int64) * KV_COLUMNS
+    kind, length = tl.load(item + KIND), tl.load(item + K_LENGTH)
+    near, first = tl.arange(0, BLOCK_N), tl.load(item + K_BLOCK) * BLOCK_N
+    stored = first + near < length
+    row = (tl.load(item + K_ROW) + first).to(tl.int64)
+
+    # The tile: rows of a stream or of the answer; the mix of both streams' rows; or of the prefix.
+    k_head, v_head = k + head * stride_k_head, v + head * stride_v_head
+    in_rows = tl.where(kind == PREFIX, False, stored) if HAS_PREFIX else stored
+    k_tile = load_rows(k_head + row * stride_k_row, near, stride_k_row, stride_k_dim, in_rows, DIM, BLOCK_DIM, False)
+    v_tile = load_rows(v_head + row * stride_v_row, near, stride_v_row, stride_v_dim, in_rows, DIM_V, BLOCK_DIM_V, False)
+    if MIX:
+        a_k = tl.load(alpha_k + (head if ALPHA_PER_HEAD else 0)).to(tl.float32)
+        a_v = tl.load(alpha_v + (head if ALPHA_PER_HEAD else 0)).to(tl.float32)
+        in_mixed = tl.where(kind == MIXED, stored, False)
+        causal_row = row + num_prompt
+        causal = load_rows(
+            k_head + causal_row * stride_k_row, near, stride_k_row, stride_k_dim, in_mixed, DIM, BLOCK_DIM, False
+        )
+        k_tile = tl.where(kind == MIXED, mix(causal, k_tile, a_k), k_tile)
+        causal = load_rows(
+            v_head + causal_row * stride_v_row, near, stride_v_row, stride_v_dim, in_mixed, DIM_V, BLOCK_DIM_V, False
+        )
+        v_tile = tl.where(kind == MIXED, mix(causal, v_tile, a_v), v_tile)
+    if HAS_PREFIX:
+        in_prefix = tl.where(kind == PREFIX, stored, False)
+        kp = k_prefix + head * stride_kp_head + row * stride_kp_row
+        vp = v_prefix + head * stride_vp_head + row * stride_vp_row
+        of_prefix = load_rows(kp, near, stride_kp_row, stride_kp_dim, in_prefix, DIM, BLOCK_DIM, False)
+        k_tile = tl.where(kind == PREFIX, of_prefix, k_tile)
+        of_prefix = load_rows(vp, near, stride_vp_row, stride_vp_dim, in_prefix, DIM_V, BLOCK_DIM_V, False)
+        v_tile = tl.where(kind == PREFIX, of_prefix, v_tile)
+
+    heads, head_q = HEADS_KV * GROUP, head * GROUP
+    k_position = tl.load(item + K_POSITION)
+    last = tl.minimum(first + BLOCK_N, length) - 1
+    position = k_position + tl.minimum(first + near, last)
+    dk_acc = tl.zeros([BLOCK_N, BLOCK_DIM], tl.float32)
+    dv_acc = tl.zeros([BLOCK_N, BLOCK_DIM_V], tl.float32)
+    for part in range(tl.load(item + K_PARTS)):
+        column = item + part * PER_K_PART
+        q_length, q_position = tl.load(column + PART_Q_LENGTH), tl.load(column + PART_Q_POSITION)
+        mask, weight_kind = tl.load(column + PART_MASK), tl.load(column + PART_WEIGHT)
+        q_run = q + tl.load(column + PART_Q_ROW).to(tl.int64) * stride_q_row + head_q * stride_q_head
+        do_run = d_out + tl.load(column + PART_OUT_ROW).to(tl.int64) * stride_do_row + head_q * stride_do_head
+        of_stream = tl.load(column + PART_STREAM_ROW).to(tl.int64) * heads + head_q
+        low_first, high_first = seen_by(k_position + first, q_position, q_length, mask, window, HAS_WINDOW)
+        low_last, high_last = seen_by(k_position + last, q_position, q_length, mask, window, HAS_WINDOW)
+        start, whole, rest, stop = split(
+            low_first * GROUP, low_last * GROUP, high_first * GROUP, high_last * GROUP, BLOCK_M
+        )
+        low, high = seen_by(position, q_position, q_length, mask, window, HAS_WINDOW)
+        dk_acc, dv_acc = dkv_tiles(
+            dk_acc, dv_acc, k_tile, v_tile, q_run, do_run, lse + of_stream, delta + of_stream, beta, head_q, weight_kind,
+            stride_q_row, stride_q_head, stride_q_dim, stride_do_row, stride_do_head, stride_do_dim, low * GROUP,
+            high * GROUP, q_length * GROUP, whole, rest, rest, rest, scale, softcap, heads, GROUP, DIM, DIM_V,
+            BLOCK_DIM, BLOCK_DIM_V, BLOCK_M, False, HAS_SOFTCAP, HAS_BETA, BETA_PER_HEAD,
+        )  # fmt: skip
+        dk_acc, dv_acc = dkv_tiles(
+            dk_acc, dv_acc, k_tile, v_tile, q_run, do_run, lse + of_stream, delta + of_stream, beta, head_q, weight_kind,
+            stride_q_row, stride_q_head, stride_q_dim, stride_do_row, stride_do_head, stride_do_dim, low * GROUP,
+            high * GROUP, q_length * GROUP, start, stop, whole, rest, scale, softcap, heads, GROUP, DIM, DIM_V,
+            BLOCK_DIM, BLOCK_DIM_V, BLOCK_M, True, HAS_SOFTCAP, HAS_BETA, BETA_PER_HEAD,
+        )  # fmt: skip
+
+    dk_acc *= scale
+    k_at, v_at = (row * HEADS_KV + head) * DIM, (row * HEADS_KV + head) * DIM_V
+    in_rows = tl.where(kind == 0, stored, False)
+    store_rows(dk + k_at, near, HEADS_KV * DIM, 1, dk_acc, in_rows, DIM, BLOCK_DIM)
+    store_rows(dv + v_at, near, HEADS_KV * DIM_V, 1, dv_acc, in_rows, DIM_V, BLOCK_DIM_V)
+    if MIX:
+        store_rows(dk_mixed + k_at, near, HEADS_KV * DIM, 1, dk_acc, in_mixed, DIM, BLOCK_DIM)
+        store_rows(dv_mixed + v_at, near, HEADS_KV * DIM_V, 1, dv_acc, in_mixed, DIM_V, BLOCK_DIM_V)
+    if HAS_PREFIX:
+        store_rows(dk_prefix + k_at, near, HEADS_KV * DIM, 1, dk_acc, in_prefix, DIM, BLOCK_DIM)
+        store_rows(dv_prefix + v_at, near, HEADS_KV * DIM_V, 1, dv_acc, in_prefix, DIM_V, BLOCK_DIM_V)
+
+
+def backward(
+    d_out: torch.Tensor,
+    d_k_mixed: torch.Tensor | None,
+    d_v_mixed: torch.Tensor | None,
+    q,
+    k,
+    v,
+    alpha_k,
+    alpha_v,
+    beta,
+    sinks,
+    k_prefix,
+    v_prefix,
+    out: torch.Tensor,
+    streams: torch.Tensor,
+    lse: torch.Tensor,
+    plan: SegmentPlan,
+    *,
+    softmax_scale: float,
+    window: int | None,
+    softcap: float | None,
+    stream_mask: str,
+    shared_qkv: bool,
+    tile_q: Tile | None = None,
+    tile_kv: Tile | None = None,
+) -> list[torch.Tensor]:
+    """The gradient of each of q, k, v, alpha_k, alpha_v, beta, sinks, k_prefix, v_prefix that isn't None, contiguous.
+
+    out, streams, lse: from ``forward(save=True)``. d_k_mixed, d_v_mixed: None where nothing came back.
+    """
+    N = plan.num_prompt
+    (rows_q, heads_q, dim), (_, heads_kv, dim_v) = q.shape, v.shape
+    q, k, v, d_out = map(tiles.near, (q, k, v, d_out))
+    if k_prefix is not None:
+        k_prefix, v_prefix = tiles.near(k_prefix), tiles.near(v_prefix)
+    answer_only, mixes, has_prefix = rows_q != k.shape[0], plan.num_streams == 2, k_prefix is not None
+    has_beta = beta is not None and not answer_only
+    group = heads_q // heads_kv
+
+    def like(x):
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    dq, dk, dv, delta = like(q), like(k), like(v), torch.empty_like(lse)
+    d_prefix = [like(k_prefix), like(v_prefix)] if has_prefix else [None, None]
+    d_mixed = [x.new_empty(N, *x.shape[1:], dtype=torch.float32) if mixes else None for x in (k, v)]
+    options = dict(
+        group_size=group,
+        window=window,
+        stream_mask=stream_mask,
+        shared_qkv=shared_qkv,
+        beta=beta is not None,
+        answer_only=answer_only,
+    )
+    tile_q, tile_kv = tile_q or tiles.choose("dq", q, v, plan), tile_kv or tiles.choose("dkv", q, v, plan)
+    q_items = schedule.cached(plan, schedule.backward_q_items, **options, block=tile_q.block_m)
+    kv_items = schedule.cached(plan, schedule.backward_kv_items, **options, block=tile_kv.block_n)
+    inputs = (q, k, v, alpha_k, alpha_v, beta, k_prefix, v_prefix)
+    no_strides = (0, 0, 0)
+    strides = [
+        *q.stride(),
+        *k.stride(),
+        *v.stride(),
+        *(k_prefix.stride() if has_prefix else no_strides),
+        *(v_prefix.stride() if has_prefix else no_strides),
+        *d_out.stride(),
+    ]
+    scalars = (N, softmax_scale, softcap or 0.0, min(window or 0, 2**30))
+    constants = dict(
+        HEADS_KV=heads_kv,
+        GROUP=group,
+        DIM=dim,
+        DIM_V=dim_v,
+        BLOCK_DIM=tiles.block_dim(dim),
+        BLOCK_DIM_V=tiles.block_dim(dim_v),
+        MIX=mixes,
+        ALPHA_PER_HEAD=mixes and alpha_k.ndim == 1,
+        HAS_BETA=has_beta,
+        BETA_PER_HEAD=has_beta and beta.ndim == 1,
+        HAS_PREFIX=has_prefix,
+        HAS_WINDOW=window is not None,
+        HAS_SOFTCAP=softcap is not None,
+    )
+    with torch.cuda.device_of(q):
+        if len(q_items):
+            dq_kernel[(len(q_items) * heads_kv,)](
+                q_items,
+                *inputs,
+                out,
+                streams,
+                d_out,
+                lse,
+                delta,
+                dq,
+                *strides,
+                *scalars,
+                **constants,
+                BLOCK_M=tile_q.block_m,
+                BLOCK_N=tile_q.block_n,
+                BLOCK_N_MIXED=tile_q.block_n // 2 if mixes else tile_q.block_n,
+                num_warps=tile_q.num_warps,
+                num_stages=tile_q.num_stages,
+                enable_fp_fusion=True,
+            )
+        if len(kv_items):
+            dkv_kernel[(len(kv_items) * heads_kv,)](
+                kv_items,
+                *inputs,
+                d_out,
+                lse,
+                delta,
+                dk,
+                dv,
+                *d_mixed,
+                *d_prefix,
+                *strides,
+                *scalars,
+                **constants,
+                BLOCK_M=tile_kv.block_m,
+                BLOCK_N=tile_kv.block_n,
+                num_warps=tile_kv.num_warps,
+                num_stages=tile_kv.num_stages,
+                enable_fp_fusion=True,
+            )
+    grads = [dq, dk, dv]
+    if mixes:
+        for x, alpha, d_attended, d_given, d_rows in (
+            (k, alpha_k, d_mixed[0], d_k_mixed, dk),
+            (v, alpha_v, d_mixed[1], d_v_mixed, dv),
+        ):
+            rows = (x[N : 2 * N], x[:N], alpha, d_attended, d_rows[N : 2 * N], d_rows[:N])
+            grads.append(mix_backward(d_given, *rows)[2])
+    else:
+        for d_given, d_rows in ((d_k_mixed, dk), (d_v_mixed, dv)):
+            if d_given is not None:
+                d_rows[:N] += d_given
+    weighted = delta
+    if has_beta:
+        d_weight = delta[:N] - delta[N : 2 * N]
+        weights = torch.stack([beta, 1 - beta]).reshape(2, 1, -1).to(delta.dtype)
+        prompt = delta[: 2 * N].reshape(2, N, heads_q) * weights
+        weighted = torch.cat([prompt.flatten(0, 1), delta[2 * N :]])
+    if beta is not None:
+        d_beta = torch.zeros_like(beta)
+        if has_beta:
+            d_beta = (d_weight.sum(0) if beta.ndim else d_weight.sum()).to(beta.dtype)
+        grads.append(d_beta)
+    if sinks is not None:  # a score without a value: its dp is 0
+        grads.append(-(torch.exp2(sinks.float() * math.log2(math.e) - lse) * weighted).sum(0).to(sinks.dtype))
+    return [*grads, *(d_prefix if has_prefix else [])]

@@ -1,0 +1,462 @@
+"""The forward kernel: both prompt streams, the answer over the mixed prompt, and the mixed cache, in one launch.
+
+A program computes one tile of packed query rows (``schedule.py``) for one key/value head:
+
+    for each run of keys (prefix, mixed prompt, the segment's own) and each tile of keys in it:
+        s = cap(scale q k^T), -inf where a query doesn't see the key
+        m' = max(m, max_j s);  p = exp(s - m');  acc = acc exp(m - m') + p v;  l = l exp(m - m') + sum_j p
+    out = acc / l, lse = m + log l      (all exponents in units of log2)
+
+Prompt tiles then write the mixed keys and values of their own tokens: work that is spread over all tiles and waits for
+no other program. Answer tiles mix the prompt tiles that they attend to while they hold them, for the same reason.
+
+shared_qkv: the loop over j <= i ends at the diagonal, where acc / l is the causal stream's output; the same acc, m, l
+then go on over j > i to the bidirectional one.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ...plan import SegmentPlan
+from . import schedule, tiles
+from .common import LOG2E, load_keys, load_rows, mix, packed_rows, split, store_rows, tanh, visible
+from .tiles import Tile
+
+# Columns of schedule.FORWARD, in its order.
+COLUMNS = tl.constexpr(len(schedule.FORWARD))
+Q_ROW, LENGTH, POSITION, BLOCK, OWN_ROW, MASK, MIXED_ROW, MIXED_LENGTH = map(tl.constexpr, range(8))
+PREFIX_ROW, PREFIX_LENGTH, OUT_ROW, STREAM_ROW, SECOND_ROW, SECOND_MASK = map(tl.constexpr, range(8, 14))
+SECOND_STREAM_ROW, WRITE_ROW, WRITE_LENGTH, WRITE_MIXED = map(tl.constexpr, range(14, 18))
+
+
+@triton.jit
+def attend_tiles(
+    acc,
+    m,
+    l,
+    q,
+    k,
+    v,
+    stride_k_row,
+    stride_k_dim,
+    stride_v_row,
+    stride_v_dim,
+    k_to_causal,
+    v_to_causal,
+    alpha_k,
+    alpha_v,
+    low,
+    high,
+    length,
+    start,
+    stop,
+    gap_start,
+    gap_stop,
+    scale,
+    softcap,
+    DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+    MIX: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    FOLD_SCALE: tl.constexpr,
+):
+    """The online softmax over the keys [start, stop) of a run, without those of [gap_start, gap_stop)."""
+    gap = gap_stop - gap_start
+    for i in range(start, stop - gap, BLOCK_N):
+        first = i
+        if MASKED:
+            first += tl.where(i >= gap_start, gap, 0)
+        near = tl.arange(0, BLOCK_N)
+        j = first + near
+        there = j < length
+        tile = first.to(tl.int64)
+        kt = load_keys(
+            k + tile * stride_k_row, near, stride_k_row, stride_k_dim, k_to_causal, alpha_k, there, DIM, BLOCK_DIM, not MASKED, MIX
+        )
+        s = tl.dot(q, tl.trans(kt), input_precision="ieee")
+        # m and the exponents count in log2. A plain positive scale is left to the exponents' multiply-add.
+        if HAS_SOFTCAP:
+            s = tanh(s * (scale / softcap)) * (softcap * LOG2E)
+        elif not FOLD_SCALE:
+            s = s * (scale * LOG2E)
+        unit = scale * LOG2E if FOLD_SCALE else 1.0
+        if MASKED:
+            s = tl.where((j[None, :] >= low[:, None]) & (j[None, :] < high[:, None]), s, float("-inf"))
+        m_next = tl.maximum(m, tl.max(s, 1) * unit)
+        base = m_next
+        if MASKED:  # a row that has seen no key yet
+            base = tl.where(m_next == float("-inf"), 0.0, m_next)
+        p = tl.exp2(s * unit - base[:, None])
+        rescale = tl.exp2(m - base)
+        l = l * rescale + tl.sum(p, 1)
+        vt = load_keys(
+            v + tile * stride_v_row, near, stride_v_row, stride_v_dim, v_to_causal, alpha_v, there, DIM_V, BLOCK_DIM_V, not MASKED, MIX
+        )
+        acc = tl.dot(p.to(vt.dtype), vt, acc * rescale[:, None], input_precision="ieee")
+        m = m_next
+    return acc, m, l
+
+
+@triton.jit
+def attend(
+    acc,
+    m,
+    l,
+    q,
+    k,
+    v,
+    stride_k_row,
+    stride_k_dim,
+    stride_v_row,
+    stride_v_dim,
+    k_to_causal,
+    v_to_causal,
+    alpha_k,
+    alpha_v,
+    position,
+    first_position,
+    last_position,
+    keys_position,
+    length,
+    mask,
+    window,
+    scale,
+    softcap,
+    DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MIX: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    FOLD_SCALE: tl.constexpr,
+):
+    """One run of ``length`` keys: the wholly visible tiles without a mask, those at its ends with one."""
+    low_first, high_first = visible(first_position, keys_position, length, mask, window, HAS_WINDOW)
+    low_last, high_last = visible(last_position, keys_position, length, mask, window, HAS_WINDOW)
+    start, whole, rest, stop = split(low_first, low_last, high_first, high_last, BLOCK_N)
+    low, high = visible(position, keys_position, length, mask, window, HAS_WINDOW)
+    acc, m, l = attend_tiles(
+        acc, m, l, q, k, v, stride_k_row, stride_k_dim, stride_v_row, stride_v_dim, k_to_causal, v_to_causal, alpha_k,
+        alpha_v, low, high, length, whole, rest, rest, rest, scale, softcap, DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V,
+        BLOCK_N, False, MIX, HAS_SOFTCAP, FOLD_SCALE,
+    )  # fmt: skip
+    acc, m, l = attend_tiles(
+        acc, m, l, q, k, v, stride_k_row, stride_k_dim, stride_v_row, stride_v_dim, k_to_causal, v_to_causal, alpha_k,
+        alpha_v, low, high, length, start, stop, whole, rest, scale, softcap, DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V,
+        BLOCK_N, True, MIX, HAS_SOFTCAP, FOLD_SCALE,
+    )  # fmt: skip
+    return acc, m, l
+
+
+@triton.jit(do_not_specialize=["num_prompt", "window"])
+def forward_kernel(
+    items,
+    q,
+    k,
+    v,
+    alpha_k,
+    alpha_v,
+    beta,
+    sinks,
+    k_prefix,
+    v_prefix,
+    out,
+    streams,
+    lse,
+    k_written,
+    v_written,
+    slots,
+    stride_q_row,
+    stride_q_head,
+    stride_q_dim,
+    stride_k_row,
+    stride_k_head,
+    stride_k_dim,
+    stride_v_row,
+    stride_v_head,
+    stride_v_dim,
+    stride_kp_row,
+    stride_kp_head,
+    stride_kp_dim,
+    stride_vp_row,
+    stride_vp_head,
+    stride_vp_dim,
+    stride_kw_row,
+    stride_kw_head,
+    stride_kw_dim,
+    stride_vw_row,
+    stride_vw_head,
+    stride_vw_dim,
+    num_prompt,
+    scale,
+    softcap,
+    window,
+    HEADS_KV: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_N_MIXED: tl.constexpr,
+    PARTS: tl.constexpr,  # 2: a prompt tile computes both streams
+    GO_ON: tl.constexpr,  # the second part goes on with the first one's softmax
+    MIX: tl.constexpr,  # the answer attends to a mix of two streams
+    ALPHA_PER_HEAD: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+    BETA_PER_HEAD: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_PREFIX: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    FOLD_SCALE: tl.constexpr,
+    SAVE: tl.constexpr,  # what the backward needs
+    WRITE: tl.constexpr,  # mixed rows (without slots), or rows of a cache (with)
+    HAS_SLOTS: tl.constexpr,
+):
+    """Shapes: q, out [rows, HEADS_KV * GROUP, DIM]; k, v [rows, HEADS_KV, DIM]; lse [rows, HEADS_KV * GROUP]."""
+    head = (tl.program_id(0) % HEADS_KV).to(tl.int64)
+    item = items + (tl.program_id(0) // HEADS_KV).to(tl.int64) * COLUMNS
+    length, block = tl.load(item + LENGTH), tl.load(item + BLOCK)
+    token, of_group, stored, first_token, last_token = packed_rows(block, length, GROUP, BLOCK_M)
+    head_q = head * GROUP + of_group
+
+    near, heads = token - first_token, HEADS_KV * GROUP
+    k_head, v_head = k + head * stride_k_head, v + head * stride_v_head
+    k_to_causal = num_prompt.to(tl.int64) * stride_k_row
+    v_to_causal = num_prompt.to(tl.int64) * stride_v_row
+    a_k, a_v = 0.0, 0.0
+    if MIX:
+        a_k = tl.load(alpha_k + (head if ALPHA_PER_HEAD else 0)).to(tl.float32)
+        a_v = tl.load(alpha_v + (head if ALPHA_PER_HEAD else 0)).to(tl.float32)
+
+    own_position = tl.load(item + POSITION)
+    position = own_position + token
+    first_position, last_position = own_position + first_token, own_position + last_token
+    second_stream_row = tl.load(item + SECOND_STREAM_ROW)
+
+    for part in tl.static_range(PARTS):
+        here = stored
+        own_row, mask = tl.load(item + OWN_ROW), tl.load(item + MASK)
+        mixed_length, prefix_length = tl.load(item + MIXED_LENGTH), tl.load(item + PREFIX_LENGTH)
+        q_row = tl.load(item + Q_ROW)
+        if part == 1:
+            here = tl.where(second_stream_row >= 0, stored, False)
+            own_row, mask = tl.load(item + SECOND_ROW), tl.load(item + SECOND_MASK)
+            mixed_length, prefix_length = 0, tl.where(second_stream_row >= 0, prefix_length, 0)
+            q_row = own_row
+        if part == 0 or not GO_ON:
+            q_first = q + (q_row + first_token).to(tl.int64) * stride_q_row
+            q_tile = load_rows(
+                q_first + head_q[:, None] * stride_q_head, near, stride_q_row, stride_q_dim, here, DIM, BLOCK_DIM,
+                False,
+            )  # fmt: skip
+            acc = tl.zeros([BLOCK_M, BLOCK_DIM_V], tl.float32)
+            m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            l = tl.zeros([BLOCK_M], tl.float32)
+            if HAS_SINKS:  # one more score, without a value
+                m = tl.load(sinks + head_q).to(tl.float32) * LOG2E
+                l += 1.0
+            if HAS_PREFIX:
+                row = tl.load(item + PREFIX_ROW).to(tl.int64)
+                acc, m, l = attend(
+                    acc, m, l, q_tile, k_prefix + head * stride_kp_head + row * stride_kp_row,
+                    v_prefix + head * stride_vp_head + row * stride_vp_row, stride_kp_row, stride_kp_dim,
+                    stride_vp_row, stride_vp_dim, 0, 0, 0.0, 0.0, position, first_position, last_position, 0,
+                    prefix_length, 0, window, scale, softcap, DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_N, False,
+                    HAS_WINDOW, HAS_SOFTCAP, FOLD_SCALE,
+                )  # fmt: skip
+        if part == 0:
+            row = tl.load(item + MIXED_ROW).to(tl.int64)
+            acc, m, l = attend(
+                acc, m, l, q_tile, k_head + row * stride_k_row, v_head + row * stride_v_row, stride_k_row,
+                stride_k_dim, stride_v_row, stride_v_dim, k_to_causal, v_to_causal, a_k, a_v, position, first_position,
+                last_position, own_position - mixed_length, mixed_length, 0, window, scale, softcap, DIM, DIM_V,
+                BLOCK_DIM, BLOCK_DIM_V, BLOCK_N_MIXED, MIX, HAS_WINDOW, HAS_SOFTCAP, FOLD_SCALE,
+            )  # fmt: skip
+        row = own_row.to(tl.int64)
+        acc, m, l = attend(
+            acc, m, l, q_tile, k_head + row * stride_k_row, v_head + row * stride_v_row, stride_k_row, stride_k_dim,
+            stride_v_row, stride_v_dim, 0, 0, 0.0, 0.0, position, first_position, last_position, own_position, length,
+            mask, window, scale, softcap, DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_N, False, HAS_WINDOW, HAS_SOFTCAP,
+            FOLD_SCALE,
+        )  # fmt: skip
+
+        o = acc / l[:, None]
+        stream_row = tl.load(item + STREAM_ROW) if part == 0 else second_stream_row
+        rows = (stream_row + token).to(tl.int64) * heads + head_q  # of contiguous tensors [rows, heads, ..]
+        if SAVE:
+            tl.store(lse + rows, (m + tl.log2(l)), mask=here)
+        if HAS_BETA:
+            both = tl.where(second_stream_row >= 0, stored, False)
+            if SAVE:
+                store_rows(streams, rows, DIM_V, 1, o, both, DIM_V, BLOCK_DIM_V)
+            if part == 0:
+                first_o = o
+            else:
+                b = tl.load(beta + (head_q if BETA_PER_HEAD else head_q * 0)).to(tl.float32)[:, None]
+                o = tl.where(second_stream_row >= 0, (1.0 - b) * first_o + b * o, first_o)
+                rows = (tl.load(item + OUT_ROW) + token).to(tl.int64) * heads + head_q
+                store_rows(out, rows, DIM_V, 1, o, stored, DIM_V, BLOCK_DIM_V)
+        else:
+            store_rows(out, rows, DIM_V, 1, o, here, DIM_V, BLOCK_DIM_V)
+
+    if WRITE:
+        write_row, write_mixed = tl.load(item + WRITE_ROW), tl.load(item + WRITE_MIXED)
+        r = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        token = r // GROUP
+        written = (token < tl.load(item + WRITE_LENGTH)) & (r % GROUP == 0)  # each token by one row of the tile
+        source = (tl.where(write_mixed != 0, write_row, tl.load(item + OWN_ROW)) + token).to(tl.int64)
+        k_tile = load_rows(k_head, source, stride_k_row, stride_k_dim, written, DIM, BLOCK_DIM, False)
+        v_tile = load_rows(v_head, source, stride_v_row, stride_v_dim, written, DIM_V, BLOCK_DIM_V, False)
+        if MIX:
+            mixes = tl.where(write_mixed != 0, written, False)
+            k_causal, v_causal = k_head + k_to_causal, v_head + v_to_causal
+            k_causal = load_rows(k_causal, source, stride_k_row, stride_k_dim, mixes, DIM, BLOCK_DIM, False)
+            v_causal = load_rows(v_causal, source, stride_v_row, stride_v_dim, mixes, DIM_V, BLOCK_DIM_V, False)
+            k_tile = tl.where(write_mixed != 0, mix(k_causal, k_tile, a_k), k_tile)
+            v_tile = tl.where(write_mixed != 0, mix(v_causal, v_tile, a_v), v_tile)
+        target = (write_row + token).to(tl.int64)
+        if HAS_SLOTS:
+            target = tl.load(slots + target, mask=written, other=0)
+        k_at, v_at = k_written + head * stride_kw_head, v_written + head * stride_vw_head
+        store_rows(k_at, target, stride_kw_row, stride_kw_dim, k_tile, written, DIM, BLOCK_DIM)
+        store_rows(v_at, target, stride_vw_row, stride_vw_dim, v_tile, written, DIM_V, BLOCK_DIM_V)
+
+
+def forward(
+    q,
+    k,
+    v,
+    alpha_k,
+    alpha_v,
+    plan: SegmentPlan,
+    *,
+    softmax_scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    stream_mask: str,
+    shared_qkv: bool,
+    beta: torch.Tensor | None,
+    prefix: tuple[torch.Tensor, torch.Tensor] | None,
+    save: bool,
+    k_cache: torch.Tensor | None = None,
+    v_cache: torch.Tensor | None = None,
+    cache_positions: torch.Tensor | None = None,
+    tile: Tile | None = None,
+):
+    """Allocates the outputs and launches the kernel: ``out, k_mixed, v_mixed, streams, lse``.
+
+    With caches, the mixed and the answer's keys and values go to ``cache_positions`` there, and k_mixed, v_mixed are None.
+    lse float32 [rows of all streams, heads], in log2 (what the kernels compute with), and streams [2 N, heads, dim_v] (with beta) are what the backward needs;
+    both are empty without ``save``.
+    """
+    N = plan.num_prompt
+    (rows_q, heads_q, dim), (_, heads_kv, dim_v) = q.shape, v.shape
+    q, k, v = map(tiles.near, (q, k, v))
+    prefix = prefix and tuple(map(tiles.near, prefix))
+    answer_only = rows_q != k.shape[0]
+    two_parts = (shared_qkv or beta is not None) and not answer_only
+    mixes = plan.num_streams == 2
+    rows_streams = rows_q + (N if shared_qkv and not answer_only else 0)
+    rows_out = rows_streams - (N if beta is not None and not answer_only else 0)
+    has_streams = save and beta is not None and not answer_only
+
+    out = q.new_empty(rows_out, heads_q, dim_v)
+    lse = q.new_empty(rows_streams if save else 0, heads_q, dtype=torch.float32)
+    streams = q.new_empty(2 * N if has_streams else 0, heads_q, dim_v)
+    k_mixed = v_mixed = None
+    k_written, v_written = k_cache, v_cache
+    if cache_positions is None:
+        k_mixed, v_mixed = k[:N], v[:N]
+        if mixes:
+            k_mixed, v_mixed = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k_mixed, v_mixed))
+        k_written, v_written = k_mixed, v_mixed
+
+    tile = tile or tiles.choose("forward", q, v, plan)
+    group = heads_q // heads_kv
+    items = schedule.cached(
+        plan,
+        schedule.forward_items,
+        group_size=group,
+        block=tile.block_m,
+        window=window,
+        stream_mask=stream_mask,
+        shared_qkv=shared_qkv,
+        beta=beta is not None,
+        answer_only=answer_only,
+        to_cache=cache_positions is not None,
+    )
+    if not len(items):
+        return out, k_mixed, v_mixed, streams, lse
+    k_prefix, v_prefix = prefix or (None, None)
+    no_strides = (0, 0, 0)
+    with torch.cuda.device_of(q):
+        forward_kernel[(len(items) * heads_kv,)](
+            items,
+            q,
+            k,
+            v,
+            alpha_k,
+            alpha_v,
+            beta,
+            sinks,
+            k_prefix,
+            v_prefix,
+            out,
+            streams,
+            lse,
+            k_written,
+            v_written,
+            cache_positions,
+            *q.stride(),
+            *k.stride(),
+            *v.stride(),
+            *(k_prefix.stride() if prefix else no_strides),
+            *(v_prefix.stride() if prefix else no_strides),
+            *k_written.stride(),
+            *v_written.stride(),
+            N,
+            softmax_scale,
+            softcap or 0.0,
+            min(window or 0, 2**30),
+            HEADS_KV=heads_kv,
+            GROUP=group,
+            DIM=dim,
+            DIM_V=dim_v,
+            BLOCK_DIM=tiles.block_dim(dim),
+            BLOCK_DIM_V=tiles.block_dim(dim_v),
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            # two streams' tiles in the place of one
+            BLOCK_N_MIXED=tile.block_n // 2 if mixes else tile.block_n,
+            PARTS=2 if two_parts else 1,
+            GO_ON=shared_qkv and stream_mask != "anti_causal",
+            MIX=mixes,
+            ALPHA_PER_HEAD=mixes and alpha_k.ndim == 1,
+            HAS_BETA=beta is not None and not answer_only,
+            BETA_PER_HEAD=beta is not None and beta.ndim == 1,
+            HAS_SINKS=sinks is not None,
+            HAS_PREFIX=prefix is not None,
+            HAS_WINDOW=window is not None,
+            HAS_SOFTCAP=softcap is not None,
+            FOLD_SCALE=softcap is None and softmax_scale > 0,
+            SAVE=save,
+            WRITE=mixes or cache_positions is not None,
+            HAS_SLOTS=cache_positions is not None,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            enable_fp_fusion=True,
+        )
+    return out, k_mixed, v_mixed, streams, lse

@@ -1,0 +1,123 @@
+"""What the attention kernels share: tiles of rows, scores, and which keys a query sees."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import schedule
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+CAUSAL = tl.constexpr(schedule.CAUSAL)
+ANTI_CAUSAL = tl.constexpr(schedule.ANTI_CAUSAL)
+AFTER = tl.constexpr(schedule.AFTER)
+NONE = tl.constexpr(schedule.NONE)
+
+
+@triton.jit
+def load_rows(ptr, rows, stride_row, stride_dim, valid, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ALL: tl.constexpr):
+    """[len(rows), BLOCK_DIM] of rows of a tensor, 0 where not ``valid`` and beyond DIM. ALL: every row is valid.
+
+    ``rows`` count from ``ptr``, near enough for offsets of 32 bits (``launch.check_strides``): what is far away, a
+    sample or a tile in a long batch, must be in ``ptr``, which costs one register instead of two per element.
+    """
+    dims = tl.arange(0, BLOCK_DIM)
+    pointers = ptr + (rows[:, None] * stride_row + dims[None, :] * stride_dim)
+    if ALL and BLOCK_DIM == DIM:
+        return tl.load(pointers)
+    elif ALL:
+        return tl.load(pointers, mask=(dims < DIM)[None, :], other=0.0)
+    elif BLOCK_DIM == DIM:
+        return tl.load(pointers, mask=valid[:, None], other=0.0)
+    else:
+        return tl.load(pointers, mask=valid[:, None] & (dims < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, rows, stride_row, stride_dim, values, valid, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """The inverse of ``load_rows``, rounded to the tensor's dtype."""
+    dims = tl.arange(0, BLOCK_DIM)
+    pointers = ptr + (rows[:, None] * stride_row + dims[None, :] * stride_dim)
+    tl.store(pointers, values.to(ptr.dtype.element_ty), mask=valid[:, None] & (dims < DIM)[None, :])
+
+
+@triton.jit
+def mix(causal, bidir, alpha):
+    """(1 - alpha) causal + alpha bidir in float32, rounded to the dtype of causal as a cache would hold it."""
+    mixed = (1.0 - alpha) * causal.to(tl.float32) + alpha * bidir.to(tl.float32)
+    return mixed.to(causal.dtype)
+
+
+@triton.jit
+def load_keys(
+    ptr,
+    rows,
+    stride_row,
+    stride_dim,
+    to_causal,
+    alpha,
+    valid,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    ALL: tl.constexpr,
+    MIX: tl.constexpr,
+):
+    """A tile of keys or values. MIX: of the mixed prompt; ``to_causal``: elements from a bidir row to its causal row."""
+    tile = load_rows(ptr, rows, stride_row, stride_dim, valid, DIM, BLOCK_DIM, ALL)
+    if MIX:
+        causal = load_rows(ptr + to_causal, rows, stride_row, stride_dim, valid, DIM, BLOCK_DIM, ALL)
+        tile = mix(causal, tile, alpha)
+    return tile
+
+
+@triton.jit
+def tanh(x):
+    """By exp2 where that is exact, by its series around 0. (libdevice.tanh doesn't run in the interpreter.)"""
+    size = tl.abs(x)
+    square = x * x
+    series = x * (1.0 + square * (-0.3333333333 + square * (0.1333333333 + square * -0.05396825397)))
+    large = 1.0 - 2.0 / (1.0 + tl.exp2(size * (2.0 * LOG2E)))
+    return tl.where(size < 0.15, series, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def visible(position, first, length, mask, window, HAS_WINDOW: tl.constexpr):
+    """[low, high): which of ``length`` keys, at positions first, first + 1, .., a query at ``position`` sees."""
+    own = position - first
+    low = tl.where(mask == ANTI_CAUSAL, own, tl.where(mask == AFTER, own + 1, 0))
+    high = tl.where(mask == CAUSAL, own + 1, length)
+    if HAS_WINDOW:
+        low = tl.maximum(low, own - window + 1)
+        high = tl.minimum(high, own + window)
+    low = tl.minimum(tl.maximum(low, 0), length)
+    high = tl.maximum(tl.minimum(high, length), low)
+    return low, tl.where(mask == NONE, low, high)
+
+
+@triton.jit
+def split(low_first, low_last, high_first, high_last, BLOCK: tl.constexpr):
+    """Of the tiles of BLOCK that hold something visible to a tile of rows, which need no mask.
+
+    The arguments are the bounds of its first and its last row; bounds never decrease from row to row. Returns
+    multiples of BLOCK: tiles [whole, rest) are visible to every row, [start, whole) and [rest, stop) to some.
+    """
+    start = low_first // BLOCK * BLOCK
+    stop = tl.where(high_last > low_first, tl.cdiv(high_last, BLOCK) * BLOCK, start)
+    whole = tl.minimum(tl.cdiv(low_last, BLOCK) * BLOCK, stop)
+    rest = tl.maximum(high_first // BLOCK * BLOCK, whole)
+    return start, whole, rest, stop
+
+
+@triton.jit
+def packed_rows(block, length, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Token and head of the group of each row of a tile, and the tile's first and last token.
+
+    Rows beyond the segment repeat its last token, so that they see what some row sees: their results aren't stored.
+    """
+    row = block * BLOCK + tl.arange(0, BLOCK)
+    last = tl.maximum(length - 1, 0)
+    first_token = block * BLOCK // GROUP
+    last_token = tl.minimum((block * BLOCK + BLOCK - 1) // GROUP, last)
+    token = row // GROUP
+    return tl.minimum(token, last), row % GROUP, token < length, first_token, last_token
