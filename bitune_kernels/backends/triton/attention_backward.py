@@ -377,13 +377,14 @@ def dkv_tiles(
         there = r < rows
         first_token = (first // GROUP).to(tl.int64)
         near, of_group = r // GROUP - first // GROUP, r % GROUP
+        far_head = of_group[:, None].to(tl.int64)  # heads may lie further apart than rows: [heads, rows, dim]
         q_tile = load_rows(
-            q + first_token * stride_q_row + of_group[:, None] * stride_q_head, near, stride_q_row, stride_q_dim,
-            there, DIM, BLOCK_DIM, not MASKED,
+            q + first_token * stride_q_row + far_head * stride_q_head, near, stride_q_row, stride_q_dim, there, DIM,
+            BLOCK_DIM, not MASKED,
         )  # fmt: skip
         do_tile = load_rows(
-            do + first_token * stride_do_row + of_group[:, None] * stride_do_head, near, stride_do_row,
-            stride_do_dim, there, DIM_V, BLOCK_DIM_V, not MASKED,
+            do + first_token * stride_do_row + far_head * stride_do_head, near, stride_do_row, stride_do_dim, there,
+            DIM_V, BLOCK_DIM_V, not MASKED,
         )  # fmt: skip
         of_heads = first_token * HEADS + near * HEADS + of_group
         row_lse = tl.load(lse + of_heads, mask=there, other=0.0)
@@ -577,6 +578,7 @@ def backward(
     N = plan.num_prompt
     (rows_q, heads_q, dim), (_, heads_kv, dim_v) = q.shape, v.shape
     q, k, v, d_out = map(tiles.near, (q, k, v, d_out))
+    alpha_k, alpha_v, beta = tiles.in_a_row(alpha_k, alpha_v, beta)
     if k_prefix is not None:
         k_prefix, v_prefix = tiles.near(k_prefix), tiles.near(v_prefix)
     answer_only, mixes, has_prefix = rows_q != k.shape[0], plan.num_streams == 2, k_prefix is not None

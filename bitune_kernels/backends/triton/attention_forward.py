@@ -365,6 +365,8 @@ def forward(
     N = plan.num_prompt
     (rows_q, heads_q, dim), (_, heads_kv, dim_v) = q.shape, v.shape
     q, k, v = map(tiles.near, (q, k, v))
+    vectors = tiles.in_a_row(alpha_k, alpha_v, beta, sinks, cache_positions)
+    alpha_k, alpha_v, beta, sinks, cache_positions = vectors
     prefix = prefix and tuple(map(tiles.near, prefix))
     answer_only = rows_q != k.shape[0]
     two_parts = (shared_qkv or beta is not None) and not answer_only

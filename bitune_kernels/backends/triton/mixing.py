@@ -108,6 +108,7 @@ def mix_backward_kernel(
 def mix(causal: torch.Tensor, bidir: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     """causal, bidir [rows, heads, dim], alpha [] or [heads] -> [rows, heads, dim], contiguous."""
     causal, bidir = tiles.near(causal), tiles.near(bidir)
+    (alpha,) = tiles.in_a_row(alpha)
     rows, heads, dim = causal.shape
     mixed = torch.empty_like(causal, memory_format=torch.contiguous_format)
     if not mixed.numel():
@@ -141,6 +142,8 @@ def mix_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``d_causal, d_bidir, d_alpha``. Given d_causal and d_bidir, contiguous, are added to in place."""
     causal, bidir = tiles.near(causal), tiles.near(bidir)
+    d_mixed = None if d_mixed is None else tiles.near(d_mixed)
+    (alpha,) = tiles.in_a_row(alpha)
     rows, heads, dim = causal.shape
     add = d_causal is not None
     if not add:

@@ -43,6 +43,11 @@ def near(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous()
 
 
+def in_a_row(*vectors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Weights, sinks and slots, one element after the other: kernels take no strides of these."""
+    return [None if x is None else x.contiguous() for x in vectors]
+
+
 def unsupported(device, dtype, head_dim: int) -> str | None:
     """Why the kernels can't run a call, or None."""
     device_type = "cuda" if device is None else torch.device(device).type
