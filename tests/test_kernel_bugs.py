@@ -43,10 +43,10 @@ from bitune_kernels import SegmentPlan, bitune_attention, bitune_prefill, mix_kv
 from bitune_kernels.masks import visible_to_answer, visible_to_prompt
 from bitune_kernels.testing import Case, assert_backend_within_budget, default_device, run_case, runnable_backends
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-from bitune_kernels.backends.triton import attention_backward, attention_forward, schedule, tiles  # noqa: E402
-from bitune_kernels.backends.triton.tiles import Tile  # noqa: E402
+from bitune_kernels.backends.triton import attention_backward, attention_forward, schedule, tiles
+from bitune_kernels.backends.triton.tiles import Tile
 
 DEVICE = default_device()
 ON_GPU = DEVICE == "cuda"
