@@ -82,6 +82,8 @@ def attention(
             softcap=softcap or 0.0,
         )
 
+    if softmax_scale <= 0:  # its kernels scale what they masked: -inf times this is no longer -inf
+        q, softmax_scale = (-q, -softmax_scale) if softmax_scale else (q * 0, 1.0)
     N, S, cu = plan.num_prompt, plan.answer_start, plan.cu_prompt
     q_prompt, q_answer = q.split([q.shape[0] - plan.num_answer, plan.num_answer])
     if plan.num_streams == 2:

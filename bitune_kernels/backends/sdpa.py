@@ -74,6 +74,8 @@ def attention(
 ):
     """``bitune_kernels.ops.bitune_attention`` for calls without softcap and sinks."""
     N, A, S = plan.num_prompt, plan.num_answer, plan.answer_start
+    if softmax_scale <= 0:  # PyTorch's causal kernels scale what they masked: -inf times this is no longer -inf
+        q, softmax_scale = (-q, -softmax_scale) if softmax_scale else (q * 0, 1.0)
     q_answer, q_prompt = q[q.shape[0] - A :], q[: q.shape[0] - A]
     k_split, v_split = k.split([*[N] * plan.num_streams, A]), v.split([*[N] * plan.num_streams, A])
     if plan.num_streams == 2:

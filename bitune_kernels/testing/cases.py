@@ -182,6 +182,7 @@ CASES = [
     Case(**SHORT, window=1000),
     Case(**EDGES, softcap=2.0),
     Case(**SHORT, softmax_scale=2.0),
+    Case(**SHORT, softmax_scale=-0.5),
     Case(**EDGES, sinks=True),
     Case(**EDGES, stream_mask="causal"),
     Case(**EDGES, stream_mask="anti_causal"),

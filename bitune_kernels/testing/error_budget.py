@@ -130,7 +130,7 @@ def cancellation(case: Case, dtype: torch.dtype, device: torch.device | str = "c
     longest_k = max(longest(x) for x in (inputs["q"].detach(), k, *(x.detach() for x in prefix[:1])))
     longest_v = max(longest(x) for x in (v, *(x.detach() for x in prefix[1:])))
     # |x_i| <= |x| / sqrt(head_dim) times a small factor: the size of one element of P (dP - delta) k.
-    size = _scale(case) * longest(d_out) * longest_v * longest_k / case.head_dim**0.5
+    size = abs(_scale(case)) * longest(d_out) * longest_v * longest_k / case.head_dim**0.5
     d_scores = torch.finfo(torch.float32).eps * size
     slack = dict.fromkeys(("d_q", "d_k", "d_prefix_k"), d_scores)
 
