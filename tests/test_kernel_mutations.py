@@ -37,6 +37,8 @@ ANTI_CAUSAL = Case(prompts=(18,), answers=(3,), heads=(1, 1), stream_mask="anti_
 SOFTCAP = Case(prompts=(9,), answers=(3,), heads=(1, 1), softcap=1.0)
 SINKS = Case(prompts=(9,), answers=(3,), heads=(2, 1), sinks=True)
 BETA = Case(prompts=(9,), answers=(3,), heads=(2, 1), beta="head")
+NEGATIVE = Case(prompts=(9,), answers=(3,), heads=(1, 1), softmax_scale=-0.5)
+ALPHAS = Case(prompts=(3,), answers=(2,), heads=(2, 2), alpha="head")
 SHARED = Case(prompts=(18,), answers=(3,), heads=(1, 1), num_streams=1, shared_qkv=True)
 
 
@@ -134,7 +136,17 @@ FAULTS = [
     Fault(
         "shared_qkv: the diagonal counts twice", COMMON, "mask == AFTER, own + 1, 0", "mask == AFTER, own, 0", SHARED
     ),
+    Fault(
+        "prefix of the first sample",
+        "schedule.py",
+        '"prefix_row": past, "prefix_length": m, ',
+        '"prefix_row": 0, "prefix_length": m, ',
+        PREFIX,
+    ),
     # the softmax
+    Fault(
+        "the maximum of negative scores", FORWARD, "softcap is None and softmax_scale > 0", "softcap is None", NEGATIVE
+    ),
     Fault("l isn't rescaled", FORWARD, "l = l * rescale +", "l = l +", KEYS),
     Fault("acc isn't rescaled", FORWARD, "acc * rescale[:, None]", "acc", KEYS),
     Fault("lse is a natural logarithm", FORWARD, "(m + tl.log2(l))", "(m + tl.log2(l)) / LOG2E", PLAIN, backward),
@@ -166,6 +178,23 @@ FAULTS = [
     Fault("group", FORWARD, "head_q = head * GROUP + of_group", "head_q = head + of_group * HEADS_KV", GROUPS),
     Fault("dk: group", BACKWARD, "HEADS_KV * GROUP, head * GROUP", "HEADS_KV * GROUP, head", GROUPS, backward),
     # streams
+    Fault("alpha_k of the first head", FORWARD, "alpha_k + (head if ALPHA_PER_HEAD else 0)", "alpha_k", ALPHAS),
+    Fault(
+        "dq, dk: alpha_v of the first head",
+        BACKWARD,
+        "alpha_v + (head if ALPHA_PER_HEAD else 0)",
+        "alpha_v",
+        ALPHAS,
+        backward,
+        2,
+    ),
+    Fault(
+        "dq: the second stream is left out", BACKWARD, "range(tl.load(item + Q_PARTS))", "range(1)", SHARED, backward
+    ),
+    Fault(
+        "dk: the second stream is left out", BACKWARD, "range(tl.load(item + K_PARTS))", "range(1)", SHARED, backward
+    ),
+    Fault("dq: beta", BACKWARD, "ds *= weight[:, None]", "ds *= 1.0", BETA, backward),
     Fault("alpha_k and alpha_v swapped", FORWARD, "v_to_causal, a_k, a_v", "v_to_causal, a_v, a_k", PLAIN),
     Fault(
         "dq: alpha_k and alpha_v swapped", BACKWARD, "v_to_causal, a_k, a_v", "v_to_causal, a_v, a_k", PLAIN, backward
