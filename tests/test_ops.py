@@ -600,6 +600,28 @@ def test_named_backend_never_falls_back(facts):
         resolve("sdpa", **facts)
 
 
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"head_dim": 512}, "head dims up to 256, got 512"),
+        ({"head_dim": 64, "head_dim_v": 320}, "head dims up to 256, got 320"),
+        ({"dtype": torch.float64}, "float16, bfloat16 and float32, got torch.float64"),
+        ({"device": torch.device("mps")}, "needs a CUDA device .* got mps"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_triton_says_why_it_cannot_run(facts, reason, monkeypatch):
+    monkeypatch.setattr("bitune_kernels.backends.triton.tiles.interpreted", lambda: False)
+    with pytest.raises(ValueError, match=f"^backend: 'triton' can't run this call: .*{reason}"):
+        resolve("triton", **facts)
+
+
+def test_triton_is_not_the_choice_of_auto():
+    # it has not run on a GPU
+    for device in ("cpu", "cuda"):
+        assert resolve("auto", device=torch.device(device), dtype=torch.float16, head_dim=64)[0] == "sdpa"
+
+
 # What is refused. Each row: the case, what is changed in its inputs, the error, how its message begins.
 
 TWO = Case(prompts=(4, 3), answers=(2, 1))
