@@ -1,12 +1,21 @@
 """Settings of every test process."""
 
 import os
+from dataclasses import replace
+from importlib.util import find_spec
 
 # Tests run in parallel processes: more threads than cores would make each of them wait for the others.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-# Without a GPU the Triton kernels run in its interpreter, which has to be asked for before triton is imported.
 if not torch.cuda.is_available():
+    # Triton's kernels run in its interpreter, on CPU tensors. Read when their modules are imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+    if find_spec("triton") is not None:
+        from triton.runtime import interpreter
+
+        # A third of its time goes into checks of integer overflow: tests/test_kernel_bugs.py switches them on.
+        builder = interpreter.interpreter_builder
+        builder.options = replace(builder.options, sanitize_overflow=False)

@@ -49,6 +49,10 @@ def gradients(inputs, outputs):
     return {key: torch.zeros_like(x) if g is None else g for (key, x), g in zip(given.items(), grads, strict=True)}
 
 
+# With a GPU the kernels aren't interpreted, and run on it alone.
+ON_CPU = ["triton"] if backends.load("triton").unsupported(device="cpu") is None else []
+
+
 class Own:
     """A backend that has every function a backend may have, each the formula; keeps what was called."""
 
@@ -282,7 +286,7 @@ def test_alpha_may_be_a_number():
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "transposed"])
-@pytest.mark.parametrize("backend", ["reference", "sdpa", "own"])
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "own", *ON_CPU])
 @pytest.mark.parametrize(
     "case",
     [
@@ -295,14 +299,14 @@ def test_alpha_may_be_a_number():
     ids=lambda case: case.id,
 )
 def test_prefill_writes_the_named_slots_and_nothing_else(case, backend, transposed, own):
-    inputs = case.make(torch.bfloat16)
+    inputs = case.make(torch.float16)
     plan, rows = inputs["plan"], sum(case.prompts) + sum(case.answers)
     num_slots, heads = rows + 9, case.heads[1]
     slots = torch.randperm(num_slots, generator=torch.Generator().manual_seed(0))[:rows]
     caches = []
     for dim in case.dims:
         shape = (heads, num_slots, dim) if transposed else (num_slots, heads, dim)
-        cache = torch.full(shape, float("nan"), dtype=torch.bfloat16)
+        cache = torch.full(shape, float("nan"), dtype=torch.float16)
         caches.append(cache.transpose(0, 1) if transposed else cache)
     out = bitune_prefill(**inputs, k_cache=caches[0], v_cache=caches[1], cache_positions=slots, backend=backend)
     assert own.calls == (["prefill"] if backend == "own" else [])
@@ -316,21 +320,26 @@ def test_prefill_writes_the_named_slots_and_nothing_else(case, backend, transpos
         assert cache[others].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=name)
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [(dtype, "auto") for dtype in (*DTYPES, torch.float64)]
+    + [(dtype, backend) for dtype in (torch.float32, torch.float16) for backend in ON_CPU],
+    ids=lambda value: value if isinstance(value, str) else name(value),
+)
 @pytest.mark.parametrize("heads", [1, 3])
-def test_mix_kv(dtype, heads):
+def test_mix_kv(dtype, backend, heads):
     generator = torch.Generator().manual_seed(2)
-    causal, bidir = (torch.randn(5, heads, 4, generator=generator).to(dtype) for _ in range(2))
+    causal, bidir = (torch.randn(37, heads, 4, generator=generator).to(dtype) for _ in range(2))
     alpha = torch.rand(heads, generator=generator) if heads > 1 else 0.3
     weight = torch.as_tensor(alpha, dtype=torch.float64).reshape(-1, 1)
     exact = (1 - weight) * causal.double() + weight * bidir.double()
-    mixed = mix_kv(causal, bidir, alpha)
+    mixed = mix_kv(causal, bidir, alpha, backend=backend)
     assert mixed.dtype == dtype
     # rounded once, at the end: at most half a step away
     step = torch.finfo(dtype).eps * exact.abs() / 2 + (1e-6 if dtype != torch.float64 else 1e-8)
     assert ((mixed.double() - exact).abs() <= step).all()
-    assert torch.equal(mix_kv(causal, bidir, 0.0), causal)
-    assert torch.equal(mix_kv(causal, bidir, 1.0), bidir)
+    assert torch.equal(mix_kv(causal, bidir, 0.0, backend=backend), causal)
+    assert torch.equal(mix_kv(causal, bidir, 1.0, backend=backend), bidir)
 
 
 def test_mix_kv_gradcheck():
@@ -341,18 +350,19 @@ def test_mix_kv_gradcheck():
 
 @pytest.mark.parametrize("alpha", [0.3, torch.tensor(0.3), torch.tensor([0.2, 0.9])], ids=["number", "scalar", "head"])
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
-def test_mix_kv_of_a_backend(alpha, compile, own):
-    causal, bidir = (x.requires_grad_() for x in torch.randn(2, 5, 2, 4))
+@pytest.mark.parametrize("backend", ["own", *ON_CPU])
+def test_mix_kv_of_a_backend(alpha, compile, backend, own):
+    causal, bidir = (x.requires_grad_() for x in torch.randn(2, 37, 2, 4))
     leaves = [causal, bidir]
     if isinstance(alpha, torch.Tensor):
         leaves.append(alpha.clone().requires_grad_())
         alpha = leaves[-1]
-    d_mixed = torch.randn(5, 2, 4)
+    d_mixed = torch.randn(37, 2, 4)
     function, _ = compiled_and_counter(mix_kv) if compile else (mix_kv, None)
-    mixed, expected = function(causal, bidir, alpha, backend="own"), mix_kv(causal, bidir, alpha)
+    mixed, expected = function(causal, bidir, alpha, backend=backend), mix_kv(causal, bidir, alpha)
     torch.testing.assert_close(mixed, expected)
     grads = torch.autograd.grad(mixed, leaves, d_mixed)
-    assert own.calls == ["mix", "mix_backward"]
+    assert own.calls == (["mix", "mix_backward"] if backend == "own" else [])
     for actual, wanted in zip(grads, torch.autograd.grad(expected, leaves, d_mixed), strict=True):
         assert actual.shape == wanted.shape
         torch.testing.assert_close(actual, wanted)
@@ -362,7 +372,7 @@ def test_mix_kv_of_a_backend(alpha, compile, own):
 @pytest.mark.parametrize("name", ["sdpa", "flex", "fastest"])
 def test_mix_kv_is_refused_by_backends_without_one(name, own):
     rows = torch.zeros(3, 2, 4)
-    with pytest.raises(ValueError, match=rf"^backend: expected .* \(auto, reference, own\), got '{name}'"):
+    with pytest.raises(ValueError, match=rf"^backend: expected .* \(auto, reference, triton, own\), got '{name}'"):
         mix_kv(rows, rows, 0.5, backend=name)
     own.unsupported = lambda **call: f"no kernel for {call['device']}, {call['dtype']}"
     with pytest.raises(ValueError, match=r"^backend: 'own' can't run this call: no kernel for cpu, torch\.float32"):
@@ -460,7 +470,7 @@ def test_registered_operator_is_the_plain_call(case, backend, own):
     assert own.calls == (["forward save", "backward"] if backend == "own" else [])
 
 
-@pytest.mark.parametrize("backend", ["reference", "own"])
+@pytest.mark.parametrize("backend", ["reference", "own", *ON_CPU])
 def test_nothing_is_saved_without_gradients(backend, own):
     case = OPERATOR_CASES[-1]
     *_, streams, lse = torch.ops.bitune.attention(*operator_arguments(case, backend, requires_grad=False))
@@ -498,7 +508,7 @@ def compiled_and_counter(function):
 
 
 @VARIANTS
-@pytest.mark.parametrize("backend", ["auto", "own"])
+@pytest.mark.parametrize("backend", ["auto", "own", *ON_CPU])
 def test_compiled_once_for_all_lengths(options, backend, own):
     def attend(**inputs):
         out, k_mixed, v_mixed = bitune_attention(**inputs, backend=backend)
@@ -521,7 +531,7 @@ def test_compiled_once_for_all_lengths(options, backend, own):
 
 
 @VARIANTS
-@pytest.mark.parametrize("backend", ["auto", "own"])
+@pytest.mark.parametrize("backend", ["auto", "own", *ON_CPU])
 def test_prefill_compiled_once_for_all_lengths(options, backend, own):
     def prefill(k_cache, **inputs):
         v_cache = inputs["v"].new_zeros(k_cache.shape[1], 2, 16)  # one cache from inside, one view from outside
@@ -588,6 +598,28 @@ def test_auto_takes_the_fastest_that_can():
 def test_named_backend_never_falls_back(facts):
     with pytest.raises(ValueError, match=f"^backend: 'sdpa' can't run this call: .*{next(iter(facts))}"):
         resolve("sdpa", **facts)
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"head_dim": 512}, "head dims up to 256, got 512"),
+        ({"head_dim": 64, "head_dim_v": 320}, "head dims up to 256, got 320"),
+        ({"dtype": torch.float64}, "float16, bfloat16 and float32, got torch.float64"),
+        ({"device": torch.device("mps")}, "needs a CUDA device .* got mps"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_triton_says_why_it_cannot_run(facts, reason, monkeypatch):
+    monkeypatch.setattr("bitune_kernels.backends.triton.tiles.interpreted", lambda: False)
+    with pytest.raises(ValueError, match=f"^backend: 'triton' can't run this call: .*{reason}"):
+        resolve("triton", **facts)
+
+
+def test_triton_is_not_the_choice_of_auto():
+    # it has not run on a GPU
+    for device in ("cpu", "cuda"):
+        assert resolve("auto", device=torch.device(device), dtype=torch.float16, head_dim=64)[0] == "sdpa"
 
 
 # What is refused. Each row: the case, what is changed in its inputs, the error, how its message begins.

@@ -115,7 +115,8 @@ def cancellation(case: Case, dtype: torch.dtype, device: torch.device | str = "c
 
     d_q and d_k are sums over P (dP - delta) with dP = <d_out, v> in float32: where a row sees one key, the
     two are equal and d_q is rounding error alone. d_alpha and d_beta are each one sum over all rows, of terms
-    that carry the rounding errors of ``dtype``, independent of each other.
+    that carry the rounding errors of ``dtype``, independent of each other, and of their probabilities: float32
+    scores of size s are exact to s eps, which exp makes their relative error.
     """
     inputs = _double_inputs(case, dtype, device, requires_grad=True)
     out, k_mixed, v_mixed = bitune_attention(**inputs, backend="reference")
@@ -134,10 +135,13 @@ def cancellation(case: Case, dtype: torch.dtype, device: torch.device | str = "c
     d_scores = torch.finfo(torch.float32).eps * size
     slack = dict.fromkeys(("d_q", "d_k", "d_prefix_k"), d_scores)
 
+    scores = min(_scale(case) * longest(inputs["q"].detach()) * longest_k, case.softcap or float("inf"))
+    relative = torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * scores
+
     def of_sum(terms, weight):  # independent errors add in squares
         squares = terms.detach().square()
         squares = squares.sum() if not weight.ndim else squares.sum(dim=(0, 2))
-        return torch.finfo(dtype).eps * float(squares.sqrt().max())
+        return relative * float(squares.sqrt().max())
 
     N = plan.num_prompt
     if plan.num_streams == 2 and N:

@@ -292,6 +292,7 @@ def forward_kernel(
             FOLD_SCALE,
         )  # fmt: skip
 
+        l = tl.where(l > 0, l, 1.0)  # a row that sees nothing: 0, with lse -inf
         o = acc / l[:, None]
         stream_row = tl.load(item + STREAM_ROW) if part == 0 else second_stream_row
         rows = (stream_row + token).to(tl.int64) * heads + head_q  # of contiguous tensors [rows, heads, ..]

@@ -22,7 +22,7 @@ class Tile:
 
 
 # What runs without a compiler: any size will do, and small ones meet more edges.
-INTERPRETED = Tile(64, 32, 4, 1)
+INTERPRETED = Tile(64, 64, 4, 1)
 
 
 def interpreted() -> bool:
