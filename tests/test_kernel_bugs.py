@@ -35,6 +35,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,6 +45,10 @@ from bitune_kernels.masks import visible_to_answer, visible_to_prompt
 from bitune_kernels.testing import Case, assert_backend_within_budget, default_device, run_case, runnable_backends
 
 pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
 
 from bitune_kernels.backends.triton import attention_backward, attention_forward, schedule, tiles
 from bitune_kernels.backends.triton.tiles import Tile
@@ -116,6 +121,17 @@ def uncommitted(monkeypatch):
     monkeypatch.setattr(torch.UntypedStorage, "copy_", copy_elsewhere)
 
 
+@pytest.fixture
+def overflow_raises(monkeypatch):
+    """Makes the interpreter check 32-bit integers: with ``sanitize_overflow`` alone it computes the checks in vain."""
+    if tiles.interpreted():
+        builder = interpreter.interpreter_builder
+        monkeypatch.setattr(builder, "options", replace(builder.options, debug=True, sanitize_overflow=True))
+
+
+FAR = pytest.mark.usefixtures("uncommitted", "overflow_raises")
+
+
 def far_apart(tensors, stride, dim=0) -> list[torch.Tensor]:
     """The same values as slices of one buffer, side by side; ``stride`` elements from row to row, or head to head."""
     last = max(x.shape[dim] for x in tensors) - 1
@@ -130,6 +146,7 @@ def far_apart(tensors, stride, dim=0) -> list[torch.Tensor]:
     return views
 
 
+@FAR
 @pytest.mark.parametrize(
     ("case", "stride"),
     [
@@ -140,7 +157,7 @@ def far_apart(tensors, stride, dim=0) -> list[torch.Tensor]:
     ],
     ids=["far tile", "far rows"],
 )
-def test_far_rows(case, stride, uncommitted):
+def test_far_rows(case, stride):
     inputs = case.make(torch.float16, DEVICE)
     named = {name: x for name, x in leaves(inputs).items() if x.ndim == 3}
     d_out = random_like(inputs["q"])
@@ -153,7 +170,8 @@ def test_far_rows(case, stride, uncommitted):
     assert_equal(outputs_and_gradients(far, (d_far, None, None)), outputs_and_gradients(inputs, (d_out, None, None)))
 
 
-def test_far_heads(uncommitted):
+@FAR
+def test_far_heads():
     # three query heads of one key/value head: the backward's tiles hold rows of all of them
     inputs = Case(prompts=(3,), answers=(2,), heads=(3, 1)).make(torch.float16, DEVICE)
     d_out = random_like(inputs["q"])
@@ -164,7 +182,8 @@ def test_far_heads(uncommitted):
     assert_equal(outputs_and_gradients(far, (d_far, None, None)), outputs_and_gradients(inputs, (d_out, None, None)))
 
 
-def test_far_cache_slots(uncommitted):
+@FAR
+def test_far_cache_slots():
     inputs = Case(prompts=(5,), answers=(4,), heads=(1, 1)).make(torch.float16, DEVICE)
     caches = torch.empty(2**26 + 9, 2, 16, dtype=torch.float16, device=DEVICE).split(1, dim=1)
     slots = (2**26 + torch.tensor([8, 2, 1, 3, 7, 0, 6, 5, 4])).to(DEVICE)
@@ -175,7 +194,8 @@ def test_far_cache_slots(uncommitted):
         assert torch.equal(cache[slots], torch.cat([prompt, rows[-4:]]))
 
 
-def test_far_mix(uncommitted):
+@FAR
+def test_far_mix():
     tensors = [random_like(torch.empty(34, 1, 16, dtype=torch.float16, device=DEVICE), seed) for seed in range(3)]
     results = []
     for causal, bidir, d_mixed in (tensors, far_apart(tensors, 2**26 + 2**22)):
@@ -184,6 +204,20 @@ def test_far_mix(uncommitted):
         mixed = mix_kv(*given, backend="triton")
         results.append(dict(enumerate([mixed, *torch.autograd.grad(mixed, given, d_mixed)])))
     assert_equal(*results)
+
+
+@triton.jit
+def product_kernel(out, x, y):
+    tl.store(out, x * y)
+
+
+@pytest.mark.skipif(not tiles.interpreted(), reason="a GPU doesn't check this")
+def test_interpreter_sees_overflow(overflow_raises):
+    out = torch.zeros(1, dtype=torch.int64)
+    product_kernel[(1,)](out, 2**15, 2**15)
+    assert out == 2**30
+    with pytest.raises(Exception, match="int32 overflow"):
+        product_kernel[(1,)](out, 2**16, 2**15)
 
 
 # 2, 3, 5, 6: lengths and masks
