@@ -135,7 +135,7 @@ def cancellation(case: Case, dtype: torch.dtype, device: torch.device | str = "c
     d_scores = torch.finfo(torch.float32).eps * size
     slack = dict.fromkeys(("d_q", "d_k", "d_prefix_k"), d_scores)
 
-    scores = min(_scale(case) * longest(inputs["q"].detach()) * longest_k, case.softcap or float("inf"))
+    scores = min(abs(_scale(case)) * longest(inputs["q"].detach()) * longest_k, case.softcap or float("inf"))
     relative = torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * scores
 
     def of_sum(terms, weight):  # independent errors add in squares
