@@ -19,7 +19,7 @@ import triton.language as tl
 
 from ...plan import SegmentPlan
 from . import schedule, tiles
-from .common import LOG2E, load_keys, load_rows, mix, packed_rows, split, store_rows, tanh, visible
+from .common import LOG2E, load_keys, load_rows, mix, rows_of, split, store_rows, tanh, tokens_of, visible
 from .mixing import mix_backward
 from .tiles import Tile
 
@@ -229,6 +229,7 @@ def dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_N_MIXED: tl.constexpr,
+    SHARED: tl.constexpr,  # a tile may stand in two streams
     MIX: tl.constexpr,
     ALPHA_PER_HEAD: tl.constexpr,
     HAS_BETA: tl.constexpr,
@@ -241,10 +242,8 @@ def dq_kernel(
     head = (tl.program_id(0) % HEADS_KV).to(tl.int64)
     item = items + (tl.program_id(0) // HEADS_KV).to(tl.int64) * Q_COLUMNS
     length, block = tl.load(item + Q_LENGTH), tl.load(item + Q_BLOCK)
-    token, of_group, stored, first_token, last_token = packed_rows(block, length, GROUP, BLOCK_M)
-    head_q = head * GROUP + of_group
-    near = token - first_token
-    heads = HEADS_KV * GROUP
+    token, first_token, last_token = tokens_of(block, length, GROUP, BLOCK_M)
+    heads, head_q = HEADS_KV * GROUP, head * GROUP
 
     k_head, v_head = k + head * stride_k_head, v + head * stride_v_head
     k_to_causal = num_prompt.to(tl.int64) * stride_k_row
@@ -257,38 +256,43 @@ def dq_kernel(
     own_position = tl.load(item + Q_POSITION)
     position = own_position + token
     first_position, last_position = own_position + first_token, own_position + last_token
+    near, of_group, stored = rows_of(item + Q_BLOCK, length, GROUP, BLOCK_M)
     q_first = (tl.load(item + Q_ROW) + first_token).to(tl.int64)
     q_tile = load_rows(
-        q + q_first * stride_q_row + head_q[:, None] * stride_q_head, near, stride_q_row, stride_q_dim, stored, DIM,
-        BLOCK_DIM, False,
+        q + q_first * stride_q_row + head_q * stride_q_head + of_group[:, None] * stride_q_head, near, stride_q_row,
+        stride_q_dim, stored, DIM, BLOCK_DIM, False,
     )  # fmt: skip
     own_row = tl.load(item + OWN_ROW).to(tl.int64)
     mixed_row, mixed_length = tl.load(item + MIXED_ROW).to(tl.int64), tl.load(item + MIXED_LENGTH)
     prefix_row, prefix_length = tl.load(item + PREFIX_ROW).to(tl.int64), tl.load(item + PREFIX_LENGTH)
 
     acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
-    for part in range(tl.load(item + Q_PARTS)):
+    for part in range(tl.load(item + Q_PARTS) if SHARED else 1):
         column = item + Q_PARTS + 1 + part * PER_Q_PART
         mask, weight_kind = tl.load(column + MASK), tl.load(column + WEIGHT)
+        near_part, of_group_part, stored_part = rows_of(item + Q_BLOCK, length, GROUP, BLOCK_M)
         out_first = (tl.load(column + OUT_ROW) + first_token).to(tl.int64)
         stream_first = (tl.load(column + STREAM_ROW) + first_token).to(tl.int64)
+        do_first = d_out + out_first * stride_do_row + head_q * stride_do_head
         do = load_rows(
-            d_out + out_first * stride_do_row + head_q[:, None] * stride_do_head, near, stride_do_row, stride_do_dim,
-            stored, DIM_V, BLOCK_DIM_V, False,
+            do_first + of_group_part[:, None] * stride_do_head, near_part, stride_do_row, stride_do_dim, stored_part, DIM_V,
+            BLOCK_DIM_V, False,
         )  # fmt: skip
-        of_heads = near * heads + head_q  # in tensors that are contiguous
-        o = load_rows(out + out_first * heads * DIM_V, of_heads, DIM_V, 1, stored, DIM_V, BLOCK_DIM_V, False)
+        # In tensors that are contiguous, [rows, heads, ..]:
+        out_first, stream_first = out_first * heads + head_q, stream_first * heads + head_q
+        of_heads = near_part * heads + of_group_part
+        o = load_rows(out + out_first * DIM_V, of_heads, DIM_V, 1, stored_part, DIM_V, BLOCK_DIM_V, False)
         weight = tl.full([BLOCK_M], 1.0, tl.float32)
         if HAS_BETA:  # the streams' own outputs, not their mix; the answer has none
-            in_streams = tl.where(weight_kind != 0, stored, False)
+            in_streams = tl.where(weight_kind != 0, stored_part, False)
             of_stream = load_rows(
-                streams + stream_first * heads * DIM_V, of_heads, DIM_V, 1, in_streams, DIM_V, BLOCK_DIM_V, False
+                streams + stream_first * DIM_V, of_heads, DIM_V, 1, in_streams, DIM_V, BLOCK_DIM_V, False
             )
             o = tl.where(weight_kind != 0, of_stream, o)
-            weight = row_weights(beta, head_q, weight_kind, stored, BETA_PER_HEAD)
+            weight = row_weights(beta, head_q + of_group_part, weight_kind, stored_part, BETA_PER_HEAD)
         row_delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-        tl.store(delta + stream_first * heads + of_heads, row_delta, mask=stored)
-        row_lse = tl.load(lse + stream_first * heads + of_heads, mask=stored, other=0.0)
+        tl.store(delta + stream_first + of_heads, row_delta, mask=stored_part)
+        row_lse = tl.load(lse + stream_first + of_heads, mask=stored_part, other=0.0)
 
         if HAS_PREFIX:
             acc = dq_of_run(
@@ -311,7 +315,9 @@ def dq_kernel(
             position, first_position, last_position, own_position, length, mask, window, scale, softcap, DIM, DIM_V,
             BLOCK_DIM, BLOCK_DIM_V, BLOCK_N, False, HAS_WINDOW, HAS_SOFTCAP, HAS_BETA,
         )  # fmt: skip
-    store_rows(dq + q_first * heads * DIM, near * heads + head_q, DIM, 1, acc * scale, stored, DIM, BLOCK_DIM)
+    near, of_group, stored = rows_of(item + Q_BLOCK, length, GROUP, BLOCK_M)
+    of_heads = near * heads + of_group
+    store_rows(dq + (q_first * heads + head_q) * DIM, of_heads, DIM, 1, acc * scale, stored, DIM, BLOCK_DIM)
 
 
 @triton.jit
@@ -576,12 +582,12 @@ def backward(
     """
     N = plan.num_prompt
     (rows_q, heads_q, dim), (_, heads_kv, dim_v) = q.shape, v.shape
-    q, k, v, d_out = map(tiles.near, (q, k, v, d_out))
+    group = heads_q // heads_kv
+    q, k, v, d_out = tiles.near(q, group), tiles.near(k), tiles.near(v), tiles.near(d_out, group)
     if k_prefix is not None:
         k_prefix, v_prefix = tiles.near(k_prefix), tiles.near(v_prefix)
     answer_only, mixes, has_prefix = rows_q != k.shape[0], plan.num_streams == 2, k_prefix is not None
     has_beta = beta is not None and not answer_only
-    group = heads_q // heads_kv
 
     def like(x):
         return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -642,7 +648,8 @@ def backward(
                 **constants,
                 BLOCK_M=tile_q.block_m,
                 BLOCK_N=tile_q.block_n,
-                BLOCK_N_MIXED=tile_q.block_n // 2 if mixes else tile_q.block_n,
+                BLOCK_N_MIXED=max(16, tile_q.block_n // 2) if mixes else tile_q.block_n,
+                SHARED=shared_qkv,
                 num_warps=tile_q.num_warps,
                 num_stages=tile_q.num_stages,
                 enable_fp_fusion=True,

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from ...plan import SegmentPlan
 from . import schedule, tiles
-from .common import LOG2E, load_keys, load_rows, mix, packed_rows, split, store_rows, tanh, visible
+from .common import LOG2E, load_keys, load_rows, mix, rows_of, split, store_rows, tanh, tokens_of, visible
 from .tiles import Tile
 
 # Columns of schedule.FORWARD, in its order.
@@ -228,10 +228,8 @@ def forward_kernel(
     head = (tl.program_id(0) % HEADS_KV).to(tl.int64)
     item = items + (tl.program_id(0) // HEADS_KV).to(tl.int64) * COLUMNS
     length, block = tl.load(item + LENGTH), tl.load(item + BLOCK)
-    token, of_group, stored, first_token, last_token = packed_rows(block, length, GROUP, BLOCK_M)
-    head_q = head * GROUP + of_group
-
-    near, heads = token - first_token, HEADS_KV * GROUP
+    token, first_token, last_token = tokens_of(block, length, GROUP, BLOCK_M)
+    heads, head_q = HEADS_KV * GROUP, head * GROUP
     k_head, v_head = k + head * stride_k_head, v + head * stride_v_head
     k_to_causal = num_prompt.to(tl.int64) * stride_k_row
     v_to_causal = num_prompt.to(tl.int64) * stride_v_row
@@ -246,6 +244,7 @@ def forward_kernel(
     second_stream_row = tl.load(item + SECOND_STREAM_ROW)
 
     for part in tl.static_range(PARTS):
+        near, of_group, stored = rows_of(item + BLOCK, length, GROUP, BLOCK_M)
         here = stored
         own_row, mask = tl.load(item + OWN_ROW), tl.load(item + MASK)
         mixed_length, prefix_length = tl.load(item + MIXED_LENGTH), tl.load(item + PREFIX_LENGTH)
@@ -256,16 +255,16 @@ def forward_kernel(
             mixed_length, prefix_length = 0, tl.where(second_stream_row >= 0, prefix_length, 0)
             q_row = own_row
         if part == 0 or not GO_ON:
-            q_first = q + (q_row + first_token).to(tl.int64) * stride_q_row
+            q_first = q + (q_row + first_token).to(tl.int64) * stride_q_row + head_q * stride_q_head
             q_tile = load_rows(
-                q_first + head_q[:, None] * stride_q_head, near, stride_q_row, stride_q_dim, here, DIM, BLOCK_DIM,
+                q_first + of_group[:, None] * stride_q_head, near, stride_q_row, stride_q_dim, here, DIM, BLOCK_DIM,
                 False,
             )  # fmt: skip
             acc = tl.zeros([BLOCK_M, BLOCK_DIM_V], tl.float32)
             m = tl.full([BLOCK_M], float("-inf"), tl.float32)
             l = tl.zeros([BLOCK_M], tl.float32)
             if HAS_SINKS:  # one more score, without a value
-                m = tl.load(sinks + head_q).to(tl.float32) * LOG2E
+                m = tl.load(sinks + head_q + of_group).to(tl.float32) * LOG2E
                 l += 1.0
             if HAS_PREFIX:
                 row = tl.load(item + PREFIX_ROW).to(tl.int64)
@@ -293,40 +292,42 @@ def forward_kernel(
         )  # fmt: skip
 
         o = acc / l[:, None]
+        near, of_group, stored = rows_of(item + BLOCK, length, GROUP, BLOCK_M)
+        here = tl.where(second_stream_row >= 0, stored, False) if part == 1 else stored
         stream_row = tl.load(item + STREAM_ROW) if part == 0 else second_stream_row
-        rows = (stream_row + token).to(tl.int64) * heads + head_q  # of contiguous tensors [rows, heads, ..]
+        first_row = (stream_row + first_token).to(tl.int64) * heads + head_q  # of contiguous tensors [rows, heads, ..]
+        rows = near * heads + of_group
         if SAVE:
-            tl.store(lse + rows, (m + tl.log2(l)), mask=here)
+            tl.store(lse + first_row + rows, (m + tl.log2(l)), mask=here)
         if HAS_BETA:
-            both = tl.where(second_stream_row >= 0, stored, False)
             if SAVE:
-                store_rows(streams, rows, DIM_V, 1, o, both, DIM_V, BLOCK_DIM_V)
+                both = tl.where(second_stream_row >= 0, stored, False)
+                store_rows(streams + first_row * DIM_V, rows, DIM_V, 1, o, both, DIM_V, BLOCK_DIM_V)
             if part == 0:
                 first_o = o
             else:
-                b = tl.load(beta + (head_q if BETA_PER_HEAD else head_q * 0)).to(tl.float32)[:, None]
+                b = tl.load(beta + (head_q + of_group if BETA_PER_HEAD else of_group * 0)).to(tl.float32)[:, None]
                 o = tl.where(second_stream_row >= 0, (1.0 - b) * first_o + b * o, first_o)
-                rows = (tl.load(item + OUT_ROW) + token).to(tl.int64) * heads + head_q
-                store_rows(out, rows, DIM_V, 1, o, stored, DIM_V, BLOCK_DIM_V)
+                first_row = (tl.load(item + OUT_ROW) + first_token).to(tl.int64) * heads + head_q
+                store_rows(out + first_row * DIM_V, rows, DIM_V, 1, o, stored, DIM_V, BLOCK_DIM_V)
         else:
-            store_rows(out, rows, DIM_V, 1, o, here, DIM_V, BLOCK_DIM_V)
+            store_rows(out + first_row * DIM_V, rows, DIM_V, 1, o, here, DIM_V, BLOCK_DIM_V)
 
     if WRITE:
         write_row, write_mixed = tl.load(item + WRITE_ROW), tl.load(item + WRITE_MIXED)
-        r = block * BLOCK_M + tl.arange(0, BLOCK_M)
-        token = r // GROUP
-        written = (token < tl.load(item + WRITE_LENGTH)) & (r % GROUP == 0)  # each token by one row of the tile
-        source = (tl.where(write_mixed != 0, write_row, tl.load(item + OWN_ROW)) + token).to(tl.int64)
-        k_tile = load_rows(k_head, source, stride_k_row, stride_k_dim, written, DIM, BLOCK_DIM, False)
-        v_tile = load_rows(v_head, source, stride_v_row, stride_v_dim, written, DIM_V, BLOCK_DIM_V, False)
+        near, of_group, stored = rows_of(item + BLOCK, tl.load(item + WRITE_LENGTH), GROUP, BLOCK_M)
+        written = stored & (of_group == 0)  # each token by one row of the tile
+        source = tl.where(write_mixed != 0, write_row, tl.load(item + OWN_ROW)) + first_token
+        k_at, v_at = k_head + source.to(tl.int64) * stride_k_row, v_head + source.to(tl.int64) * stride_v_row
+        k_tile = load_rows(k_at, near, stride_k_row, stride_k_dim, written, DIM, BLOCK_DIM, False)
+        v_tile = load_rows(v_at, near, stride_v_row, stride_v_dim, written, DIM_V, BLOCK_DIM_V, False)
         if MIX:
             mixes = tl.where(write_mixed != 0, written, False)
-            k_causal, v_causal = k_head + k_to_causal, v_head + v_to_causal
-            k_causal = load_rows(k_causal, source, stride_k_row, stride_k_dim, mixes, DIM, BLOCK_DIM, False)
-            v_causal = load_rows(v_causal, source, stride_v_row, stride_v_dim, mixes, DIM_V, BLOCK_DIM_V, False)
+            k_causal = load_rows(k_at + k_to_causal, near, stride_k_row, stride_k_dim, mixes, DIM, BLOCK_DIM, False)
+            v_causal = load_rows(v_at + v_to_causal, near, stride_v_row, stride_v_dim, mixes, DIM_V, BLOCK_DIM_V, False)
             k_tile = tl.where(write_mixed != 0, mix(k_causal, k_tile, a_k), k_tile)
             v_tile = tl.where(write_mixed != 0, mix(v_causal, v_tile, a_v), v_tile)
-        target = (write_row + token).to(tl.int64)
+        target = (write_row + first_token + near).to(tl.int64)
         if HAS_SLOTS:
             target = tl.load(slots + target, mask=written, other=0)
         k_at, v_at = k_written + head * stride_kw_head, v_written + head * stride_vw_head
@@ -364,7 +365,7 @@ def forward(
     """
     N = plan.num_prompt
     (rows_q, heads_q, dim), (_, heads_kv, dim_v) = q.shape, v.shape
-    q, k, v = map(tiles.near, (q, k, v))
+    q, k, v = tiles.near(q, heads_q // heads_kv), tiles.near(k), tiles.near(v)
     prefix = prefix and tuple(map(tiles.near, prefix))
     answer_only = rows_q != k.shape[0]
     two_parts = (shared_qkv or beta is not None) and not answer_only
@@ -440,7 +441,7 @@ def forward(
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
             # two streams' tiles in the place of one
-            BLOCK_N_MIXED=tile.block_n // 2 if mixes else tile.block_n,
+            BLOCK_N_MIXED=max(16, tile.block_n // 2) if mixes else tile.block_n,
             PARTS=2 if two_parts else 1,
             GO_ON=shared_qkv and stream_mask != "anti_causal",
             MIX=mixes,

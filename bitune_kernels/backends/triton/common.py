@@ -110,14 +110,26 @@ def split(low_first, low_last, high_first, high_last, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def packed_rows(block, length, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """Token and head of the group of each row of a tile, and the tile's first and last token.
+def tokens_of(block, length, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Token of each packed row of a tile, and the tile's first and last token.
 
     Rows beyond the segment repeat its last token, so that they see what some row sees: their results aren't stored.
     """
-    row = block * BLOCK + tl.arange(0, BLOCK)
     last = tl.maximum(length - 1, 0)
     first_token = block * BLOCK // GROUP
     last_token = tl.minimum((block * BLOCK + BLOCK - 1) // GROUP, last)
-    token = row // GROUP
-    return tl.minimum(token, last), row % GROUP, token < length, first_token, last_token
+    token = (block * BLOCK + tl.arange(0, BLOCK)) // GROUP
+    return tl.minimum(token, last), first_token, last_token
+
+
+@triton.jit
+def rows_of(item_block, length, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """For the memory of a tile's packed rows: tokens from its first one, heads of the group, and which rows exist.
+
+    Call it again wherever rows are loaded or stored. The tile's number is read anew each time (volatile): otherwise
+    the compiler keeps every row's offsets over the loops between, and has too few registers for those.
+    """
+    block = tl.load(item_block, volatile=True)
+    token, first_token, _ = tokens_of(block, length, GROUP, BLOCK)
+    row = block * BLOCK + tl.arange(0, BLOCK)
+    return token - first_token, row % GROUP, row < length * GROUP

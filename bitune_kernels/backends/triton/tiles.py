@@ -35,10 +35,10 @@ def block_dim(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
-def near(x: torch.Tensor) -> torch.Tensor:
-    """x, or a contiguous copy where a tile's rows lie too far apart for the kernels' 32-bit offsets within a tile."""
-    stride_row, _, stride_dim = x.stride()
-    if MAX_BLOCK * stride_row + x.shape[2] * stride_dim < 2**31:
+def near(x: torch.Tensor, heads: int = 1) -> torch.Tensor:
+    """x, or a contiguous copy where a tile is too far apart for the kernels' 32-bit offsets within one of ``heads``."""
+    stride_row, stride_head, stride_dim = x.stride()
+    if MAX_BLOCK * stride_row + (heads - 1) * stride_head + x.shape[2] * stride_dim < 2**31:
         return x
     return x.contiguous()
 
