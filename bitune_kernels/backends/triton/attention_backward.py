@@ -229,7 +229,7 @@ def dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_N_MIXED: tl.constexpr,
-    SHARED: tl.constexpr,  # a tile may stand in two streams
+    TWO_PARTS: tl.constexpr,  # a tile may stand in both streams
     MIX: tl.constexpr,
     ALPHA_PER_HEAD: tl.constexpr,
     HAS_BETA: tl.constexpr,
@@ -242,7 +242,7 @@ def dq_kernel(
     head = (tl.program_id(0) % HEADS_KV).to(tl.int64)
     item = items + (tl.program_id(0) // HEADS_KV).to(tl.int64) * Q_COLUMNS
     length, block = tl.load(item + Q_LENGTH), tl.load(item + Q_BLOCK)
-    token, first_token, last_token = tokens_of(block, length, GROUP, BLOCK_M)
+    first_token = block * BLOCK_M // GROUP
     heads, head_q = HEADS_KV * GROUP, head * GROUP
 
     k_head, v_head = k + head * stride_k_head, v + head * stride_v_head
@@ -253,30 +253,30 @@ def dq_kernel(
         a_k = tl.load(alpha_k + (head if ALPHA_PER_HEAD else 0)).to(tl.float32)
         a_v = tl.load(alpha_v + (head if ALPHA_PER_HEAD else 0)).to(tl.float32)
 
-    own_position = tl.load(item + Q_POSITION)
-    position = own_position + token
-    first_position, last_position = own_position + first_token, own_position + last_token
     near, of_group, stored = rows_of(item + Q_BLOCK, length, GROUP, BLOCK_M)
     q_first = (tl.load(item + Q_ROW) + first_token).to(tl.int64)
     q_tile = load_rows(
         q + q_first * stride_q_row + head_q * stride_q_head + of_group[:, None] * stride_q_head, near, stride_q_row,
         stride_q_dim, stored, DIM, BLOCK_DIM, False,
     )  # fmt: skip
-    own_row = tl.load(item + OWN_ROW).to(tl.int64)
-    mixed_row, mixed_length = tl.load(item + MIXED_ROW).to(tl.int64), tl.load(item + MIXED_LENGTH)
-    prefix_row, prefix_length = tl.load(item + PREFIX_ROW).to(tl.int64), tl.load(item + PREFIX_LENGTH)
 
     acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
-    for part in range(tl.load(item + Q_PARTS) if SHARED else 1):
+    for part in range(tl.load(item + Q_PARTS) if TWO_PARTS else 1):
         column = item + Q_PARTS + 1 + part * PER_Q_PART
         mask, weight_kind = tl.load(column + MASK), tl.load(column + WEIGHT)
         near_part, of_group_part, stored_part = rows_of(item + Q_BLOCK, length, GROUP, BLOCK_M)
+        # Read in the loop, like the row numbers: what both parts need is not kept over the first one.
+        own_row, own_position = tl.load(item + OWN_ROW).to(tl.int64), tl.load(item + Q_POSITION)
+        mixed_row, mixed_length = tl.load(item + MIXED_ROW).to(tl.int64), tl.load(item + MIXED_LENGTH)
+        token, _, last_token = tokens_of(tl.load(item + Q_BLOCK, volatile=True), length, GROUP, BLOCK_M)
+        position = own_position + token
+        first_position, last_position = own_position + first_token, own_position + last_token
         out_first = (tl.load(column + OUT_ROW) + first_token).to(tl.int64)
         stream_first = (tl.load(column + STREAM_ROW) + first_token).to(tl.int64)
         do_first = d_out + out_first * stride_do_row + head_q * stride_do_head
         do = load_rows(
-            do_first + of_group_part[:, None] * stride_do_head, near_part, stride_do_row, stride_do_dim, stored_part, DIM_V,
-            BLOCK_DIM_V, False,
+            do_first + of_group_part[:, None] * stride_do_head, near_part, stride_do_row, stride_do_dim, stored_part,
+            DIM_V, BLOCK_DIM_V, False,
         )  # fmt: skip
         # In tensors that are contiguous, [rows, heads, ..]:
         out_first, stream_first = out_first * heads + head_q, stream_first * heads + head_q
@@ -295,8 +295,10 @@ def dq_kernel(
         row_lse = tl.load(lse + stream_first + of_heads, mask=stored_part, other=0.0)
 
         if HAS_PREFIX:
+            prefix_row, prefix_length = tl.load(item + PREFIX_ROW).to(tl.int64), tl.load(item + PREFIX_LENGTH)
             acc = dq_of_run(
-                acc, q_tile, do, row_lse, row_delta, weight, k_prefix + head * stride_kp_head + prefix_row * stride_kp_row,
+                acc, q_tile, do, row_lse, row_delta, weight,
+                k_prefix + head * stride_kp_head + prefix_row * stride_kp_row,
                 v_prefix + head * stride_vp_head + prefix_row * stride_vp_row, stride_kp_row, stride_kp_dim,
                 stride_vp_row, stride_vp_dim, 0, 0, 0.0, 0.0, position, first_position, last_position, 0,
                 prefix_length, 0, window, scale, softcap, DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_N, False,
@@ -409,6 +411,14 @@ def dkv_tiles(
     return dk, dv
 
 
+@triton.jit
+def keys_of(item, BLOCK: tl.constexpr):
+    """For the memory of a tile of keys: its kind, its first row there, and which rows exist. As ``common.rows_of``."""
+    kind, first = tl.load(item + KIND, volatile=True), tl.load(item + K_BLOCK, volatile=True) * BLOCK
+    row = (tl.load(item + K_ROW, volatile=True) + first).to(tl.int64)
+    return kind, row, first + tl.arange(0, BLOCK) < tl.load(item + K_LENGTH, volatile=True)
+
+
 @triton.jit(do_not_specialize=["num_prompt", "window"])
 def dkv_kernel(
     items,
@@ -473,16 +483,16 @@ def dkv_kernel(
     """
     head = (tl.program_id(0) % HEADS_KV).to(tl.int64)
     item = items + (tl.program_id(0) // HEADS_KV).to(tl.int64) * KV_COLUMNS
-    kind, length = tl.load(item + KIND), tl.load(item + K_LENGTH)
-    near, first = tl.arange(0, BLOCK_N), tl.load(item + K_BLOCK) * BLOCK_N
-    stored = first + near < length
-    row = (tl.load(item + K_ROW) + first).to(tl.int64)
+    near = tl.arange(0, BLOCK_N)
+    kind, row, stored = keys_of(item, BLOCK_N)
 
     # The tile: rows of a stream or of the answer; the mix of both streams' rows; or of the prefix.
     k_head, v_head = k + head * stride_k_head, v + head * stride_v_head
     in_rows = tl.where(kind == PREFIX, False, stored) if HAS_PREFIX else stored
     k_tile = load_rows(k_head + row * stride_k_row, near, stride_k_row, stride_k_dim, in_rows, DIM, BLOCK_DIM, False)
-    v_tile = load_rows(v_head + row * stride_v_row, near, stride_v_row, stride_v_dim, in_rows, DIM_V, BLOCK_DIM_V, False)
+    v_tile = load_rows(
+        v_head + row * stride_v_row, near, stride_v_row, stride_v_dim, in_rows, DIM_V, BLOCK_DIM_V, False
+    )
     if MIX:
         a_k = tl.load(alpha_k + (head if ALPHA_PER_HEAD else 0)).to(tl.float32)
         a_v = tl.load(alpha_v + (head if ALPHA_PER_HEAD else 0)).to(tl.float32)
@@ -506,13 +516,13 @@ def dkv_kernel(
         v_tile = tl.where(kind == PREFIX, of_prefix, v_tile)
 
     heads, head_q = HEADS_KV * GROUP, head * GROUP
-    k_position = tl.load(item + K_POSITION)
-    last = tl.minimum(first + BLOCK_N, length) - 1
-    position = k_position + tl.minimum(first + near, last)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_DIM], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_DIM_V], tl.float32)
     for part in range(tl.load(item + K_PARTS)):
         column = item + part * PER_K_PART
+        first, length = tl.load(item + K_BLOCK, volatile=True) * BLOCK_N, tl.load(item + K_LENGTH, volatile=True)
+        last, k_position = tl.minimum(first + BLOCK_N, length) - 1, tl.load(item + K_POSITION, volatile=True)
+        position = k_position + tl.minimum(first + near, last)
         q_length, q_position = tl.load(column + PART_Q_LENGTH), tl.load(column + PART_Q_POSITION)
         mask, weight_kind = tl.load(column + PART_MASK), tl.load(column + PART_WEIGHT)
         q_run = q + tl.load(column + PART_Q_ROW).to(tl.int64) * stride_q_row + head_q * stride_q_head
@@ -525,27 +535,30 @@ def dkv_kernel(
         )
         low, high = seen_by(position, q_position, q_length, mask, window, HAS_WINDOW)
         dk_acc, dv_acc = dkv_tiles(
-            dk_acc, dv_acc, k_tile, v_tile, q_run, do_run, lse + of_stream, delta + of_stream, beta, head_q, weight_kind,
-            stride_q_row, stride_q_head, stride_q_dim, stride_do_row, stride_do_head, stride_do_dim, low * GROUP,
-            high * GROUP, q_length * GROUP, whole, rest, rest, rest, scale, softcap, heads, GROUP, DIM, DIM_V,
-            BLOCK_DIM, BLOCK_DIM_V, BLOCK_M, False, HAS_SOFTCAP, HAS_BETA, BETA_PER_HEAD,
+            dk_acc, dv_acc, k_tile, v_tile, q_run, do_run, lse + of_stream, delta + of_stream, beta, head_q,
+            weight_kind, stride_q_row, stride_q_head, stride_q_dim, stride_do_row, stride_do_head, stride_do_dim,
+            low * GROUP, high * GROUP, q_length * GROUP, whole, rest, rest, rest, scale, softcap, heads, GROUP,
+            DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_M, False, HAS_SOFTCAP, HAS_BETA, BETA_PER_HEAD,
         )  # fmt: skip
         dk_acc, dv_acc = dkv_tiles(
-            dk_acc, dv_acc, k_tile, v_tile, q_run, do_run, lse + of_stream, delta + of_stream, beta, head_q, weight_kind,
-            stride_q_row, stride_q_head, stride_q_dim, stride_do_row, stride_do_head, stride_do_dim, low * GROUP,
-            high * GROUP, q_length * GROUP, start, stop, whole, rest, scale, softcap, heads, GROUP, DIM, DIM_V,
-            BLOCK_DIM, BLOCK_DIM_V, BLOCK_M, True, HAS_SOFTCAP, HAS_BETA, BETA_PER_HEAD,
+            dk_acc, dv_acc, k_tile, v_tile, q_run, do_run, lse + of_stream, delta + of_stream, beta, head_q,
+            weight_kind, stride_q_row, stride_q_head, stride_q_dim, stride_do_row, stride_do_head, stride_do_dim,
+            low * GROUP, high * GROUP, q_length * GROUP, start, stop, whole, rest, scale, softcap, heads, GROUP,
+            DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_M, True, HAS_SOFTCAP, HAS_BETA, BETA_PER_HEAD,
         )  # fmt: skip
 
     dk_acc *= scale
+    kind, row, stored = keys_of(item, BLOCK_N)
     k_at, v_at = (row * HEADS_KV + head) * DIM, (row * HEADS_KV + head) * DIM_V
     in_rows = tl.where(kind == 0, stored, False)
     store_rows(dk + k_at, near, HEADS_KV * DIM, 1, dk_acc, in_rows, DIM, BLOCK_DIM)
     store_rows(dv + v_at, near, HEADS_KV * DIM_V, 1, dv_acc, in_rows, DIM_V, BLOCK_DIM_V)
     if MIX:
+        in_mixed = tl.where(kind == MIXED, stored, False)
         store_rows(dk_mixed + k_at, near, HEADS_KV * DIM, 1, dk_acc, in_mixed, DIM, BLOCK_DIM)
         store_rows(dv_mixed + v_at, near, HEADS_KV * DIM_V, 1, dv_acc, in_mixed, DIM_V, BLOCK_DIM_V)
     if HAS_PREFIX:
+        in_prefix = tl.where(kind == PREFIX, stored, False)
         store_rows(dk_prefix + k_at, near, HEADS_KV * DIM, 1, dk_acc, in_prefix, DIM, BLOCK_DIM)
         store_rows(dv_prefix + v_at, near, HEADS_KV * DIM_V, 1, dv_acc, in_prefix, DIM_V, BLOCK_DIM_V)
 
@@ -603,7 +616,9 @@ def backward(
         beta=beta is not None,
         answer_only=answer_only,
     )
-    tile_q, tile_kv = tile_q or tiles.choose("dq", q, v, plan), tile_kv or tiles.choose("dkv", q, v, plan)
+    two_parts = shared_qkv and not answer_only
+    tile_q = tile_q or tiles.choose("dq_two_parts" if two_parts else "dq", q, v)
+    tile_kv = tile_kv or tiles.choose("dkv", q, v)
     q_items = schedule.cached(plan, schedule.backward_q_items, **options, block=tile_q.block_m)
     kv_items = schedule.cached(plan, schedule.backward_kv_items, **options, block=tile_kv.block_n)
     inputs = (q, k, v, alpha_k, alpha_v, beta, k_prefix, v_prefix)
@@ -649,7 +664,7 @@ def backward(
                 BLOCK_M=tile_q.block_m,
                 BLOCK_N=tile_q.block_n,
                 BLOCK_N_MIXED=max(16, tile_q.block_n // 2) if mixes else tile_q.block_n,
-                SHARED=shared_qkv,
+                TWO_PARTS=two_parts,
                 num_warps=tile_q.num_warps,
                 num_stages=tile_q.num_stages,
                 enable_fp_fusion=True,

@@ -19,7 +19,7 @@ NONE = tl.constexpr(schedule.NONE)
 def load_rows(ptr, rows, stride_row, stride_dim, valid, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ALL: tl.constexpr):
     """[len(rows), BLOCK_DIM] of rows of a tensor, 0 where not ``valid`` and beyond DIM. ALL: every row is valid.
 
-    ``rows`` count from ``ptr``, near enough for offsets of 32 bits (``launch.check_strides``): what is far away, a
+    ``rows`` count from ``ptr``, near enough for offsets of 32 bits (``tiles.near``): what is far away, a
     sample or a tile in a long batch, must be in ``ptr``, which costs one register instead of two per element.
     """
     dims = tl.arange(0, BLOCK_DIM)
@@ -63,7 +63,7 @@ def load_keys(
     ALL: tl.constexpr,
     MIX: tl.constexpr,
 ):
-    """A tile of keys or values. MIX: of the mixed prompt; ``to_causal``: elements from a bidir row to its causal row."""
+    """A tile of keys or values. MIX: of the mixed prompt, whose causal row is ``to_causal`` elements on."""
     tile = load_rows(ptr, rows, stride_row, stride_dim, valid, DIM, BLOCK_DIM, ALL)
     if MIX:
         causal = load_rows(ptr + to_causal, rows, stride_row, stride_dim, valid, DIM, BLOCK_DIM, ALL)
