@@ -19,7 +19,7 @@ import triton.language as tl
 
 from ...plan import SegmentPlan
 from . import schedule, tiles
-from .common import LOG2E, load_keys, load_rows, mix, packed_rows, split, store_rows, tanh, visible
+from .common import LOG2E, load_keys, load_rows, mix, rows_of, split, store_rows, tanh, tokens_of, visible
 from .mixing import mix_backward
 from .tiles import Tile
 
@@ -229,6 +229,7 @@ def dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_N_MIXED: tl.constexpr,
+    TWO_PARTS: tl.constexpr,  # a tile may stand in both streams
     MIX: tl.constexpr,
     ALPHA_PER_HEAD: tl.constexpr,
     HAS_BETA: tl.constexpr,
@@ -241,10 +242,8 @@ def dq_kernel(
     head = (tl.program_id(0) % HEADS_KV).to(tl.int64)
     item = items + (tl.program_id(0) // HEADS_KV).to(tl.int64) * Q_COLUMNS
     length, block = tl.load(item + Q_LENGTH), tl.load(item + Q_BLOCK)
-    token, of_group, stored, first_token, last_token = packed_rows(block, length, GROUP, BLOCK_M)
-    head_q = head * GROUP + of_group
-    near = token - first_token
-    heads = HEADS_KV * GROUP
+    first_token = block * BLOCK_M // GROUP
+    heads, head_q = HEADS_KV * GROUP, head * GROUP
 
     k_head, v_head = k + head * stride_k_head, v + head * stride_v_head
     k_to_causal = num_prompt.to(tl.int64) * stride_k_row
@@ -254,45 +253,52 @@ def dq_kernel(
         a_k = tl.load(alpha_k + (head if ALPHA_PER_HEAD else 0)).to(tl.float32)
         a_v = tl.load(alpha_v + (head if ALPHA_PER_HEAD else 0)).to(tl.float32)
 
-    own_position = tl.load(item + Q_POSITION)
-    position = own_position + token
-    first_position, last_position = own_position + first_token, own_position + last_token
+    near, of_group, stored = rows_of(item + Q_BLOCK, length, GROUP, BLOCK_M)
     q_first = (tl.load(item + Q_ROW) + first_token).to(tl.int64)
     q_tile = load_rows(
-        q + q_first * stride_q_row + head_q[:, None] * stride_q_head, near, stride_q_row, stride_q_dim, stored, DIM,
-        BLOCK_DIM, False,
+        q + q_first * stride_q_row + head_q * stride_q_head + of_group[:, None] * stride_q_head, near, stride_q_row,
+        stride_q_dim, stored, DIM, BLOCK_DIM, False,
     )  # fmt: skip
-    own_row = tl.load(item + OWN_ROW).to(tl.int64)
-    mixed_row, mixed_length = tl.load(item + MIXED_ROW).to(tl.int64), tl.load(item + MIXED_LENGTH)
-    prefix_row, prefix_length = tl.load(item + PREFIX_ROW).to(tl.int64), tl.load(item + PREFIX_LENGTH)
 
     acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
-    for part in range(tl.load(item + Q_PARTS)):
+    for part in range(tl.load(item + Q_PARTS) if TWO_PARTS else 1):
         column = item + Q_PARTS + 1 + part * PER_Q_PART
         mask, weight_kind = tl.load(column + MASK), tl.load(column + WEIGHT)
+        near_part, of_group_part, stored_part = rows_of(item + Q_BLOCK, length, GROUP, BLOCK_M)
+        # Read in the loop, like the row numbers: what both parts need is not kept over the first one.
+        own_row, own_position = tl.load(item + OWN_ROW).to(tl.int64), tl.load(item + Q_POSITION)
+        mixed_row, mixed_length = tl.load(item + MIXED_ROW).to(tl.int64), tl.load(item + MIXED_LENGTH)
+        token, _, last_token = tokens_of(tl.load(item + Q_BLOCK, volatile=True), length, GROUP, BLOCK_M)
+        position = own_position + token
+        first_position, last_position = own_position + first_token, own_position + last_token
         out_first = (tl.load(column + OUT_ROW) + first_token).to(tl.int64)
         stream_first = (tl.load(column + STREAM_ROW) + first_token).to(tl.int64)
+        do_first = d_out + out_first * stride_do_row + head_q * stride_do_head
         do = load_rows(
-            d_out + out_first * stride_do_row + head_q[:, None] * stride_do_head, near, stride_do_row, stride_do_dim,
-            stored, DIM_V, BLOCK_DIM_V, False,
+            do_first + of_group_part[:, None] * stride_do_head, near_part, stride_do_row, stride_do_dim, stored_part,
+            DIM_V, BLOCK_DIM_V, False,
         )  # fmt: skip
-        of_heads = near * heads + head_q  # in tensors that are contiguous
-        o = load_rows(out + out_first * heads * DIM_V, of_heads, DIM_V, 1, stored, DIM_V, BLOCK_DIM_V, False)
+        # In tensors that are contiguous, [rows, heads, ..]:
+        out_first, stream_first = out_first * heads + head_q, stream_first * heads + head_q
+        of_heads = near_part * heads + of_group_part
+        o = load_rows(out + out_first * DIM_V, of_heads, DIM_V, 1, stored_part, DIM_V, BLOCK_DIM_V, False)
         weight = tl.full([BLOCK_M], 1.0, tl.float32)
         if HAS_BETA:  # the streams' own outputs, not their mix; the answer has none
-            in_streams = tl.where(weight_kind != 0, stored, False)
+            in_streams = tl.where(weight_kind != 0, stored_part, False)
             of_stream = load_rows(
-                streams + stream_first * heads * DIM_V, of_heads, DIM_V, 1, in_streams, DIM_V, BLOCK_DIM_V, False
+                streams + stream_first * DIM_V, of_heads, DIM_V, 1, in_streams, DIM_V, BLOCK_DIM_V, False
             )
             o = tl.where(weight_kind != 0, of_stream, o)
-            weight = row_weights(beta, head_q, weight_kind, stored, BETA_PER_HEAD)
+            weight = row_weights(beta, head_q + of_group_part, weight_kind, stored_part, BETA_PER_HEAD)
         row_delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-        tl.store(delta + stream_first * heads + of_heads, row_delta, mask=stored)
-        row_lse = tl.load(lse + stream_first * heads + of_heads, mask=stored, other=0.0)
+        tl.store(delta + stream_first + of_heads, row_delta, mask=stored_part)
+        row_lse = tl.load(lse + stream_first + of_heads, mask=stored_part, other=0.0)
 
         if HAS_PREFIX:
+            prefix_row, prefix_length = tl.load(item + PREFIX_ROW).to(tl.int64), tl.load(item + PREFIX_LENGTH)
             acc = dq_of_run(
-                acc, q_tile, do, row_lse, row_delta, weight, k_prefix + head * stride_kp_head + prefix_row * stride_kp_row,
+                acc, q_tile, do, row_lse, row_delta, weight,
+                k_prefix + head * stride_kp_head + prefix_row * stride_kp_row,
                 v_prefix + head * stride_vp_head + prefix_row * stride_vp_row, stride_kp_row, stride_kp_dim,
                 stride_vp_row, stride_vp_dim, 0, 0, 0.0, 0.0, position, first_position, last_position, 0,
                 prefix_length, 0, window, scale, softcap, DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_N, False,
@@ -311,7 +317,9 @@ def dq_kernel(
             position, first_position, last_position, own_position, length, mask, window, scale, softcap, DIM, DIM_V,
             BLOCK_DIM, BLOCK_DIM_V, BLOCK_N, False, HAS_WINDOW, HAS_SOFTCAP, HAS_BETA,
         )  # fmt: skip
-    store_rows(dq + q_first * heads * DIM, near * heads + head_q, DIM, 1, acc * scale, stored, DIM, BLOCK_DIM)
+    near, of_group, stored = rows_of(item + Q_BLOCK, length, GROUP, BLOCK_M)
+    of_heads = near * heads + of_group
+    store_rows(dq + (q_first * heads + head_q) * DIM, of_heads, DIM, 1, acc * scale, stored, DIM, BLOCK_DIM)
 
 
 @triton.jit
@@ -377,14 +385,13 @@ def dkv_tiles(
         there = r < rows
         first_token = (first // GROUP).to(tl.int64)
         near, of_group = r // GROUP - first // GROUP, r % GROUP
-        far_head = of_group[:, None].to(tl.int64)  # heads may lie further apart than rows: [heads, rows, dim]
         q_tile = load_rows(
-            q + first_token * stride_q_row + far_head * stride_q_head, near, stride_q_row, stride_q_dim, there, DIM,
-            BLOCK_DIM, not MASKED,
+            q + first_token * stride_q_row + of_group[:, None] * stride_q_head, near, stride_q_row, stride_q_dim, there,
+            DIM, BLOCK_DIM, not MASKED,
         )  # fmt: skip
         do_tile = load_rows(
-            do + first_token * stride_do_row + far_head * stride_do_head, near, stride_do_row, stride_do_dim, there,
-            DIM_V, BLOCK_DIM_V, not MASKED,
+            do + first_token * stride_do_row + of_group[:, None] * stride_do_head, near, stride_do_row, stride_do_dim,
+            there, DIM_V, BLOCK_DIM_V, not MASKED,
         )  # fmt: skip
         of_heads = first_token * HEADS + near * HEADS + of_group
         row_lse = tl.load(lse + of_heads, mask=there, other=0.0)
@@ -402,6 +409,14 @@ def dkv_tiles(
             ds *= d_cap
         dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
     return dk, dv
+
+
+@triton.jit
+def keys_of(item, BLOCK: tl.constexpr):
+    """For the memory of a tile of keys: its kind, its first row there, and which rows exist. As ``common.rows_of``."""
+    kind, first = tl.load(item + KIND, volatile=True), tl.load(item + K_BLOCK, volatile=True) * BLOCK
+    row = (tl.load(item + K_ROW, volatile=True) + first).to(tl.int64)
+    return kind, row, first + tl.arange(0, BLOCK) < tl.load(item + K_LENGTH, volatile=True)
 
 
 @triton.jit(do_not_specialize=["num_prompt", "window"])
@@ -468,16 +483,16 @@ def dkv_kernel(
     """
     head = (tl.program_id(0) % HEADS_KV).to(tl.int64)
     item = items + (tl.program_id(0) // HEADS_KV).to(tl.int64) * KV_COLUMNS
-    kind, length = tl.load(item + KIND), tl.load(item + K_LENGTH)
-    near, first = tl.arange(0, BLOCK_N), tl.load(item + K_BLOCK) * BLOCK_N
-    stored = first + near < length
-    row = (tl.load(item + K_ROW) + first).to(tl.int64)
+    near = tl.arange(0, BLOCK_N)
+    kind, row, stored = keys_of(item, BLOCK_N)
 
     # The tile: rows of a stream or of the answer; the mix of both streams' rows; or of the prefix.
     k_head, v_head = k + head * stride_k_head, v + head * stride_v_head
     in_rows = tl.where(kind == PREFIX, False, stored) if HAS_PREFIX else stored
     k_tile = load_rows(k_head + row * stride_k_row, near, stride_k_row, stride_k_dim, in_rows, DIM, BLOCK_DIM, False)
-    v_tile = load_rows(v_head + row * stride_v_row, near, stride_v_row, stride_v_dim, in_rows, DIM_V, BLOCK_DIM_V, False)
+    v_tile = load_rows(
+        v_head + row * stride_v_row, near, stride_v_row, stride_v_dim, in_rows, DIM_V, BLOCK_DIM_V, False
+    )
     if MIX:
         a_k = tl.load(alpha_k + (head if ALPHA_PER_HEAD else 0)).to(tl.float32)
         a_v = tl.load(alpha_v + (head if ALPHA_PER_HEAD else 0)).to(tl.float32)
@@ -501,13 +516,13 @@ def dkv_kernel(
         v_tile = tl.where(kind == PREFIX, of_prefix, v_tile)
 
     heads, head_q = HEADS_KV * GROUP, head * GROUP
-    k_position = tl.load(item + K_POSITION)
-    last = tl.minimum(first + BLOCK_N, length) - 1
-    position = k_position + tl.minimum(first + near, last)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_DIM], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_DIM_V], tl.float32)
     for part in range(tl.load(item + K_PARTS)):
         column = item + part * PER_K_PART
+        first, length = tl.load(item + K_BLOCK, volatile=True) * BLOCK_N, tl.load(item + K_LENGTH, volatile=True)
+        last, k_position = tl.minimum(first + BLOCK_N, length) - 1, tl.load(item + K_POSITION, volatile=True)
+        position = k_position + tl.minimum(first + near, last)
         q_length, q_position = tl.load(column + PART_Q_LENGTH), tl.load(column + PART_Q_POSITION)
         mask, weight_kind = tl.load(column + PART_MASK), tl.load(column + PART_WEIGHT)
         q_run = q + tl.load(column + PART_Q_ROW).to(tl.int64) * stride_q_row + head_q * stride_q_head
@@ -520,27 +535,30 @@ def dkv_kernel(
         )
         low, high = seen_by(position, q_position, q_length, mask, window, HAS_WINDOW)
         dk_acc, dv_acc = dkv_tiles(
-            dk_acc, dv_acc, k_tile, v_tile, q_run, do_run, lse + of_stream, delta + of_stream, beta, head_q, weight_kind,
-            stride_q_row, stride_q_head, stride_q_dim, stride_do_row, stride_do_head, stride_do_dim, low * GROUP,
-            high * GROUP, q_length * GROUP, whole, rest, rest, rest, scale, softcap, heads, GROUP, DIM, DIM_V,
-            BLOCK_DIM, BLOCK_DIM_V, BLOCK_M, False, HAS_SOFTCAP, HAS_BETA, BETA_PER_HEAD,
+            dk_acc, dv_acc, k_tile, v_tile, q_run, do_run, lse + of_stream, delta + of_stream, beta, head_q,
+            weight_kind, stride_q_row, stride_q_head, stride_q_dim, stride_do_row, stride_do_head, stride_do_dim,
+            low * GROUP, high * GROUP, q_length * GROUP, whole, rest, rest, rest, scale, softcap, heads, GROUP,
+            DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_M, False, HAS_SOFTCAP, HAS_BETA, BETA_PER_HEAD,
         )  # fmt: skip
         dk_acc, dv_acc = dkv_tiles(
-            dk_acc, dv_acc, k_tile, v_tile, q_run, do_run, lse + of_stream, delta + of_stream, beta, head_q, weight_kind,
-            stride_q_row, stride_q_head, stride_q_dim, stride_do_row, stride_do_head, stride_do_dim, low * GROUP,
-            high * GROUP, q_length * GROUP, start, stop, whole, rest, scale, softcap, heads, GROUP, DIM, DIM_V,
-            BLOCK_DIM, BLOCK_DIM_V, BLOCK_M, True, HAS_SOFTCAP, HAS_BETA, BETA_PER_HEAD,
+            dk_acc, dv_acc, k_tile, v_tile, q_run, do_run, lse + of_stream, delta + of_stream, beta, head_q,
+            weight_kind, stride_q_row, stride_q_head, stride_q_dim, stride_do_row, stride_do_head, stride_do_dim,
+            low * GROUP, high * GROUP, q_length * GROUP, start, stop, whole, rest, scale, softcap, heads, GROUP,
+            DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_M, True, HAS_SOFTCAP, HAS_BETA, BETA_PER_HEAD,
         )  # fmt: skip
 
     dk_acc *= scale
+    kind, row, stored = keys_of(item, BLOCK_N)
     k_at, v_at = (row * HEADS_KV + head) * DIM, (row * HEADS_KV + head) * DIM_V
     in_rows = tl.where(kind == 0, stored, False)
     store_rows(dk + k_at, near, HEADS_KV * DIM, 1, dk_acc, in_rows, DIM, BLOCK_DIM)
     store_rows(dv + v_at, near, HEADS_KV * DIM_V, 1, dv_acc, in_rows, DIM_V, BLOCK_DIM_V)
     if MIX:
+        in_mixed = tl.where(kind == MIXED, stored, False)
         store_rows(dk_mixed + k_at, near, HEADS_KV * DIM, 1, dk_acc, in_mixed, DIM, BLOCK_DIM)
         store_rows(dv_mixed + v_at, near, HEADS_KV * DIM_V, 1, dv_acc, in_mixed, DIM_V, BLOCK_DIM_V)
     if HAS_PREFIX:
+        in_prefix = tl.where(kind == PREFIX, stored, False)
         store_rows(dk_prefix + k_at, near, HEADS_KV * DIM, 1, dk_acc, in_prefix, DIM, BLOCK_DIM)
         store_rows(dv_prefix + v_at, near, HEADS_KV * DIM_V, 1, dv_acc, in_prefix, DIM_V, BLOCK_DIM_V)
 
@@ -577,13 +595,13 @@ def backward(
     """
     N = plan.num_prompt
     (rows_q, heads_q, dim), (_, heads_kv, dim_v) = q.shape, v.shape
-    q, k, v, d_out = map(tiles.near, (q, k, v, d_out))
+    group = heads_q // heads_kv
+    q, k, v, d_out = tiles.near(q, group), tiles.near(k), tiles.near(v), tiles.near(d_out, group)
     alpha_k, alpha_v, beta = tiles.in_a_row(alpha_k, alpha_v, beta)
     if k_prefix is not None:
         k_prefix, v_prefix = tiles.near(k_prefix), tiles.near(v_prefix)
     answer_only, mixes, has_prefix = rows_q != k.shape[0], plan.num_streams == 2, k_prefix is not None
     has_beta = beta is not None and not answer_only
-    group = heads_q // heads_kv
 
     def like(x):
         return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -599,7 +617,9 @@ def backward(
         beta=beta is not None,
         answer_only=answer_only,
     )
-    tile_q, tile_kv = tile_q or tiles.choose("dq", q, v, plan), tile_kv or tiles.choose("dkv", q, v, plan)
+    two_parts = shared_qkv and not answer_only
+    tile_q = tile_q or tiles.choose("dq_two_parts" if two_parts else "dq", q, v)
+    tile_kv = tile_kv or tiles.choose("dkv", q, v)
     q_items = schedule.cached(plan, schedule.backward_q_items, **options, block=tile_q.block_m)
     kv_items = schedule.cached(plan, schedule.backward_kv_items, **options, block=tile_kv.block_n)
     inputs = (q, k, v, alpha_k, alpha_v, beta, k_prefix, v_prefix)
@@ -644,7 +664,8 @@ def backward(
                 **constants,
                 BLOCK_M=tile_q.block_m,
                 BLOCK_N=tile_q.block_n,
-                BLOCK_N_MIXED=tile_q.block_n // 2 if mixes else tile_q.block_n,
+                BLOCK_N_MIXED=max(16, tile_q.block_n // 2) if mixes else tile_q.block_n,
+                TWO_PARTS=two_parts,
                 num_warps=tile_q.num_warps,
                 num_stages=tile_q.num_stages,
                 enable_fp_fusion=True,

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from ...plan import SegmentPlan
 from . import schedule, tiles
-from .common import LOG2E, load_keys, load_rows, mix, packed_rows, split, store_rows, tanh, visible
+from .common import LOG2E, load_keys, load_rows, mix, rows_of, split, store_rows, tanh, tokens_of, visible
 from .tiles import Tile
 
 # Columns of schedule.FORWARD, in its order.
@@ -30,6 +30,9 @@ COLUMNS = tl.constexpr(len(schedule.FORWARD))
 Q_ROW, LENGTH, POSITION, BLOCK, OWN_ROW, MASK, MIXED_ROW, MIXED_LENGTH = map(tl.constexpr, range(8))
 PREFIX_ROW, PREFIX_LENGTH, OUT_ROW, STREAM_ROW, SECOND_ROW, SECOND_MASK = map(tl.constexpr, range(8, 14))
 SECOND_STREAM_ROW, WRITE_ROW, WRITE_LENGTH, WRITE_MIXED = map(tl.constexpr, range(14, 18))
+
+# Mixed rows at a time: few, since all of them and their sources pass through registers.
+WRITE_ROWS = tl.constexpr(16)
 
 
 @triton.jit
@@ -78,7 +81,17 @@ def attend_tiles(
         there = j < length
         tile = first.to(tl.int64)
         kt = load_keys(
-            k + tile * stride_k_row, near, stride_k_row, stride_k_dim, k_to_causal, alpha_k, there, DIM, BLOCK_DIM, not MASKED, MIX
+            k + tile * stride_k_row,
+            near,
+            stride_k_row,
+            stride_k_dim,
+            k_to_causal,
+            alpha_k,
+            there,
+            DIM,
+            BLOCK_DIM,
+            not MASKED,
+            MIX,
         )
         s = tl.dot(q, tl.trans(kt), input_precision="ieee")
         # m and the exponents count in log2. A plain positive scale is left to the exponents' multiply-add.
@@ -97,7 +110,17 @@ def attend_tiles(
         rescale = tl.exp2(m - base)
         l = l * rescale + tl.sum(p, 1)
         vt = load_keys(
-            v + tile * stride_v_row, near, stride_v_row, stride_v_dim, v_to_causal, alpha_v, there, DIM_V, BLOCK_DIM_V, not MASKED, MIX
+            v + tile * stride_v_row,
+            near,
+            stride_v_row,
+            stride_v_dim,
+            v_to_causal,
+            alpha_v,
+            there,
+            DIM_V,
+            BLOCK_DIM_V,
+            not MASKED,
+            MIX,
         )
         acc = tl.dot(p.to(vt.dtype), vt, acc * rescale[:, None], input_precision="ieee")
         m = m_next
@@ -155,6 +178,33 @@ def attend(
         BLOCK_N, True, MIX, HAS_SOFTCAP, FOLD_SCALE,
     )  # fmt: skip
     return acc, m, l
+
+
+@triton.jit
+def write_rows(
+    x,
+    written,
+    source,
+    target,
+    there,
+    mixed,
+    to_causal,
+    alpha,
+    stride_row,
+    stride_dim,
+    stride_written_row,
+    stride_written_dim,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    MIX: tl.constexpr,
+):
+    """Rows ``source`` of x, or where ``mixed`` the mix of them and their causal ones, to the rows ``target``."""
+    tile = load_rows(x, source, stride_row, stride_dim, there, DIM, BLOCK_DIM, False)
+    if MIX:
+        mixes = tl.where(mixed, there, False)
+        causal = load_rows(x + to_causal, source, stride_row, stride_dim, mixes, DIM, BLOCK_DIM, False)
+        tile = tl.where(mixed, mix(causal, tile, alpha), tile)
+    store_rows(written, target, stride_written_row, stride_written_dim, tile, there, DIM, BLOCK_DIM)
 
 
 @triton.jit(do_not_specialize=["num_prompt", "window"])
@@ -228,10 +278,8 @@ def forward_kernel(
     head = (tl.program_id(0) % HEADS_KV).to(tl.int64)
     item = items + (tl.program_id(0) // HEADS_KV).to(tl.int64) * COLUMNS
     length, block = tl.load(item + LENGTH), tl.load(item + BLOCK)
-    token, of_group, stored, first_token, last_token = packed_rows(block, length, GROUP, BLOCK_M)
-    head_q = head * GROUP + of_group
-
-    near, heads = token - first_token, HEADS_KV * GROUP
+    first_token = block * BLOCK_M // GROUP
+    heads, head_q = HEADS_KV * GROUP, head * GROUP
     k_head, v_head = k + head * stride_k_head, v + head * stride_v_head
     k_to_causal = num_prompt.to(tl.int64) * stride_k_row
     v_to_causal = num_prompt.to(tl.int64) * stride_v_row
@@ -240,12 +288,14 @@ def forward_kernel(
         a_k = tl.load(alpha_k + (head if ALPHA_PER_HEAD else 0)).to(tl.float32)
         a_v = tl.load(alpha_v + (head if ALPHA_PER_HEAD else 0)).to(tl.float32)
 
-    own_position = tl.load(item + POSITION)
-    position = own_position + token
-    first_position, last_position = own_position + first_token, own_position + last_token
     second_stream_row = tl.load(item + SECOND_STREAM_ROW)
 
     for part in tl.static_range(PARTS):
+        near, of_group, stored = rows_of(item + BLOCK, length, GROUP, BLOCK_M)
+        token, _, last_token = tokens_of(tl.load(item + BLOCK, volatile=True), length, GROUP, BLOCK_M)
+        own_position = tl.load(item + POSITION)
+        position = own_position + token
+        first_position, last_position = own_position + first_token, own_position + last_token
         here = stored
         own_row, mask = tl.load(item + OWN_ROW), tl.load(item + MASK)
         mixed_length, prefix_length = tl.load(item + MIXED_LENGTH), tl.load(item + PREFIX_LENGTH)
@@ -256,16 +306,16 @@ def forward_kernel(
             mixed_length, prefix_length = 0, tl.where(second_stream_row >= 0, prefix_length, 0)
             q_row = own_row
         if part == 0 or not GO_ON:
-            q_first = q + (q_row + first_token).to(tl.int64) * stride_q_row
+            q_first = q + (q_row + first_token).to(tl.int64) * stride_q_row + head_q * stride_q_head
             q_tile = load_rows(
-                q_first + head_q[:, None] * stride_q_head, near, stride_q_row, stride_q_dim, here, DIM, BLOCK_DIM,
+                q_first + of_group[:, None] * stride_q_head, near, stride_q_row, stride_q_dim, here, DIM, BLOCK_DIM,
                 False,
             )  # fmt: skip
             acc = tl.zeros([BLOCK_M, BLOCK_DIM_V], tl.float32)
             m = tl.full([BLOCK_M], float("-inf"), tl.float32)
             l = tl.zeros([BLOCK_M], tl.float32)
             if HAS_SINKS:  # one more score, without a value
-                m = tl.load(sinks + head_q).to(tl.float32) * LOG2E
+                m = tl.load(sinks + head_q + of_group).to(tl.float32) * LOG2E
                 l += 1.0
             if HAS_PREFIX:
                 row = tl.load(item + PREFIX_ROW).to(tl.int64)
@@ -294,45 +344,48 @@ def forward_kernel(
 
         l = tl.where(l > 0, l, 1.0)  # a row that sees nothing: 0, with lse -inf
         o = acc / l[:, None]
+        near, of_group, stored = rows_of(item + BLOCK, length, GROUP, BLOCK_M)
+        here = tl.where(second_stream_row >= 0, stored, False) if part == 1 else stored
         stream_row = tl.load(item + STREAM_ROW) if part == 0 else second_stream_row
-        rows = (stream_row + token).to(tl.int64) * heads + head_q  # of contiguous tensors [rows, heads, ..]
+        first_row = (stream_row + first_token).to(tl.int64) * heads + head_q  # of contiguous tensors [rows, heads, ..]
+        rows = near * heads + of_group
         if SAVE:
-            tl.store(lse + rows, (m + tl.log2(l)), mask=here)
+            tl.store(lse + first_row + rows, (m + tl.log2(l)), mask=here)
         if HAS_BETA:
-            both = tl.where(second_stream_row >= 0, stored, False)
             if SAVE:
-                store_rows(streams, rows, DIM_V, 1, o, both, DIM_V, BLOCK_DIM_V)
+                both = tl.where(second_stream_row >= 0, stored, False)
+                store_rows(streams + first_row * DIM_V, rows, DIM_V, 1, o, both, DIM_V, BLOCK_DIM_V)
             if part == 0:
                 first_o = o
             else:
-                b = tl.load(beta + (head_q if BETA_PER_HEAD else head_q * 0)).to(tl.float32)[:, None]
+                b = tl.load(beta + (head_q + of_group if BETA_PER_HEAD else of_group * 0)).to(tl.float32)[:, None]
                 o = tl.where(second_stream_row >= 0, (1.0 - b) * first_o + b * o, first_o)
-                rows = (tl.load(item + OUT_ROW) + token).to(tl.int64) * heads + head_q
-                store_rows(out, rows, DIM_V, 1, o, stored, DIM_V, BLOCK_DIM_V)
+                first_row = (tl.load(item + OUT_ROW) + first_token).to(tl.int64) * heads + head_q
+                store_rows(out + first_row * DIM_V, rows, DIM_V, 1, o, stored, DIM_V, BLOCK_DIM_V)
         else:
-            store_rows(out, rows, DIM_V, 1, o, here, DIM_V, BLOCK_DIM_V)
+            store_rows(out + first_row * DIM_V, rows, DIM_V, 1, o, here, DIM_V, BLOCK_DIM_V)
 
     if WRITE:
-        write_row, write_mixed = tl.load(item + WRITE_ROW), tl.load(item + WRITE_MIXED)
-        r = block * BLOCK_M + tl.arange(0, BLOCK_M)
-        token = r // GROUP
-        written = (token < tl.load(item + WRITE_LENGTH)) & (r % GROUP == 0)  # each token by one row of the tile
-        source = (tl.where(write_mixed != 0, write_row, tl.load(item + OWN_ROW)) + token).to(tl.int64)
-        k_tile = load_rows(k_head, source, stride_k_row, stride_k_dim, written, DIM, BLOCK_DIM, False)
-        v_tile = load_rows(v_head, source, stride_v_row, stride_v_dim, written, DIM_V, BLOCK_DIM_V, False)
-        if MIX:
-            mixes = tl.where(write_mixed != 0, written, False)
-            k_causal, v_causal = k_head + k_to_causal, v_head + v_to_causal
-            k_causal = load_rows(k_causal, source, stride_k_row, stride_k_dim, mixes, DIM, BLOCK_DIM, False)
-            v_causal = load_rows(v_causal, source, stride_v_row, stride_v_dim, mixes, DIM_V, BLOCK_DIM_V, False)
-            k_tile = tl.where(write_mixed != 0, mix(k_causal, k_tile, a_k), k_tile)
-            v_tile = tl.where(write_mixed != 0, mix(v_causal, v_tile, a_v), v_tile)
-        target = (write_row + token).to(tl.int64)
-        if HAS_SLOTS:
-            target = tl.load(slots + target, mask=written, other=0)
-        k_at, v_at = k_written + head * stride_kw_head, v_written + head * stride_vw_head
-        store_rows(k_at, target, stride_kw_row, stride_kw_dim, k_tile, written, DIM, BLOCK_DIM)
-        store_rows(v_at, target, stride_vw_row, stride_vw_dim, v_tile, written, DIM_V, BLOCK_DIM_V)
+        # Of the tile's tokens, those whose first packed row it has.
+        length, write_row = tl.load(item + WRITE_LENGTH), tl.load(item + WRITE_ROW)
+        start, stop = tl.cdiv(block * BLOCK_M, GROUP), tl.minimum(tl.cdiv((block + 1) * BLOCK_M, GROUP), length)
+        mixed = tl.load(item + WRITE_MIXED) != 0
+        from_row = tl.where(mixed, write_row, tl.load(item + OWN_ROW))
+        for i in range(start, stop, WRITE_ROWS):
+            written = i + tl.arange(0, WRITE_ROWS)
+            there = written < stop
+            target = (write_row + written).to(tl.int64)
+            if HAS_SLOTS:
+                target = tl.load(slots + target, mask=there, other=0)
+            source = (from_row + written).to(tl.int64)
+            write_rows(
+                k_head, k_written + head * stride_kw_head, source, target, there, mixed, k_to_causal, a_k,
+                stride_k_row, stride_k_dim, stride_kw_row, stride_kw_dim, DIM, BLOCK_DIM, MIX,
+            )  # fmt: skip
+            write_rows(
+                v_head, v_written + head * stride_vw_head, source, target, there, mixed, v_to_causal, a_v,
+                stride_v_row, stride_v_dim, stride_vw_row, stride_vw_dim, DIM_V, BLOCK_DIM_V, MIX,
+            )  # fmt: skip
 
 
 def forward(
@@ -359,13 +412,13 @@ def forward(
 ):
     """Allocates the outputs and launches the kernel: ``out, k_mixed, v_mixed, streams, lse``.
 
-    With caches, the mixed and the answer's keys and values go to ``cache_positions`` there, and k_mixed, v_mixed are None.
-    lse float32 [rows of all streams, heads], in log2 (what the kernels compute with), and streams [2 N, heads, dim_v] (with beta) are what the backward needs;
-    both are empty without ``save``.
+    With caches, the mixed and the answer's keys and values go to ``cache_positions`` there; k_mixed, v_mixed are None.
+    lse float32 [rows of all streams, heads], in log2 (what the kernels compute with), and streams [2 N, heads, dim_v]
+    (with beta) are what the backward needs; both are empty without ``save``.
     """
     N = plan.num_prompt
     (rows_q, heads_q, dim), (_, heads_kv, dim_v) = q.shape, v.shape
-    q, k, v = map(tiles.near, (q, k, v))
+    q, k, v = tiles.near(q, heads_q // heads_kv), tiles.near(k), tiles.near(v)
     vectors = tiles.in_a_row(alpha_k, alpha_v, beta, sinks, cache_positions)
     alpha_k, alpha_v, beta, sinks, cache_positions = vectors
     prefix = prefix and tuple(map(tiles.near, prefix))
@@ -387,7 +440,7 @@ def forward(
             k_mixed, v_mixed = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k_mixed, v_mixed))
         k_written, v_written = k_mixed, v_mixed
 
-    tile = tile or tiles.choose("forward", q, v, plan)
+    tile = tile or tiles.choose("forward_two_parts" if two_parts else "forward", q, v)
     group = heads_q // heads_kv
     items = schedule.cached(
         plan,
@@ -443,7 +496,7 @@ def forward(
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
             # two streams' tiles in the place of one
-            BLOCK_N_MIXED=tile.block_n // 2 if mixes else tile.block_n,
+            BLOCK_N_MIXED=max(16, tile.block_n // 2) if mixes else tile.block_n,
             PARTS=2 if two_parts else 1,
             GO_ON=shared_qkv and stream_mask != "anti_causal",
             MIX=mixes,

@@ -19,7 +19,7 @@ NONE = tl.constexpr(schedule.NONE)
 def load_rows(ptr, rows, stride_row, stride_dim, valid, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ALL: tl.constexpr):
     """[len(rows), BLOCK_DIM] of rows of a tensor, 0 where not ``valid`` and beyond DIM. ALL: every row is valid.
 
-    ``rows`` count from ``ptr``, near enough for offsets of 32 bits (``launch.check_strides``): what is far away, a
+    ``rows`` count from ``ptr``, near enough for offsets of 32 bits (``tiles.near``): what is far away, a
     sample or a tile in a long batch, must be in ``ptr``, which costs one register instead of two per element.
     """
     dims = tl.arange(0, BLOCK_DIM)
@@ -63,7 +63,7 @@ def load_keys(
     ALL: tl.constexpr,
     MIX: tl.constexpr,
 ):
-    """A tile of keys or values. MIX: of the mixed prompt; ``to_causal``: elements from a bidir row to its causal row."""
+    """A tile of keys or values. MIX: of the mixed prompt, whose causal row is ``to_causal`` elements on."""
     tile = load_rows(ptr, rows, stride_row, stride_dim, valid, DIM, BLOCK_DIM, ALL)
     if MIX:
         causal = load_rows(ptr + to_causal, rows, stride_row, stride_dim, valid, DIM, BLOCK_DIM, ALL)
@@ -110,14 +110,26 @@ def split(low_first, low_last, high_first, high_last, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def packed_rows(block, length, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """Token and head of the group of each row of a tile, and the tile's first and last token.
+def tokens_of(block, length, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Token of each packed row of a tile, and the tile's first and last token.
 
     Rows beyond the segment repeat its last token, so that they see what some row sees: their results aren't stored.
     """
-    row = block * BLOCK + tl.arange(0, BLOCK)
     last = tl.maximum(length - 1, 0)
     first_token = block * BLOCK // GROUP
     last_token = tl.minimum((block * BLOCK + BLOCK - 1) // GROUP, last)
-    token = row // GROUP
-    return tl.minimum(token, last), row % GROUP, token < length, first_token, last_token
+    token = (block * BLOCK + tl.arange(0, BLOCK)) // GROUP
+    return tl.minimum(token, last), first_token, last_token
+
+
+@triton.jit
+def rows_of(item_block, length, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """For the memory of a tile's packed rows: tokens from its first one, heads of the group, and which rows exist.
+
+    Call it again wherever rows are loaded or stored. The tile's number is read anew each time (volatile): otherwise
+    the compiler keeps every row's offsets over the loops between, and has too few registers for those.
+    """
+    block = tl.load(item_block, volatile=True)
+    token, first_token, _ = tokens_of(block, length, GROUP, BLOCK)
+    row = block * BLOCK + tl.arange(0, BLOCK)
+    return token - first_token, row % GROUP, row < length * GROUP

@@ -1,7 +1,7 @@
 """The mix alone, and its backward, which also ends the backward of the attention.
 
-    mixed = (1 - alpha) causal + alpha bidir
-    d_causal = (1 - alpha) d_mixed;  d_bidir = alpha d_mixed;  d_alpha = <bidir - causal, d_mixed>
+mixed = (1 - alpha) causal + alpha bidir
+d_causal = (1 - alpha) d_mixed;  d_bidir = alpha d_mixed;  d_alpha = <bidir - causal, d_mixed>
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .common import mix as mixed_tile
 _BLOCK = 32  # rows per program: bound by memory, so any size that fills the loads
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def mix_kernel(
     causal,
     bidir,
@@ -48,7 +48,7 @@ def mix_kernel(
     store_rows(mixed + (first * HEADS + head) * DIM, near, HEADS * DIM, 1, mixed_tile(c, b, a), valid, DIM, BLOCK_DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def mix_backward_kernel(
     d_mixed,
     d_attended,
@@ -127,6 +127,7 @@ def mix(causal: torch.Tensor, bidir: torch.Tensor, alpha: torch.Tensor) -> torch
             BLOCK_DIM=tiles.block_dim(dim),
             BLOCK=_BLOCK,
             ALPHA_PER_HEAD=alpha.ndim == 1,
+            enable_fp_fusion=True,
         )
     return mixed
 
@@ -172,6 +173,7 @@ def mix_backward(
                 HAS_MIXED=d_mixed is not None,
                 HAS_ATTENDED=d_attended is not None,
                 ADD=add,
+                enable_fp_fusion=True,
             )
     d_alpha = partial.sum(0) if alpha.ndim else partial.sum()
     return d_causal, d_bidir, d_alpha.to(alpha.dtype)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import warnings
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 import triton
@@ -21,6 +26,58 @@ class Tile:
     num_stages: int
 
 
+# Head dims of the table: a call takes the first that both of its own, padded, fit in.
+HEAD_DIMS = (64, 128, 256)
+# Two parts: a tile that stands in both streams, of the forward (shared_qkv, beta) or of dq (shared_qkv).
+KERNELS = ("forward", "forward_two_parts", "dq", "dq_two_parts", "dkv")
+
+# Bytes that one block may have, by compute capability times 10.
+SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+SHARED_MEMORY = {arch: kilobytes * 1024 for arch, kilobytes in SHARED_MEMORY.items()}
+
+# One tile per head dim. They were found by compiling, nothing here has been timed: large tiles that keep everything in
+# registers (``python -m bitune_kernels.testing.compiled`` shows it). 86 stands for all parts with its shared memory.
+# fmt: off
+HALF = {  # float16, bfloat16
+    80: {
+        "forward":           (Tile(128,  64, 4, 3), Tile(128,  64, 8, 2), Tile( 64,  32, 8, 1)),
+        "forward_two_parts": (Tile(128,  64, 8, 3), Tile(128,  32, 8, 2), Tile( 64,  32, 8, 1)),
+        "dq":                (Tile(128,  64, 8, 2), Tile( 64,  64, 8, 2), Tile( 32,  32, 8, 2)),
+        "dq_two_parts":      (Tile(128,  64, 8, 2), Tile( 64,  64, 8, 2), Tile( 32,  32, 8, 2)),
+        "dkv":               (Tile( 64, 128, 8, 2), Tile( 64,  64, 8, 2), Tile( 32,  64, 8, 2)),
+    },
+    86: {
+        "forward":           (Tile(128,  64, 4, 3), Tile(128,  64, 8, 2), Tile( 64,  32, 8, 1)),
+        "forward_two_parts": (Tile(128,  64, 8, 3), Tile(128,  32, 8, 2), Tile( 64,  32, 8, 1)),
+        "dq":                (Tile(128,  64, 8, 2), Tile( 64,  32, 8, 2), Tile( 32,  32, 8, 1)),
+        "dq_two_parts":      (Tile(128,  64, 8, 2), Tile( 64,  32, 8, 2), Tile( 32,  32, 8, 1)),
+        "dkv":               (Tile( 64, 128, 8, 2), Tile( 64,  64, 8, 2), Tile( 32,  32, 8, 2)),
+    },
+    90: {  # fewer than 64 rows (of keys, in dkv) would not reach Hopper's matrix unit
+        "forward":           (Tile(128, 128, 8, 3), Tile(128,  64, 8, 3), Tile(128,  32, 8, 3)),
+        "forward_two_parts": (Tile(128,  64, 8, 3), Tile(128,  64, 8, 3), Tile( 64,  16, 8, 3)),
+        "dq":                (Tile(128,  64, 8, 3), Tile(128,  64, 8, 2), Tile(128,  32, 8, 2)),
+        "dq_two_parts":      (Tile(128,  64, 8, 3), Tile(128,  64, 8, 2), Tile( 64,  16, 8, 3)),
+        "dkv":               (Tile( 64, 128, 8, 3), Tile( 32, 128, 8, 3), Tile( 16,  64, 8, 2)),
+    },
+    100: {
+        "forward":           (Tile(128, 128, 8, 3), Tile(128,  64, 8, 3), Tile( 64,  64, 8, 2)),
+        "forward_two_parts": (Tile(128,  64, 8, 3), Tile(128,  64, 8, 3), Tile( 64,  32, 8, 2)),
+        "dq":                (Tile(128,  64, 8, 3), Tile(128,  64, 8, 2), Tile( 64,  32, 8, 2)),
+        "dq_two_parts":      (Tile(128,  64, 8, 3), Tile(128,  64, 8, 2), Tile( 64,  32, 8, 2)),
+        "dkv":               (Tile( 64, 128, 8, 3), Tile( 32, 128, 8, 3), Tile( 16,  64, 8, 2)),
+    },
+}
+# Exact products are no work of matrix units: the same on every part, and small enough for each.
+FLOAT32 = {
+    "forward":               (Tile( 32,  32, 4, 2), Tile( 32,  16, 4, 1), Tile( 16,  16, 4, 1)),
+    "forward_two_parts":     (Tile( 32,  32, 4, 2), Tile( 32,  16, 4, 1), Tile( 16,  16, 4, 1)),
+    "dq":                    (Tile( 32,  16, 4, 1), Tile( 32,  16, 4, 2), Tile( 16,  16, 4, 1)),
+    "dq_two_parts":          (Tile( 32,  16, 4, 1), Tile( 32,  16, 4, 2), Tile( 16,  16, 4, 1)),
+    "dkv":                   (Tile( 16,  32, 4, 1), Tile( 16,  32, 4, 1), Tile( 16,  16, 4, 1)),
+}
+# fmt: on
+
 # What runs without a compiler: any size will do, and small ones meet more edges.
 INTERPRETED = Tile(64, 64, 4, 1)
 
@@ -35,10 +92,10 @@ def block_dim(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
-def near(x: torch.Tensor) -> torch.Tensor:
-    """x, or a contiguous copy where a tile's rows lie too far apart for the kernels' 32-bit offsets within a tile."""
-    stride_row, _, stride_dim = x.stride()
-    if MAX_BLOCK * stride_row + x.shape[2] * stride_dim < 2**31:
+def near(x: torch.Tensor, heads: int = 1) -> torch.Tensor:
+    """x, or a contiguous copy where a tile is too far apart for the kernels' 32-bit offsets within one of ``heads``."""
+    stride_row, stride_head, stride_dim = x.stride()
+    if MAX_BLOCK * stride_row + (heads - 1) * stride_head + x.shape[2] * stride_dim < 2**31:
         return x
     return x.contiguous()
 
@@ -57,10 +114,77 @@ def unsupported(device, dtype, head_dim: int) -> str | None:
         return f"the kernels compute float16, bfloat16 and float32, got {dtype}"
     if dtype == torch.bfloat16 and interpreted():
         return "bfloat16 products are wrong in Triton's interpreter"
-    if head_dim > 256:
-        return f"the kernels hold head dims up to 256, got {head_dim}"
+    if head_dim > HEAD_DIMS[-1]:
+        return f"the kernels hold head dims up to {HEAD_DIMS[-1]}, got {head_dim}"
+    if device_type == "cuda" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return f"needs compute capability 8.0 or newer, got {capability[0]}.{capability[1]}"
     return None
 
 
-def choose(kernel: str, q: torch.Tensor, v: torch.Tensor, plan) -> Tile:
-    return INTERPRETED if interpreted() else Tile(64, 64, 4, 2)
+def bucket(head_dim: int) -> int:
+    """The head dim of the table that stands for this one."""
+    return next(dim for dim in HEAD_DIMS if block_dim(head_dim) <= dim)
+
+
+def entry(kernel: str, head_dim: int, element_size: int, arch: int, shared_memory: int) -> Tile:
+    """The table's tile for a ``bucket``; ``arch`` is the compute capability times 10, shared_memory bytes per block.
+
+    A part that the table doesn't name takes what was made for the most shared memory that it has, and of those the
+    newest: of 80, 86, 90, 100 a 10.3 takes 100, and a 12.0 with its 99 KB takes 86.
+    """
+    if element_size == 4:
+        tiles = FLOAT32
+    else:
+        tiles = HALF[max((SHARED_MEMORY[a], a) for a in HALF if a <= arch and SHARED_MEMORY[a] <= shared_memory)[1]]
+    return tiles[kernel][HEAD_DIMS.index(head_dim)]
+
+
+def choose(kernel: str, q: torch.Tensor, v: torch.Tensor) -> Tile:
+    """The tile of a launch: what ``tune`` found on this machine, else the table's."""
+    if interpreted():
+        return INTERPRETED
+    return _of_device(kernel, bucket(max(q.shape[2], v.shape[2])), q.element_size(), q.device)
+
+
+@cache
+def _of_device(kernel: str, head_dim: int, element_size: int, device: torch.device) -> Tile:
+    key = tuned_key(torch.cuda.get_device_name(device), kernel, head_dim, element_size)
+    return tuned().get(key) or of_device(kernel, head_dim, element_size, device)
+
+
+def of_device(kernel: str, head_dim: int, element_size: int, device: torch.device) -> Tile:
+    """The table's tile for the GPU that is here."""
+    major, minor = torch.cuda.get_device_capability(device)
+    shared_memory = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return entry(kernel, head_dim, element_size, 10 * major + minor, shared_memory)
+
+
+def tuned_path() -> Path:
+    """Where ``tune`` keeps what it found."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitune_kernels" / "tiles.json"
+
+
+def tuned_key(gpu: str, kernel: str, head_dim: int, element_size: int) -> str:
+    """What a tuned tile depends on."""
+    return f"{gpu}, triton {triton.__version__}, {kernel}, head dim {head_dim}, {element_size} bytes"
+
+
+@cache
+def tuned() -> dict[str, Tile]:
+    """What ``tune`` found on this machine, by ``tuned_key``; read once per process. What can't be read is left out."""
+    path, found = tuned_path(), {}
+    try:
+        text = path.read_text()
+    except OSError:
+        return found
+    try:
+        for key, numbers in json.loads(text).items():
+            found[key] = tile = Tile(*numbers)
+            if not all(type(x) is int and x > 0 for x in numbers) or max(tile.block_m, tile.block_n) > MAX_BLOCK:
+                raise ValueError(f"{key}: not a tile: {numbers}")
+    except (ValueError, TypeError, AttributeError) as e:
+        warnings.warn(f"{path}: ignored, the tiles of the table are used: {e}", stacklevel=2)
+        return {}
+    return found

@@ -1,0 +1,130 @@
+"""Which tiles are fastest on this GPU: the table's and its neighbours, timed in turns and checked against the table's.
+
+    python -m bitune_kernels.backends.triton.tune
+
+The fastest go to a file in the user's cache, which ``tiles.choose`` reads at the next start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, astuple, replace
+from functools import partial
+
+import torch
+
+from ...testing.timing import Timing, interleaved
+from . import tiles
+from .tiles import Tile
+
+try:
+    from tqdm import tqdm
+except ModuleNotFoundError:
+    tqdm = None
+
+# (query heads, key/value heads) of common models, by head dim; two samples, half prompt and half answer.
+HEADS = {64: (32, 8), 128: (32, 8), 256: (8, 1)}
+LENGTH = 1024
+
+
+def neighbours(tile: Tile) -> list[Tile]:
+    """The tile itself, then those with one number changed."""
+    sizes = {name: (value // 2, 2 * value) for name, value in asdict(tile).items()}
+    sizes["num_stages"] = tile.num_stages - 1, tile.num_stages + 1
+    changed = [replace(tile, **{name: value}) for name, values in sizes.items() for value in values]
+    limits = Tile(tiles.MAX_BLOCK, tiles.MAX_BLOCK, 8, 4)
+    least = Tile(16, 16, 4, 1)
+    return [
+        t
+        for t in (tile, *changed)
+        if all(a <= b <= c for a, b, c in zip(*map(astuple, (least, t, limits)), strict=True))
+    ]
+
+
+def calls(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device, entry: Callable[[str], Tile]):
+    """A function from a tile to the tensors that a call with it gives; other kernels of the call keep their tiles."""
+    from ...testing.cases import Case
+    from .attention_backward import backward
+    from .attention_forward import forward
+
+    two_parts = {"num_streams": 1, "shared_qkv": True} if kernel == "forward_two_parts" else {}
+    case = Case(
+        prompts=(LENGTH, LENGTH), answers=(LENGTH, LENGTH), heads=HEADS[head_dim], head_dim=head_dim, **two_parts
+    )
+    inputs = case.make(dtype, device) | {"softmax_scale": head_dim**-0.5}
+    tensors = [inputs[name] for name in ("q", "k", "v", "alpha_k", "alpha_v")]
+    options = {name: inputs[name] for name in ("softmax_scale", "window", "softcap", "stream_mask", "shared_qkv")}
+    run = partial(forward, *tensors, inputs["plan"], **options, sinks=None, beta=None, prefix=None, save=True)
+    if kernel.startswith("forward"):
+        return lambda tile: [x for x in run(tile=tile) if x.numel()]
+    out, _, _, streams, lse = run(tile=entry("forward"))
+    given = (torch.randn_like(out), None, None, *tensors, None, None, None, None, out, streams, lse, inputs["plan"])
+
+    def run_backward(tile):
+        chosen = {name: tile if name == kernel else entry(name) for name in ("dq", "dkv")}
+        return backward(*given, **options, tile_q=chosen["dq"], tile_kv=chosen["dkv"])
+
+    return run_backward
+
+
+def fastest(
+    entry: Tile, call: Callable[[Tile], list[torch.Tensor]], measure: Callable[[dict], dict[Tile, Timing]] = interleaved
+) -> tuple[Tile, float]:
+    """The fastest right tile among ``neighbours(entry)``, and how many times as fast as the entry it is."""
+    expected, providers = call(entry), {}
+    for tile in neighbours(entry):
+        try:
+            actual = call(tile)
+            for a, e in zip(actual, expected, strict=True):
+                torch.testing.assert_close(a, e, rtol=0, atol=8 * torch.finfo(a.dtype).eps * float(e.abs().max()))
+        except Exception as e:  # too large for the GPU or for the compiler, or wrong
+            print(f"    {tile}: left out: {type(e).__name__}: {e}".partition("\n")[0], file=sys.stderr)
+        else:
+            providers[tile] = partial(call, tile)
+    times = measure(providers)
+    best = min(times, key=lambda tile: times[tile].quantile(0.5))
+    return best, 1 / times[best].ratio(times[entry])
+
+
+def store(found: dict[str, Tile]) -> None:
+    """Write tiles by ``tiles.tuned_key``, beside those that the file already has."""
+    path = tiles.tuned_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = {key: astuple(tile) for key, tile in (tiles.tuned() | found).items()}
+    written = path.with_suffix(".new")
+    written.write_text(json.dumps(kept, indent=1))
+    written.replace(path)  # a process that starts meanwhile reads the old file or the new one
+
+
+def problems() -> Iterator[tuple[str, int]]:
+    """What is tuned: kernels and head dims."""
+    return ((kernel, head_dim) for head_dim in HEADS for kernel in tiles.KERNELS)
+
+
+def main(argv: list[str] | None = None, measure=None) -> int:
+    p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    p.add_argument("--seconds", type=float, default=3.0, help="of timing per kernel and head dim (default: 3)")
+    args = p.parse_args(argv)
+    if not torch.cuda.is_available():
+        p.error("no CUDA device to tune for")
+    device, dtype = torch.device("cuda", torch.cuda.current_device()), torch.bfloat16
+    gpu = torch.cuda.get_device_name(device)
+    measure = measure or partial(interleaved, seconds=args.seconds, device=device)
+    todo = list(problems())
+    found = {}
+    for kernel, head_dim in tqdm(todo, unit="kernel", leave=False, disable=None) if tqdm else todo:
+        table = partial(tiles.of_device, head_dim=head_dim, element_size=dtype.itemsize, device=device)
+        best, ratio = fastest(table(kernel), calls(kernel, head_dim, dtype, device, table), measure)
+        found[tiles.tuned_key(gpu, kernel, head_dim, dtype.itemsize)] = best
+        line = f"{kernel}, head dim {head_dim}: {best}, {ratio:.2f} times as fast as the table's {table(kernel)}"
+        tqdm.write(line) if tqdm else print(line)
+        store(found)  # what is done is kept when the rest is interrupted
+    print(f"written to {tiles.tuned_path()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,258 @@
+"""What the compiler makes of the Triton kernels, for GPUs that need not be here.
+
+The package's own launch code runs on CPU tensors while a stand-in for Triton's driver names a GPU, keeps what was
+compiled and launches nothing. Registers, spills and instructions are read from the binaries with the tools that come
+with Triton.
+
+    python -m bitune_kernels.testing.compiled --arch 90
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import __file__ as nvidia
+from triton.runtime import driver
+
+from ..backends.triton import attention_backward, attention_forward, tiles
+from ..backends.triton.tiles import Tile
+from .cases import Case
+
+ARCHS = (80, 89, 90, 100)
+
+# Bytes of stack per thread that are accepted. float32 is for checks, and "all" has every option at once. The largest
+# head dim leaves Hopper's dkv so few registers that it keeps a few numbers of its outer loops there.
+STACK_OF_DKV_256 = 64
+
+# Options of a call that make other kernels.
+VARIANTS = {
+    "two": {},  # streams
+    "one": {"num_streams": 1},
+    "shared": {"num_streams": 1, "shared_qkv": True},
+    "beta": {"beta": "head"},
+    "all": {"beta": "head", "window": 40, "softcap": 2.0, "sinks": True, "prefix": (16, 16)},
+}
+TWO_PARTS = {"forward": ("shared", "beta", "all"), "dq": ("shared",), "dkv": ()}
+LENGTHS = {"prompts": (16, 16), "answers": (16, 16)}
+
+
+@dataclass(frozen=True)
+class Binary:
+    """One compiled kernel. Registers per thread; bytes of shared memory per block, of stack and local per thread."""
+
+    kernel: str
+    shared: int
+    registers: int
+    stack: int
+    local: int
+    spills: int  # loads and stores of local memory
+    wgmma: int  # instructions of Hopper's matrix unit, HGMMA
+    mma: int  # of other matrix units: HMMA, and Blackwell's UTC*MMA
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kernel of the table as it was compiled for an architecture, or why it wasn't."""
+
+    arch: int
+    variant: str
+    head_dim: int
+    dtype: torch.dtype
+    kernel: str
+    tile: Tile
+    binary: Binary | None
+    error: str = ""
+
+    def broken_rule(self) -> str | None:
+        """What is wrong with this kernel, or None."""
+        b = self.binary
+        if b is None:
+            return self.error
+        if b.shared > tiles.SHARED_MEMORY[self.arch]:
+            return f"{b.shared} bytes of shared memory, the part has {tiles.SHARED_MEMORY[self.arch]}"
+        may_spill = self.variant == "all" or self.dtype == torch.float32
+        accepted = STACK_OF_DKV_256 if (self.arch, self.kernel, self.head_dim) == (90, "dkv", 256) else 0
+        if not may_spill and (b.stack > accepted or b.local or (b.spills and not accepted)):
+            return "spills registers"
+        if self.dtype.itemsize == 2 and not (b.wgmma if self.arch == 90 else b.mma or b.wgmma):
+            return "no matrix instructions"
+        return None
+
+    def __str__(self) -> str:
+        t, b, dtype = self.tile, self.binary, str(self.dtype).removeprefix("torch.")
+        line = f"sm_{self.arch:<4}{self.variant:7}{self.head_dim:4} {dtype:9}{self.kernel:18}"
+        line += f"{t.block_m:4} x {t.block_n:<4}warps {t.num_warps}  stages {t.num_stages}"
+        if b is not None:
+            line += f"{b.registers:5} registers{b.shared:7} B shared{b.stack:4} B stack{b.spills:4} spills"
+            line += f"{b.wgmma:4} wgmma{b.mma:4} mma"
+        return f"{line}  {self.broken_rule() or ''}".rstrip()
+
+
+class _Launcher:
+    def __init__(self, source, metadata):
+        pass
+
+    def __call__(self, *args, **kwargs):
+        pass
+
+
+class Driver:
+    """In the place of Triton's CUDA driver. The current device is the number of the architecture."""
+
+    launcher_cls = _Launcher
+
+    def __init__(self, arch: int):
+        # As device number: Triton keeps compiled kernels and limits per device.
+        self.arch, self.utils, self.binaries = arch, self, []
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device=None) -> int:
+        return 0
+
+    def get_device_properties(self, device) -> dict[str, int]:
+        return {"max_shared_mem": tiles.SHARED_MEMORY[self.arch]}
+
+    def load_binary(self, name, cubin: bytes, shared: int, device):
+        self.binaries.append((name.removesuffix("_kernel"), cubin, shared))
+        return 1, 1, 0, 0, 1024  # module, function, registers, spills, threads per block at most
+
+    def unload_module(self, module) -> None:
+        pass
+
+
+@contextmanager
+def compiling_for(arch: int) -> Iterator[Driver]:
+    """Kernels launched in this block are compiled for this GPU and kept in ``.binaries``: (name, cubin, shared)."""
+    if tiles.interpreted():
+        raise RuntimeError("TRITON_INTERPRET is set: nothing is compiled")
+    before, stand_in = driver._active, Driver(arch)
+    driver.set_active(stand_in)
+    try:
+        yield stand_in
+    finally:
+        for kernel in (attention_forward.forward_kernel, attention_backward.dq_kernel, attention_backward.dkv_kernel):
+            kernel.device_caches.pop(arch, None)  # the next block shall see these kernels again
+        driver.set_active(before)
+
+
+def inspect(name: str, cubin: bytes, shared: int) -> Binary:
+    """What a binary uses."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def tool(*command):
+            command = (Path(nvidia).parent / "bin" / command[0], *command[1:], file.name)
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage, code = tool("cuobjdump", "-res-usage"), tool("nvdisasm", "-c")
+    registers, stack, local = (int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
+    counts = (
+        len(re.findall(pattern, code)) for pattern in (r"\b(?:STL|LDL)\b", r"\bHGMMA\b", r"\b(?:HMMA|UTC\w*MMA)\b")
+    )
+    return Binary(name, shared, registers, stack, local, *counts)
+
+
+def call(case: Case, dtype: torch.dtype, tile: Tile | None, dq: Tile | None = None, dkv: Tile | None = None) -> None:
+    """Launch the forward kernel and, given their tiles, those of the backward, on CPU tensors."""
+    inputs = case.make(dtype)
+    if inputs["softmax_scale"] is None:
+        inputs["softmax_scale"] = case.head_dim**-0.5
+    options = {name: inputs[name] for name in ("softmax_scale", "window", "softcap", "stream_mask", "shared_qkv")}
+    beta, sinks, prefix = map(inputs.get, ("beta", "sinks", "prefix"))
+    tensors, plan = [inputs[name] for name in ("q", "k", "v", "alpha_k", "alpha_v")], inputs["plan"]
+    out, k_mixed, v_mixed, streams, lse = attention_forward.forward(
+        *tensors, plan, **options, beta=beta, sinks=sinks, prefix=prefix, save=True, tile=tile
+    )
+    if dq is not None:
+        given = map(torch.empty_like, (out, k_mixed, v_mixed))
+        saved = (beta, sinks, *(prefix or (None, None)), out, streams, lse)
+        attention_backward.backward(*given, *tensors, *saved, plan, **options, tile_q=dq, tile_kv=dkv)
+
+
+def compile_rows(
+    arch: int,
+    variant: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    backward: bool = True,
+    chosen: dict[str, Tile] | None = None,
+    **changes,
+) -> list[Row]:
+    """One row per kernel, with the tiles of the table unless others are ``chosen``. ``changes``: fields of the case."""
+    binaries = ("forward", "dq", "dkv") if backward else ("forward",)
+    kernels = [f"{b}_two_parts" if variant in TWO_PARTS[b] else b for b in binaries]
+    used = {k: tiles.entry(k, tiles.bucket(head_dim), dtype.itemsize, arch, tiles.SHARED_MEMORY[arch]) for k in kernels}
+    used |= chosen or {}
+    case = Case(**LENGTHS | {"heads": (8, 2), "head_dim": head_dim} | VARIANTS[variant] | changes)
+    error = "not compiled"
+    with compiling_for(arch) as compiled:
+        try:
+            call(case, dtype, *used.values())
+        except Exception as e:  # the compiler's, or OutOfResources
+            error = f"{type(e).__name__}: {e}".partition("\n")[0]
+    found = {name: inspect(name, cubin, shared) for name, cubin, shared in compiled.binaries if name in binaries}
+    return [
+        Row(arch, variant, head_dim, dtype, k, used[k], found.get(b), error)
+        for b, k in zip(binaries, kernels, strict=True)
+    ]
+
+
+def table_rows(arch: int) -> Iterator[Row]:
+    """Every entry of the table for two-byte elements, and on Hopper every variant; float32 where memory is tightest."""
+    for head_dim in tiles.HEAD_DIMS:
+        yield from compile_rows(arch, "two", head_dim, torch.bfloat16)
+        yield from compile_rows(arch, "shared", head_dim, torch.bfloat16)
+        if arch == 90:
+            yield from compile_rows(arch, "one", head_dim, torch.bfloat16, backward=False)  # its dkv is that of shared
+            yield from compile_rows(arch, "beta", head_dim, torch.bfloat16)
+        if arch == 89:
+            yield from compile_rows(arch, "two", head_dim, torch.float32)
+    if arch == 90:
+        yield from compile_rows(arch, "all", 128, torch.bfloat16)
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    known = sorted(tiles.SHARED_MEMORY)
+    p.add_argument("--arch", type=int, nargs="+", choices=known, default=ARCHS, help="compute capabilities times 10")
+    p.add_argument("--variants", nargs="+", choices=VARIANTS, help="these, with their backward, for all --head-dims")
+    p.add_argument("--head-dims", type=int, nargs="+", default=tiles.HEAD_DIMS)
+    p.add_argument("--float32", action="store_true", help="instead of bfloat16, for --variants")
+    p.add_argument("--heads", type=int, nargs=2, default=(8, 2), metavar=("Q", "KV"), help="for --variants")
+    args = p.parse_args(argv)
+    torch.set_num_threads(1)
+    dtype = torch.float32 if args.float32 else torch.bfloat16
+    broken = 0
+    for arch in args.arch:
+        groups = [table_rows(arch)]
+        if args.variants:
+            groups = (
+                compile_rows(arch, variant, head_dim, dtype, heads=tuple(args.heads))
+                for head_dim in args.head_dims
+                for variant in args.variants
+            )
+        for row in chain.from_iterable(groups):
+            print(row, flush=True)
+            broken += row.broken_rule() is not None
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

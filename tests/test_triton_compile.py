@@ -1,0 +1,182 @@
+"""The Triton kernels as the compiler leaves them, and the choice of their tiles. Nothing here needs a GPU."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from bitune_kernels.backends.triton import tiles, tune
+from bitune_kernels.backends.triton.tiles import Tile
+from bitune_kernels.testing.timing import Timing
+
+# For GPUs of 163, 99, 227 and 227 KB of shared memory per block.
+ARCHS = (80, 89, 90, 100)
+KB = 1024
+
+
+def compiled(tmp_path, *command):
+    """What a fresh Python, in which kernels are compiled and not interpreted, prints."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_tile_of_the_table_compiles_within_its_gpu(arch, tmp_path):
+    # No spills, matrix instructions, and shared memory that Triton itself accepts: a row is broken by OutOfResources.
+    done = compiled(tmp_path, "-m", "bitune_kernels.testing.compiled", "--arch", str(arch))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for kernel in tiles.KERNELS:
+        for head_dim in tiles.HEAD_DIMS:
+            assert re.search(rf"^sm_{arch} .* {head_dim} bfloat16 +{kernel} ", done.stdout, re.M), done.stdout
+
+
+LENGTHS = """
+import torch
+from bitune_kernels.backends import triton
+from bitune_kernels.backends.triton import tiles
+from bitune_kernels.testing import Case
+from bitune_kernels.testing.compiled import compiling_for
+
+tiles.choose = lambda *args: tiles.Tile(16, 16, 1, 1)
+with compiling_for(90) as compiled:
+    for prompts, answers, past in (
+        ((1,), (1,), (1,)),
+        ((16,), (16,), (16,)),
+        ((17,), (3,), (5,)),
+        ((5, 0, 40), (0, 7, 1), (0, 2, 9)),
+    ):
+        inputs = Case(prompts, answers, prefix=past).make(torch.bfloat16, requires_grad=True)
+        inputs["softmax_scale"] = 0.25 * len(prompts)
+        outputs = triton.attention(**inputs)
+        torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+print(*sorted(name for name, _, _ in compiled.binaries))
+"""
+
+
+def test_one_kernel_serves_all_lengths(tmp_path):
+    done = compiled(tmp_path, "-c", LENGTHS)
+    assert done.stdout.split() == ["dkv", "dq", "forward", "mix_backward"], done.stdout + done.stderr
+
+
+def test_a_tile_beyond_shared_memory_is_refused(tmp_path):
+    # Otherwise the stand-in for the driver would let everything through.
+    code = """
+import torch
+from bitune_kernels.backends.triton.tiles import Tile
+from bitune_kernels.testing.compiled import compile_rows
+print(*compile_rows(89, "one", 128, torch.bfloat16, backward=False, chosen={"forward": Tile(128, 64, 8, 4)}))
+"""
+    done = compiled(tmp_path, "-c", code)
+    assert "out of resource: shared memory" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("arch", sorted(tiles.SHARED_MEMORY))
+def test_every_call_has_a_tile(arch):
+    for kernel in tiles.KERNELS:
+        for head_dim in (1, 64, 80, 128, 192, 256):
+            for element_size in (2, 4):
+                tile = tiles.entry(kernel, tiles.bucket(head_dim), element_size, arch, tiles.SHARED_MEMORY[arch])
+                assert min(tile.block_m, tile.block_n) >= 16 and max(tile.block_m, tile.block_n) <= tiles.MAX_BLOCK
+
+
+def test_a_part_that_the_table_does_not_name_takes_the_nearest_older_that_fits():
+    def of(arch, shared_memory):
+        found = tiles.entry("dq", 128, 2, arch, shared_memory * KB)
+        return [a for a, entries in tiles.HALF.items() if entries["dq"][1] is found]
+
+    assert of(80, 163) == of(87, 163) == [80]
+    assert of(86, 99) == of(89, 99) == of(120, 99) == of(121, 99) == of(150, 128) == [86]
+    assert of(90, 227) == [90]
+    assert of(100, 227) == of(103, 227) == of(200, 300) == [100]
+    assert tiles.bucket(64) == 64 and tiles.bucket(65) == 128 and tiles.bucket(129) == 256
+
+
+def test_old_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert tiles.unsupported("cuda", torch.float16, 64) == "needs compute capability 8.0 or newer, got 7.5"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert tiles.unsupported("cuda", torch.float16, 64) is None
+
+
+@pytest.fixture
+def hopper(monkeypatch, tmp_path):
+    """As if there were an H100, with an empty cache folder."""
+    properties = type("Properties", (), {"shared_memory_per_block_optin": 227 * KB})
+    monkeypatch.setattr(tiles, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    new_process()
+    yield
+    new_process()
+
+
+def new_process():
+    tiles.tuned.cache_clear()
+    tiles._of_device.cache_clear()
+
+
+def chosen(kernel="dq", head_dim=128, dtype=torch.bfloat16):
+    x = torch.empty(1, 1, head_dim, dtype=dtype)
+    return tiles.choose(kernel, x, x)
+
+
+def table(kernel="dq", head_dim=128, element_size=2):
+    return tiles.entry(kernel, head_dim, element_size, 90, 227 * KB)
+
+
+def test_tuning_keeps_the_fastest_right_tile_and_choose_reads_it(hopper, monkeypatch, capsys):
+    slow, wrong = table(), Tile(64, 64, 8, 2)
+    best = Tile(128, 32, 8, 2)
+    assert {slow, wrong, best} <= set(tune.neighbours(slow))
+
+    def call(tile):
+        if tile.num_stages == 1:
+            raise RuntimeError("out of resource")
+        return [torch.ones(3), torch.full((2,), 1.0 + (tile == wrong))]
+
+    def measure(providers):
+        assert wrong not in providers and not any(tile.num_stages == 1 for tile in providers)
+        seconds = {best: 1.0, slow: 4.0}
+        return {tile: Timing((seconds.get(tile, 5.0),) * 3) for tile in providers}
+
+    assert tune.fastest(slow, call, measure) == (best, 4.0)
+    assert "Tile(block_m=64, block_n=64, num_warps=8, num_stages=2): left out" in capsys.readouterr().err
+
+    monkeypatch.setattr(tune, "calls", lambda *args: call)
+    monkeypatch.setattr(tune, "problems", lambda: [("dq", 128)])
+    assert tune.main([], measure) == 0
+    printed = capsys.readouterr().out
+    assert "4.00 times" in printed and str(tiles.tuned_path()) in printed
+    assert chosen() == slow  # read once per process
+    new_process()
+    assert chosen() == best
+    assert chosen("dkv") == table("dkv") and chosen(head_dim=64) == table(head_dim=64)
+    assert chosen(dtype=torch.float32) == table(element_size=4)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200")
+    new_process()
+    assert chosen() == slow
+
+    found = {"another": Tile(16, 16, 4, 1)}
+    tune.store(found)
+    assert len(json.loads(tiles.tuned_path().read_text())) == 2
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"dq": 3}', '{"dq": [64, 64, 4]}', '{"dq": [64, 64, 4, "2"]}', "\x00"])
+def test_a_broken_file_is_ignored(hopper, text):
+    path = tiles.tuned_path()
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.warns(UserWarning, match=re.escape(str(path))):
+        assert chosen() == table()
