@@ -175,8 +175,8 @@ FAULTS = [
     Fault("dq: delta", BACKWARD, "dp - delta[:, None]", "dp", GROUPS, backward),
     Fault("dk: delta", BACKWARD, "dp - row_delta[None, :]", "dp", GROUPS, backward),
     # heads
-    Fault("group", FORWARD, "head_q = head * GROUP + of_group", "head_q = head + of_group * HEADS_KV", GROUPS),
-    Fault("dk: group", BACKWARD, "HEADS_KV * GROUP, head * GROUP", "HEADS_KV * GROUP, head", GROUPS, backward),
+    Fault("group", FORWARD, "HEADS_KV * GROUP, head * GROUP", "HEADS_KV * GROUP, head", GROUPS),
+    Fault("dq, dk: group", BACKWARD, "HEADS_KV * GROUP, head * GROUP", "HEADS_KV * GROUP, head", GROUPS, backward, 2),
     # streams
     Fault("alpha_k of the first head", FORWARD, "alpha_k + (head if ALPHA_PER_HEAD else 0)", "alpha_k", ALPHAS),
     Fault(
@@ -188,9 +188,7 @@ FAULTS = [
         backward,
         2,
     ),
-    Fault(
-        "dq: the second stream is left out", BACKWARD, "range(tl.load(item + Q_PARTS))", "range(1)", SHARED, backward
-    ),
+    Fault("dq: the second stream is left out", BACKWARD, "tl.load(item + Q_PARTS) if", "1 if", SHARED, backward),
     Fault(
         "dk: the second stream is left out", BACKWARD, "range(tl.load(item + K_PARTS))", "range(1)", SHARED, backward
     ),
@@ -236,7 +234,7 @@ FAULTS = [
     Fault(
         "slots aren't read",
         FORWARD,
-        "target = tl.load(slots + target, mask=written, other=0)",
+        "target = tl.load(slots + target, mask=there, other=0)",
         "target = target + 0",
         PLAIN,
         prefill,
