@@ -252,6 +252,15 @@ def test_window_edges(case, small_tiles):
     assert_backend_within_budget("triton", case, torch.float32, DEVICE)
 
 
+@pytest.mark.parametrize("window", [None, 100])
+def test_more_than_128k_tokens(window, monkeypatch):
+    # one answer row at the end of a prompt of 140,000; the interpreter needs large tiles to be through in seconds
+    if tiles.interpreted():
+        monkeypatch.setattr(tiles, "choose", lambda *args, **kwargs: Tile(16, 4096, 4, 1))
+    case = Case(prompts=(3, 140_000), answers=(2, 2), heads=(1, 1), num_streams=1, answer_only=True, window=window)
+    assert_backend_within_budget("triton", case, torch.float32, DEVICE)
+
+
 # 2: outputs that begin as NaN, with NaN around them
 
 
