@@ -53,19 +53,19 @@ HALF = {  # float16, bfloat16
         "dq_two_parts":      (Tile(128,  64, 8, 2), Tile( 64,  32, 8, 2), Tile( 32,  32, 8, 1)),
         "dkv":               (Tile( 64, 128, 8, 2), Tile( 64,  64, 8, 2), Tile( 32,  32, 8, 2)),
     },
-    90: {  # fewer than 64 rows (of keys, in dkv) would not reach Hopper's matrix unit
+    90: {  # from 64 rows on (of keys, in dkv) a tile gets Hopper's own matrix instructions
         "forward":           (Tile(128, 128, 8, 3), Tile(128,  64, 8, 3), Tile(128,  32, 8, 3)),
         "forward_two_parts": (Tile(128,  64, 8, 3), Tile(128,  64, 8, 3), Tile( 64,  16, 8, 3)),
-        "dq":                (Tile(128,  64, 8, 3), Tile(128,  64, 8, 2), Tile(128,  32, 8, 2)),
+        "dq":                (Tile(128,  64, 8, 3), Tile(128,  64, 8, 2), Tile(128,  16, 8, 3)),
         "dq_two_parts":      (Tile(128,  64, 8, 3), Tile(128,  64, 8, 2), Tile( 64,  16, 8, 3)),
         "dkv":               (Tile( 64, 128, 8, 3), Tile( 32, 128, 8, 3), Tile( 16,  64, 8, 2)),
     },
-    100: {
+    100: {  # likewise, but at head dim 256 its backward spills there, and takes the older instructions
         "forward":           (Tile(128, 128, 8, 3), Tile(128,  64, 8, 3), Tile( 64,  64, 8, 2)),
         "forward_two_parts": (Tile(128,  64, 8, 3), Tile(128,  64, 8, 3), Tile( 64,  32, 8, 2)),
         "dq":                (Tile(128,  64, 8, 3), Tile(128,  64, 8, 2), Tile( 64,  32, 8, 2)),
-        "dq_two_parts":      (Tile(128,  64, 8, 3), Tile(128,  64, 8, 2), Tile( 64,  32, 8, 2)),
-        "dkv":               (Tile( 64, 128, 8, 3), Tile( 32, 128, 8, 3), Tile( 16,  64, 8, 2)),
+        "dq_two_parts":      (Tile(128,  64, 8, 3), Tile( 64,  64, 8, 2), Tile( 32,  32, 8, 1)),
+        "dkv":               (Tile( 64, 128, 8, 3), Tile( 64,  64, 8, 2), Tile( 32,  32, 8, 2)),
     },
 }
 # Exact products are no work of matrix units: the same on every part, and small enough for each.
