@@ -48,8 +48,12 @@ def test_its_make_targets_exist():
 
 def test_its_module_commands_run():
     modules = set(re.findall(r"python -m (bitune_kernels(?:\.\w+)+)", README))
-    # run in full by tests/test_triton_compile.py: it takes minutes
-    arguments = {"bitune_kernels.env": [], "bitune_kernels.testing.compiled": ["--help"]}
+    # in full by tests/test_triton_compile.py, which takes minutes, and with a GPU
+    arguments = {
+        "bitune_kernels.env": [],
+        "bitune_kernels.testing.compiled": ["--help"],
+        "bitune_kernels.backends.triton.tune": ["--help"],
+    }
     assert modules == set(arguments)
     for module in modules:
         subprocess.run([sys.executable, "-m", module, *arguments[module]], cwd=ROOT, check=True, capture_output=True)

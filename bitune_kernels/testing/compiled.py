@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,6 +41,7 @@ VARIANTS = {
     "one": {"num_streams": 1},
     "shared": {"num_streams": 1, "shared_qkv": True},
     "beta": {"beta": "head"},
+    "prefill": {},  # two streams, into a cache
     "all": {"beta": "head", "window": 40, "softcap": 2.0, "sinks": True, "prefix": (16, 16)},
 }
 TWO_PARTS = {"forward": ("shared", "beta", "all"), "dq": ("shared",), "dkv": ()}
@@ -171,7 +172,9 @@ def inspect(name: str, cubin: bytes, shared: int) -> Binary:
     return Binary(name, shared, registers, stack, local, *counts)
 
 
-def call(case: Case, dtype: torch.dtype, tile: Tile | None, dq: Tile | None = None, dkv: Tile | None = None) -> None:
+def call(
+    case: Case, dtype: torch.dtype, tile: Tile, dq: Tile | None = None, dkv: Tile | None = None, prefill: bool = False
+) -> None:
     """Launch the forward kernel and, given their tiles, those of the backward, on CPU tensors."""
     inputs = case.make(dtype)
     if inputs["softmax_scale"] is None:
@@ -179,9 +182,14 @@ def call(case: Case, dtype: torch.dtype, tile: Tile | None, dq: Tile | None = No
     options = {name: inputs[name] for name in ("softmax_scale", "window", "softcap", "stream_mask", "shared_qkv")}
     beta, sinks, prefix = map(inputs.get, ("beta", "sinks", "prefix"))
     tensors, plan = [inputs[name] for name in ("q", "k", "v", "alpha_k", "alpha_v")], inputs["plan"]
-    out, k_mixed, v_mixed, streams, lse = attention_forward.forward(
-        *tensors, plan, **options, beta=beta, sinks=sinks, prefix=prefix, save=True, tile=tile
+    run = partial(
+        attention_forward.forward, *tensors, plan, **options, beta=beta, sinks=sinks, prefix=prefix, tile=tile
     )
+    if prefill:
+        k, v, rows = inputs["k"], inputs["v"], plan.num_prompt + plan.num_answer
+        run(save=False, k_cache=k[:rows].clone(), v_cache=v[:rows].clone(), cache_positions=torch.arange(rows))
+        return
+    out, k_mixed, v_mixed, streams, lse = run(save=True)
     if dq is not None:
         given = map(torch.empty_like, (out, k_mixed, v_mixed))
         saved = (beta, sinks, *(prefix or (None, None)), out, streams, lse)
@@ -206,7 +214,7 @@ def compile_rows(
     error = "not compiled"
     with compiling_for(arch) as compiled:
         try:
-            call(case, dtype, *used.values())
+            call(case, dtype, *used.values(), prefill=variant == "prefill")
         except Exception as e:  # the compiler's, or OutOfResources
             error = f"{type(e).__name__}: {e}".partition("\n")[0]
     found = {name: inspect(name, cubin, shared) for name, cubin, shared in compiled.binaries if name in binaries}
@@ -223,6 +231,7 @@ def table_rows(arch: int) -> Iterator[Row]:
         yield from compile_rows(arch, "shared", head_dim, torch.bfloat16)
         if arch == 90:
             yield from compile_rows(arch, "one", head_dim, torch.bfloat16, backward=False)  # its dkv is that of shared
+            yield from compile_rows(arch, "prefill", head_dim, torch.bfloat16, backward=False)
             yield from compile_rows(arch, "beta", head_dim, torch.bfloat16)
         if arch == 89:
             yield from compile_rows(arch, "two", head_dim, torch.float32)
@@ -233,24 +242,19 @@ def table_rows(arch: int) -> Iterator[Row]:
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     known = sorted(tiles.SHARED_MEMORY)
-    p.add_argument("--arch", type=int, nargs="+", choices=known, default=ARCHS, help="compute capabilities times 10")
-    p.add_argument("--variants", nargs="+", choices=VARIANTS, help="these, with their backward, for all --head-dims")
-    p.add_argument("--head-dims", type=int, nargs="+", default=tiles.HEAD_DIMS)
-    p.add_argument("--float32", action="store_true", help="instead of bfloat16, for --variants")
-    p.add_argument("--heads", type=int, nargs=2, default=(8, 2), metavar=("Q", "KV"), help="for --variants")
+    p.add_argument(
+        "--arch",
+        type=int,
+        nargs="+",
+        choices=known,
+        default=ARCHS,
+        help="compute capabilities times 10 (default: 80 89 90 100)",
+    )
     args = p.parse_args(argv)
     torch.set_num_threads(1)
-    dtype = torch.float32 if args.float32 else torch.bfloat16
     broken = 0
     for arch in args.arch:
-        groups = [table_rows(arch)]
-        if args.variants:
-            groups = (
-                compile_rows(arch, variant, head_dim, dtype, heads=tuple(args.heads))
-                for head_dim in args.head_dims
-                for variant in args.variants
-            )
-        for row in chain.from_iterable(groups):
+        for row in table_rows(arch):
             print(row, flush=True)
             broken += row.broken_rule() is not None
     return 1 if broken else 0
