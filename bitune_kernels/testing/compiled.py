@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
         nargs="+",
         choices=known,
         default=ARCHS,
-        help="compute capabilities times 10 (default: 80 89 90 100)",
+        help="default: 80 89 90 100",
     )
     args = p.parse_args(argv)
     torch.set_num_threads(1)
