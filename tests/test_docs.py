@@ -52,7 +52,7 @@ def test_its_module_commands_run():
     arguments = {
         "bitune_kernels.env": [],
         "bitune_kernels.testing.compiled": ["--help"],
-        "bitune_kernels.backends.triton.tune": ["--help"],
+        "bitune_kernels.tune": ["--help"],
     }
     assert modules == set(arguments)
     for module in modules:

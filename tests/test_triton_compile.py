@@ -11,7 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from bitune_kernels.backends.triton import tiles, tune
+from bitune_kernels import tune
+from bitune_kernels.backends.triton import tiles
 from bitune_kernels.backends.triton.tiles import Tile
 from bitune_kernels.testing.timing import Timing
 

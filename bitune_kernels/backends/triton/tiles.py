@@ -142,7 +142,7 @@ def entry(kernel: str, head_dim: int, element_size: int, arch: int, shared_memor
 
 
 def choose(kernel: str, q: torch.Tensor, v: torch.Tensor) -> Tile:
-    """The tile of a launch: what ``tune`` found on this machine, else the table's."""
+    """The tile of a launch: what ``bitune_kernels.tune`` found on this machine, else the table's."""
     if interpreted():
         return INTERPRETED
     return _of_device(kernel, bucket(max(q.shape[2], v.shape[2])), q.element_size(), q.device)
@@ -162,7 +162,7 @@ def of_device(kernel: str, head_dim: int, element_size: int, device: torch.devic
 
 
 def tuned_path() -> Path:
-    """Where ``tune`` keeps what it found."""
+    """Where ``bitune_kernels.tune`` keeps what it found."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitune_kernels" / "tiles.json"
 
 
@@ -173,7 +173,7 @@ def tuned_key(gpu: str, kernel: str, head_dim: int, element_size: int) -> str:
 
 @cache
 def tuned() -> dict[str, Tile]:
-    """What ``tune`` found on this machine, by ``tuned_key``; read once per process. What can't be read is left out."""
+    """What ``bitune_kernels.tune`` found on this machine, by ``tuned_key``; read once per process. Empty if unreadable."""
     path, found = tuned_path(), {}
     try:
         text = path.read_text()

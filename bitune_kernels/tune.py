@@ -1,8 +1,9 @@
-"""Which tiles are fastest on this GPU: the table's and its neighbours, timed in turns and checked against the table's.
+"""Which tiles of the Triton kernels are fastest on this GPU: the table's or its neighbours, timed in turns.
 
-    python -m bitune_kernels.backends.triton.tune
+    python -m bitune_kernels.tune
 
-The fastest go to a file in the user's cache, which ``tiles.choose`` reads at the next start.
+A tile whose results differ from the table's is left out. The fastest go to a file in the user's cache, which
+``tiles.choose`` reads at the next start.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from functools import partial
 
 import torch
 
-from ...testing.timing import Timing, interleaved
-from . import tiles
-from .tiles import MAX_BLOCK, Tile
+from .backends.triton import tiles
+from .backends.triton.tiles import MAX_BLOCK, Tile
+from .testing.timing import Timing, interleaved
 
 try:
     from tqdm import tqdm
@@ -42,9 +43,9 @@ def neighbours(tile: Tile) -> list[Tile]:
 
 def calls(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device, entry: Callable[[str], Tile]):
     """A function from a tile to the tensors that a call with it gives; other kernels of the call keep their tiles."""
-    from ...testing.cases import Case
-    from .attention_backward import backward
-    from .attention_forward import forward
+    from .backends.triton.attention_backward import backward
+    from .backends.triton.attention_forward import forward
+    from .testing.cases import Case
 
     two_parts = {"num_streams": 1, "shared_qkv": True} if kernel.endswith("two_parts") else {}
     case = Case(
