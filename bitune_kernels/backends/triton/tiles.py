@@ -173,7 +173,7 @@ def tuned_key(gpu: str, kernel: str, head_dim: int, element_size: int) -> str:
 
 @cache
 def tuned() -> dict[str, Tile]:
-    """What ``bitune_kernels.tune`` found on this machine, by ``tuned_key``; read once per process, {} if it can't be."""
+    """What ``bitune_kernels.tune`` found here, by ``tuned_key``; read once per process, {} if it can't be."""
     path, found = tuned_path(), {}
     try:
         text = path.read_text()
