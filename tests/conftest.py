@@ -19,3 +19,8 @@ if not torch.cuda.is_available():
         # A third of its time goes into checks of integer overflow: tests/test_kernel_bugs.py switches them on.
         builder = interpreter.interpreter_builder
         builder.options = replace(builder.options, sanitize_overflow=False)
+
+
+def pytest_collection_modifyitems(items):
+    # Minutes each: begun first, so that no process waits for them at the end.
+    items.sort(key=lambda item: not item.name.startswith("test_every_tile_of_the_table_compiles"))
