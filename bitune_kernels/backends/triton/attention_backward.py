@@ -19,7 +19,19 @@ import triton.language as tl
 
 from ...plan import SegmentPlan
 from . import schedule, tiles
-from .common import LOG2E, load_keys, load_rows, mix, rows_of, split, store_rows, tanh, tokens_of, visible
+from .common import (
+    LOG2E,
+    launch_arguments,
+    load_keys,
+    load_rows,
+    mix,
+    rows_of,
+    split,
+    store_rows,
+    tanh,
+    tokens_of,
+    visible,
+)
 from .mixing import mix_backward
 from .tiles import Tile
 
@@ -594,7 +606,7 @@ def backward(
     out, streams, lse: from ``forward(save=True)``. d_k_mixed, d_v_mixed: None where nothing came back.
     """
     N = plan.num_prompt
-    (rows_q, heads_q, dim), (_, heads_kv, dim_v) = q.shape, v.shape
+    (rows_q, heads_q, _), heads_kv = q.shape, v.shape[1]
     group = heads_q // heads_kv
     q, k, v, d_out = tiles.near(q, group), tiles.near(k), tiles.near(v), tiles.near(d_out, group)
     alpha_k, alpha_v, beta = tiles.in_a_row(alpha_k, alpha_v, beta)
@@ -623,31 +635,10 @@ def backward(
     q_items = schedule.cached(plan, schedule.backward_q_items, **options, block=tile_q.block_m)
     kv_items = schedule.cached(plan, schedule.backward_kv_items, **options, block=tile_kv.block_n)
     inputs = (q, k, v, alpha_k, alpha_v, beta, k_prefix, v_prefix)
-    no_strides = (0, 0, 0)
-    strides = [
-        *q.stride(),
-        *k.stride(),
-        *v.stride(),
-        *(k_prefix.stride() if has_prefix else no_strides),
-        *(v_prefix.stride() if has_prefix else no_strides),
-        *d_out.stride(),
-    ]
-    scalars = (N, softmax_scale, softcap or 0.0, min(window or 0, 2**30))
-    constants = dict(
-        HEADS_KV=heads_kv,
-        GROUP=group,
-        DIM=dim,
-        DIM_V=dim_v,
-        BLOCK_DIM=tiles.block_dim(dim),
-        BLOCK_DIM_V=tiles.block_dim(dim_v),
-        MIX=mixes,
-        ALPHA_PER_HEAD=mixes and alpha_k.ndim == 1,
-        HAS_BETA=has_beta,
-        BETA_PER_HEAD=has_beta and beta.ndim == 1,
-        HAS_PREFIX=has_prefix,
-        HAS_WINDOW=window is not None,
-        HAS_SOFTCAP=softcap is not None,
-    )
+    prefix = (k_prefix, v_prefix) if has_prefix else None
+    arguments = launch_arguments(q, k, v, alpha_k, beta, prefix, plan, softmax_scale, window, softcap)
+    strides, scalars, constants = arguments
+    strides += d_out.stride()
     with torch.cuda.device_of(q):
         if len(q_items):
             dq_kernel[(len(q_items) * heads_kv,)](
@@ -662,13 +653,9 @@ def backward(
                 *strides,
                 *scalars,
                 **constants,
-                BLOCK_M=tile_q.block_m,
-                BLOCK_N=tile_q.block_n,
-                BLOCK_N_MIXED=max(16, tile_q.block_n // 2) if mixes else tile_q.block_n,
+                **tile_q.arguments(),
+                BLOCK_N_MIXED=tile_q.block_n_mixed(mixes),
                 TWO_PARTS=two_parts,
-                num_warps=tile_q.num_warps,
-                num_stages=tile_q.num_stages,
-                enable_fp_fusion=True,
             )
         if len(kv_items):
             dkv_kernel[(len(kv_items) * heads_kv,)](
@@ -684,11 +671,7 @@ def backward(
                 *strides,
                 *scalars,
                 **constants,
-                BLOCK_M=tile_kv.block_m,
-                BLOCK_N=tile_kv.block_n,
-                num_warps=tile_kv.num_warps,
-                num_stages=tile_kv.num_stages,
-                enable_fp_fusion=True,
+                **tile_kv.arguments(),
             )
     grads = [dq, dk, dv]
     if mixes:

@@ -22,7 +22,19 @@ import triton.language as tl
 
 from ...plan import SegmentPlan
 from . import schedule, tiles
-from .common import LOG2E, load_keys, load_rows, mix, rows_of, split, store_rows, tanh, tokens_of, visible
+from .common import (
+    LOG2E,
+    launch_arguments,
+    load_keys,
+    load_rows,
+    mix,
+    rows_of,
+    split,
+    store_rows,
+    tanh,
+    tokens_of,
+    visible,
+)
 from .tiles import Tile
 
 # Columns of schedule.FORWARD, in its order.
@@ -417,8 +429,9 @@ def forward(
     (with beta) are what the backward needs; both are empty without ``save``.
     """
     N = plan.num_prompt
-    (rows_q, heads_q, dim), (_, heads_kv, dim_v) = q.shape, v.shape
-    q, k, v = tiles.near(q, heads_q // heads_kv), tiles.near(k), tiles.near(v)
+    (rows_q, heads_q, _), (_, heads_kv, dim_v) = q.shape, v.shape
+    group = heads_q // heads_kv
+    q, k, v = tiles.near(q, group), tiles.near(k), tiles.near(v)
     vectors = tiles.in_a_row(alpha_k, alpha_v, beta, sinks, cache_positions)
     alpha_k, alpha_v, beta, sinks, cache_positions = vectors
     prefix = prefix and tuple(map(tiles.near, prefix))
@@ -441,7 +454,6 @@ def forward(
         k_written, v_written = k_mixed, v_mixed
 
     tile = tile or tiles.choose("forward_two_parts" if two_parts else "forward", q, v)
-    group = heads_q // heads_kv
     items = schedule.cached(
         plan,
         schedule.forward_items,
@@ -456,8 +468,8 @@ def forward(
     )
     if not len(items):
         return out, k_mixed, v_mixed, streams, lse
-    k_prefix, v_prefix = prefix or (None, None)
-    no_strides = (0, 0, 0)
+    arguments = launch_arguments(q, k, v, alpha_k, beta, prefix, plan, softmax_scale, window, softcap)
+    strides, scalars, constants = arguments
     with torch.cuda.device_of(q):
         forward_kernel[(len(items) * heads_kv,)](
             items,
@@ -468,51 +480,26 @@ def forward(
             alpha_v,
             beta,
             sinks,
-            k_prefix,
-            v_prefix,
+            *(prefix or (None, None)),
             out,
             streams,
             lse,
             k_written,
             v_written,
             cache_positions,
-            *q.stride(),
-            *k.stride(),
-            *v.stride(),
-            *(k_prefix.stride() if prefix else no_strides),
-            *(v_prefix.stride() if prefix else no_strides),
+            *strides,
             *k_written.stride(),
             *v_written.stride(),
-            N,
-            softmax_scale,
-            softcap or 0.0,
-            min(window or 0, 2**30),
-            HEADS_KV=heads_kv,
-            GROUP=group,
-            DIM=dim,
-            DIM_V=dim_v,
-            BLOCK_DIM=tiles.block_dim(dim),
-            BLOCK_DIM_V=tiles.block_dim(dim_v),
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            # two streams' tiles in the place of one
-            BLOCK_N_MIXED=max(16, tile.block_n // 2) if mixes else tile.block_n,
+            *scalars,
+            **constants,
+            **tile.arguments(),
+            BLOCK_N_MIXED=tile.block_n_mixed(mixes),
             PARTS=2 if two_parts else 1,
             GO_ON=shared_qkv and stream_mask != "anti_causal",
-            MIX=mixes,
-            ALPHA_PER_HEAD=mixes and alpha_k.ndim == 1,
-            HAS_BETA=beta is not None and not answer_only,
-            BETA_PER_HEAD=beta is not None and beta.ndim == 1,
             HAS_SINKS=sinks is not None,
-            HAS_PREFIX=prefix is not None,
-            HAS_WINDOW=window is not None,
-            HAS_SOFTCAP=softcap is not None,
             FOLD_SCALE=softcap is None and softmax_scale > 0,
             SAVE=save,
             WRITE=mixes or cache_positions is not None,
             HAS_SLOTS=cache_positions is not None,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=True,
         )
     return out, k_mixed, v_mixed, streams, lse

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import schedule
+from ...plan import SegmentPlan
+from . import schedule, tiles
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -133,3 +134,28 @@ def rows_of(item_block, length, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     token, first_token, _ = tokens_of(block, length, GROUP, BLOCK)
     row = block * BLOCK + tl.arange(0, BLOCK)
     return token - first_token, row % GROUP, row < length * GROUP
+
+
+def launch_arguments(q, k, v, alpha_k, beta, prefix, plan: SegmentPlan, softmax_scale, window, softcap):
+    """What all attention kernels are launched with: strides of q, k, v and prefix; scalars; constants by name."""
+    (rows_q, heads_q, dim), (_, heads_kv, dim_v) = q.shape, v.shape
+    mixes, has_beta = plan.num_streams == 2, beta is not None and rows_q == k.shape[0]
+    of_prefix = [stride for x in prefix for stride in x.stride()] if prefix else [0] * 6
+    strides = [*q.stride(), *k.stride(), *v.stride(), *of_prefix]
+    scalars = (plan.num_prompt, softmax_scale, softcap or 0.0, min(window or 0, 2**30))
+    constants = {
+        "HEADS_KV": heads_kv,
+        "GROUP": heads_q // heads_kv,
+        "DIM": dim,
+        "DIM_V": dim_v,
+        "BLOCK_DIM": tiles.block_dim(dim),
+        "BLOCK_DIM_V": tiles.block_dim(dim_v),
+        "MIX": mixes,
+        "ALPHA_PER_HEAD": mixes and alpha_k.ndim == 1,
+        "HAS_BETA": has_beta,
+        "BETA_PER_HEAD": has_beta and beta.ndim == 1,
+        "HAS_PREFIX": prefix is not None,
+        "HAS_WINDOW": window is not None,
+        "HAS_SOFTCAP": softcap is not None,
+    }
+    return strides, scalars, constants

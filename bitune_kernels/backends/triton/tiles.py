@@ -25,6 +25,20 @@ class Tile:
     num_warps: int
     num_stages: int
 
+    def arguments(self) -> dict[str, int | bool]:
+        """Of a kernel's launch."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
+
+    def block_n_mixed(self, mixes: bool) -> int:
+        """Keys per step of the mixed prompt: two streams' tiles in the place of one."""
+        return max(16, self.block_n // 2) if mixes else self.block_n
+
 
 # Head dims of the table: a call takes the first that both of its own, padded, fit in.
 HEAD_DIMS = (64, 128, 256)
