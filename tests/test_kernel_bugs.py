@@ -42,7 +42,14 @@ import torch
 
 from bitune_kernels import SegmentPlan, bitune_attention, bitune_prefill, mix_kv
 from bitune_kernels.masks import visible_to_answer, visible_to_prompt
-from bitune_kernels.testing import Case, assert_backend_within_budget, default_device, run_case, runnable_backends
+from bitune_kernels.testing import (
+    Case,
+    assert_backend_within_budget,
+    default_device,
+    leaves,
+    run_case,
+    runnable_backends,
+)
 
 pytest.importorskip("triton")
 
@@ -55,25 +62,12 @@ from bitune_kernels.backends.triton.tiles import Tile
 
 DEVICE = default_device()
 ON_GPU = DEVICE == "cuda"
-DIFFERENTIABLE = ("q", "k", "v", "alpha_k", "alpha_v", "beta", "sinks", "prefix")
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several tiles on inputs of a few dozen rows; the smallest tile that a matrix unit takes."""
     monkeypatch.setattr(tiles, "choose", lambda *args, **kwargs: Tile(16, 32, 4, 1))
-
-
-def leaves(inputs) -> dict[str, torch.Tensor]:
-    """The tensors of a call that have a gradient, by name."""
-    found = {}
-    for key in DIFFERENTIABLE:
-        value = inputs.get(key)
-        if isinstance(value, tuple):
-            found |= {f"{key}[{i}]": x for i, x in enumerate(value)}
-        elif value is not None:
-            found[key] = value
-    return found
 
 
 def gradients(inputs, outputs, d_outputs) -> dict[str, torch.Tensor]:

@@ -15,29 +15,17 @@ from bitune_kernels.testing import (
     assert_backend_within_budget,
     assert_within_budget,
     default_device,
+    leaves,
     oracle,
     run_case,
     runnable_backends,
 )
 
-DIFFERENTIABLE = ("q", "k", "v", "alpha_k", "alpha_v", "beta", "sinks", "prefix")
 SMALL = {"prompts": (4, 0, 3), "answers": (2, 3, 1), "head_dim": 4}
 
 
 def name(dtype):
     return str(dtype).removeprefix("torch.")
-
-
-def leaves(inputs):
-    """The tensors of a call that have a gradient, by name."""
-    found = {}
-    for key in DIFFERENTIABLE:
-        value = inputs.get(key)
-        if isinstance(value, tuple):
-            found |= {f"{key}[{i}]": x for i, x in enumerate(value)}
-        elif value is not None:
-            found[key] = value
-    return found
 
 
 def gradients(inputs, outputs):

@@ -1,6 +1,6 @@
 """What tests and benchmarks share: one table of cases and one rule for how exact a backend must be."""
 
-from .cases import CASES, DTYPES, Case
+from .cases import CASES, DTYPES, Case, leaves
 from .error_budget import (
     assert_backend_within_budget,
     assert_within_budget,
@@ -18,6 +18,7 @@ __all__ = [
     "assert_backend_within_budget",
     "assert_within_budget",
     "default_device",
+    "leaves",
     "low_precision",
     "oracle",
     "run_case",

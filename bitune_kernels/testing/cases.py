@@ -146,6 +146,13 @@ class Case:
         return self.head_dim, self.head_dim if self.head_dim_v is None else self.head_dim_v
 
 
+def leaves(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of a call that have a gradient, by the name that its errors use."""
+    found = {name: inputs.get(name) for name in ("q", "k", "v", "alpha_k", "alpha_v", "beta", "sinks")}
+    found["prefix[0]"], found["prefix[1]"] = inputs.get("prefix") or (None, None)
+    return {name: x for name, x in found.items() if x is not None}
+
+
 # Lengths around the tiles that kernels use, with both segments empty once; then two short samples.
 EDGES = {"prompts": (0, 1, 63, 65, 127, 0), "answers": (127, 65, 63, 1, 0, 0)}
 SHORT = {"prompts": (9, 5), "answers": (3, 6)}

@@ -11,10 +11,9 @@ import torch
 from .. import backends
 from ..backends import reference
 from ..ops import bitune_attention
-from .cases import Case
+from .cases import Case, leaves
 
 _OUTPUTS = ("out", "k_mixed", "v_mixed")
-_DIFFERENTIABLE = ("q", "k", "v", "alpha_k", "alpha_v", "beta", "sinks", "prefix")
 
 
 def default_device() -> str:
@@ -133,7 +132,7 @@ def cancellation(case: Case, dtype: torch.dtype, device: torch.device | str = "c
     # |x_i| <= |x| / sqrt(head_dim) times a small factor: the size of one element of P (dP - delta) k.
     size = abs(_scale(case)) * longest(d_out) * longest_v * longest_k / case.head_dim**0.5
     d_scores = torch.finfo(torch.float32).eps * size
-    slack = dict.fromkeys(("d_q", "d_k", "d_prefix_k"), d_scores)
+    slack = dict.fromkeys(("d_q", "d_k", "d_prefix[0]"), d_scores)
 
     scores = min(abs(_scale(case)) * longest(inputs["q"].detach()) * longest_k, case.softcap or float("inf"))
     relative = torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * scores
@@ -186,15 +185,10 @@ def _results(case: Case, inputs: dict[str, Any], outputs: tuple, backward: bool)
     results = {name: output.detach() for name, output in zip(_OUTPUTS, outputs, strict=True)}
     if not backward:
         return results
-    leaves = {}
-    for name in _DIFFERENTIABLE:
-        if isinstance(value := inputs.get(name), tuple):
-            leaves |= {f"d_{name}_k": value[0], f"d_{name}_v": value[1]}
-        elif value is not None:
-            leaves[f"d_{name}"] = value
+    given = leaves(inputs)
     # An output without rows may depend on nothing.
     used = [(o, _cotangent(case, name, o)) for name, o in zip(_OUTPUTS, outputs, strict=True) if o.requires_grad]
-    grads = torch.autograd.grad([o for o, _ in used], list(leaves.values()), [d for _, d in used], allow_unused=True)
-    for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
-        results[name] = torch.zeros_like(leaf) if grad is None else grad
+    grads = torch.autograd.grad([o for o, _ in used], list(given.values()), [d for _, d in used], allow_unused=True)
+    for (name, leaf), grad in zip(given.items(), grads, strict=True):
+        results[f"d_{name}"] = torch.zeros_like(leaf) if grad is None else grad
     return results
