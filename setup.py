@@ -70,6 +70,7 @@ class CMakeBuild(build_ext):
             f"-DBITUNE_CUDA_ARCHS={os.environ.get('BITUNE_CUDA_ARCHS', DEFAULT_ARCHS)}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DBITUNE_DEBUG={os.environ.get('BITUNE_DEBUG', '0')}",
             "-DCMAKE_BUILD_TYPE=Release",
         ]
         env = {"CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count()), **os.environ}

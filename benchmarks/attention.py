@@ -42,9 +42,9 @@ visible query-key pairs only: 4 x head_dim x query heads each, 2.5 times that fo
 """
 MODES = ("forward", "backward", "prefill", "shared_qkv")
 # The package's own; everything else is a peer. On a CPU sdpa is all there is.
-OWN = ("triton",)
+OWN = ("cuda", "triton")
 # Whose shared-QKV mode is set against its one-stream pass and against two calls.
-VARIANTS_OF = ("triton", "sdpa")
+VARIANTS_OF = ("cuda", "triton", "sdpa")
 OUTPUTS = ("out", "mixed", "cache", "d_q", "d_k", "d_v")
 CASE_FIELDS = ("mode", "batch", "length", "answer", "ragged", "heads_q", "heads_kv", "head_dim", "rows", "tokens")
 PEAK_FIELDS = ("measured_tflops", "measured_tb_per_s")
@@ -495,8 +495,8 @@ def parse(argv: list[str] | None):
     p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add_run_options(
         p,
-        "triton, sdpa-flash, sdpa-cudnn, flash, flex, sdpa, reference; default: what can run here but the last two, "
-        "on a CPU sdpa",
+        "cuda, triton, sdpa-flash, sdpa-cudnn, flash, flex, sdpa, reference; default: what can run here but the last "
+        "two, on a CPU sdpa",
         seconds=0.3,
         min_rounds=5,
         warmup=2,

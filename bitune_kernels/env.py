@@ -22,7 +22,7 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         "torch": _torch(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "native_extension": _native_extension(),
+        "native_extension": native_extension(),
     }
 
 
@@ -46,7 +46,7 @@ def _torch() -> dict[str, Any]:
     }
 
 
-def _native_extension() -> dict[str, Any]:
+def native_extension() -> dict[str, Any]:
     """built: by the installation (None: unknown). importable, runnable: here. reason: why so, in words."""
     report: dict[str, Any] = dict(built=None, importable=False, runnable=False, reason=None, device=None)
     try:

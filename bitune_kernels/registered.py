@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from . import backends
+from .backends.outputs import rows_of
 from .plan import SegmentPlan
 
 # Arguments of a call in the order of the operators' schemas: the tensors that may have a gradient, then the rest.
@@ -81,13 +82,7 @@ class _Call(NamedTuple):
 
     def rows(self) -> tuple[int, int, int]:
         """Of out, and of streams and lse when they are saved."""
-        rows = self.q.shape[0]
-        if rows != self.k.shape[0]:  # answer rows alone
-            return rows, 0, rows
-        in_streams = rows + self.num_prompt * int(self.shared_qkv)
-        if self.beta is None:
-            return in_streams, 0, in_streams
-        return in_streams - self.num_prompt, 2 * self.num_prompt, in_streams
+        return rows_of(self.q.shape[0], self.k.shape[0], self.num_prompt, self.shared_qkv, self.beta is not None)
 
     def unused(self) -> tuple[torch.Tensor, torch.Tensor]:
         """streams and lse as a backend without its own backward returns them."""

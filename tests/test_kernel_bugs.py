@@ -57,7 +57,8 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from bitune_kernels.backends.triton import attention_backward, attention_forward, schedule, tiles
+from bitune_kernels.backends import schedule
+from bitune_kernels.backends.triton import attention_backward, attention_forward, tiles
 from bitune_kernels.backends.triton.tiles import Tile
 
 DEVICE = default_device()

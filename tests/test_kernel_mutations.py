@@ -1,7 +1,8 @@
 """Whether the tests would see a fault: kernels that were broken on purpose must fail, each in one small case.
 
-A fault replaces one piece of the source in a copy of the Triton backend, which then runs as a backend of its own
-through the same check as every backend. Nothing here depends on the device, so it runs in the interpreter alone.
+A fault replaces one piece of the source in a copy of the Triton backend and of the schedule that it shares with others.
+The copy then runs as a backend of its own through the same check as every backend. Nothing here depends on the device,
+so it runs in the interpreter alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from bitune_kernels import backends, bitune_attention, bitune_prefill
+from bitune_kernels.backends import schedule
 from bitune_kernels.testing import Case, assert_backend_within_budget
 
 pytest.importorskip("triton")
@@ -26,6 +28,7 @@ pytestmark = pytest.mark.skipif(not tiles.interpreted(), reason="Triton's interp
 
 FOLDER = Path(tiles.__file__).parent
 FORWARD, BACKWARD, COMMON = "attention_forward.py", "attention_backward.py", "common.py"
+SCHEDULE = Path(schedule.__file__).name
 
 # Tiles are 16 packed rows x 32 keys, 16 of the mixed prompt: where a fault is at the ends of tiles, there are several.
 PLAIN = Case(prompts=(9,), answers=(18,), heads=(2, 1))
@@ -83,7 +86,7 @@ FAULTS = [
     Fault("causal: a later key is seen", COMMON, "mask == CAUSAL, own + 1,", "mask == CAUSAL, own + 2,", PLAIN),
     Fault("causal: not itself", COMMON, "mask == CAUSAL, own + 1,", "mask == CAUSAL, own,", SHARED),
     Fault("dk: not from itself", BACKWARD, "mask == CAUSAL, own, 0", "mask == CAUSAL, own + 1, 0", PLAIN, backward),
-    Fault("anti-causal is causal", "schedule.py", '"anti_causal": ANTI_CAUSAL', '"anti_causal": CAUSAL', ANTI_CAUSAL),
+    Fault("anti-causal is causal", SCHEDULE, '"anti_causal": ANTI_CAUSAL', '"anti_causal": CAUSAL', ANTI_CAUSAL),
     Fault("anti-causal: not itself", COMMON, "mask == ANTI_CAUSAL, own,", "mask == ANTI_CAUSAL, own + 1,", ANTI_CAUSAL),
     Fault(
         "dk: anti-causal: not from itself",
@@ -120,14 +123,14 @@ FAULTS = [
     ),
     Fault(
         "prompt after the prefix: position",
-        "schedule.py",
+        SCHEDULE,
         '"length": n, "position": m, "mask"',
         '"length": n, "position": 0, "mask"',
         PREFIX,
     ),
     Fault(
         "dk after the prefix: position",
-        "schedule.py",
+        SCHEDULE,
         'keys = {"length": n, "position": m}',
         'keys = {"length": n, "position": 0}',
         PREFIX,
@@ -138,7 +141,7 @@ FAULTS = [
     ),
     Fault(
         "prefix of the first sample",
-        "schedule.py",
+        SCHEDULE,
         '"prefix_row": past, "prefix_length": m, ',
         '"prefix_row": 0, "prefix_length": m, ',
         PREFIX,
@@ -230,7 +233,7 @@ FAULTS = [
     Fault("d_beta: sign", BACKWARD, "delta[:N] - delta[N : 2 * N]", "delta[N : 2 * N] - delta[:N]", BETA, backward),
     Fault("the second stream with the first one's queries", FORWARD, "q_row = own_row\n", "q_row = q_row\n", BETA),
     # the cache
-    Fault("answers in the prompt's slots", "schedule.py", '"write_row": N + r', '"write_row": r', PLAIN, prefill),
+    Fault("answers in the prompt's slots", SCHEDULE, '"write_row": N + r', '"write_row": r', PLAIN, prefill),
     Fault(
         "slots aren't read",
         FORWARD,
@@ -242,6 +245,15 @@ FAULTS = [
 ]
 
 
+def loaded(name: str, path: Path):
+    """The module of this file under another's name."""
+    folder = [str(path.parent)] if path.name == "__init__.py" else None
+    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=folder)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def mutant(tmp_path, monkeypatch):
     """A function that makes a copy of the Triton backend with some text replaced the backend "mutant"."""
@@ -249,18 +261,15 @@ def mutant(tmp_path, monkeypatch):
     def make(file=None, old="", new="", count=1):
         folder = tmp_path / "mutant"
         shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(schedule.__file__, folder)
         if file is not None:
             source = (folder / file).read_text()
             if source.count(old) != count:
                 pytest.fail(f"{file}: expected {count} times {old!r}, got {source.count(old)}: this fault is stale")
             (folder / file).write_text(source.replace(old, new))
         name = f"{backends.__name__}.mutant"
-        spec = importlib.util.spec_from_file_location(
-            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
+        monkeypatch.setattr(backends, "schedule", loaded(schedule.__name__, folder / SCHEDULE))
+        monkeypatch.setitem(sys.modules, name, loaded(name, folder / "__init__.py"))
         monkeypatch.setattr(backends, "BACKENDS", (*backends.BACKENDS, "mutant"))
         its_tiles = importlib.import_module(f"{name}.tiles")
         monkeypatch.setattr(its_tiles, "choose", lambda *args, **kwargs: its_tiles.Tile(16, 32, 4, 1))

@@ -89,11 +89,15 @@ def test_every_requirement_is_pinned():
             assert requirement.specifier.contains(pin), f"constraints.txt breaks {requirement}"
 
 
-def run_env(folder, *arguments):
+def run(folder, *arguments):
     return subprocess.run(
-        [sys.executable, "-m", "bitune_kernels.env", *arguments],
-        cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, check=True, capture_output=True, text=True,
+        [sys.executable, *arguments],
+        cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, check=True, stdout=subprocess.PIPE, text=True,
     ).stdout  # fmt: skip
+
+
+def run_env(folder, *arguments):
+    return run(folder, "-m", "bitune_kernels.env", *arguments)
 
 
 def test_env_report():
@@ -200,7 +204,14 @@ needs_nvcc = pytest.mark.skipif(not NVCC, reason="building the extension needs n
 
 
 def test_sdist_has_the_sources_and_nothing_generated(sdist):
-    for name in ("LICENSE", "CMakeLists.txt", "csrc/device_info.cu", "python/bindings.cpp", "Makefile"):
+    for name in (
+        "LICENSE",
+        "CMakeLists.txt",
+        "csrc/attention.h",
+        "csrc/device/ptx.cuh",
+        "python/bindings.cpp",
+        "Makefile",
+    ):
         assert (sdist / name).is_file(), name
     assert not (sdist / "bitune_kernels/_build_info.py").exists()
     assert not list(sdist.rglob("*.so"))
@@ -230,6 +241,47 @@ def test_broken_toolkit_fails_with_its_reason(source, tmp_path, fake_nvcc, switc
     assert "nvcc is broken" in result.stdout
 
 
+# Of the wheel that was built: in a process of its own.
+USES_THE_EXTENSION = """
+import torch
+from bitune_kernels import SegmentPlan, _C, bitune_attention
+from bitune_kernels.backends import schedule
+
+assert _C.DEVICE_TYPE == "cuda" and _C.ITEM_COLUMNS == schedule.FORWARD
+assert all(_C.forward_tile(c, 128, 128) != (0, 0) for c in (80, 86, 90, 100, 120)), "kernels are missing"
+assert _C.forward_tile(75, 64, 64) == (0, 0) and _C.forward_tile(90, 264, 64) == (0, 0)
+
+rows = (4096, 64, 64, 1)
+launch = dict.fromkeys("k_prefix v_prefix streams k_written v_written alpha_k alpha_v beta".split())
+launch |= dict.fromkeys("num_prompt slots lse sinks softcap window device stream".split(), 0)
+launch |= dict(items=4096, num_items=1, num_heads_kv=1, group_size=1, head_dim=64, head_dim_v=64, softmax_scale=1.0)
+launch |= dict(bf16=True, q=rows, k=rows, v=rows, out=rows, two_parts=False, goes_on=False)
+for name, value in (
+    ("items", 0), ("q", None), ("k", (0, 64, 64, 1)), ("v", (4096, 64, 60, 1)), ("out", (4096, 64, 64, 2**31)),
+    ("k_prefix", rows), ("slots", 8), ("head_dim", 20), ("window", -1),
+):
+    try:
+        _C.forward(**launch | {name: value})
+    except ValueError as e:
+        assert name in str(e), (name, e)
+    else:
+        raise AssertionError(f"{name} = {value} was launched")
+
+if not _C.device_info()["devices"]:
+    code, text = _C.forward(**launch)
+    assert code and "CUDA driver" in text, (code, text)
+    try:
+        _C.capability(0)
+    except RuntimeError as e:
+        assert "CUDA driver" in str(e), e
+x = torch.zeros(3, 1, 64, dtype=torch.bfloat16)
+try:
+    bitune_attention(x, x, x, 0.5, 0.5, SegmentPlan.from_lengths([1], [1]), backend="cuda")
+except ValueError as e:
+    print(e)
+"""
+
+
 @needs_cmake
 @needs_nvcc
 def test_wheel_with_cuda(source, tmp_path):
@@ -244,12 +296,18 @@ def test_wheel_with_cuda(source, tmp_path):
     if not torch.cuda.is_available():
         assert not state["runnable"]
         assert re.search("driver|GPU|device", state["reason"]), state["reason"]
+    (library,) = content.glob("bitune_kernels/_C*.so")
+    needed = subprocess.check_output(["readelf", "-d", library], text=True)
+    assert "libc.so" in needed and "libcuda" not in needed
+    refused = run(content, "-c", USES_THE_EXTENSION)
+    assert refused.strip() == ("backend: 'cuda' can't run this call: the native extension needs a cuda device, got cpu")
 
 
 @needs_cmake
 @needs_nvcc
-def test_architectures_are_checked(source, tmp_path):
-    result = build("build_wheel", source, tmp_path / "out", CUDACXX=NVCC, BITUNE_CUDA_ARCHS="sm_80")
+@pytest.mark.parametrize("archs", ["sm_80", "75", "80;100a"])
+def test_architectures_are_checked(source, tmp_path, archs):
+    result = build("build_wheel", source, tmp_path / "out", CUDACXX=NVCC, BITUNE_CUDA_ARCHS=archs)
     assert result.returncode != 0
     assert "BITUNE_CUDA_ARCHS must be a list like 80;90a" in result.stdout
     assert "Building CUDA" not in result.stdout

@@ -33,7 +33,7 @@ from importlib import import_module
 from types import ModuleType
 
 # Ordered by how the choice of "auto" goes: the first one that supports the call.
-BACKENDS = ("sdpa", "triton", "flash", "flex", "reference")
+BACKENDS = ("sdpa", "cuda", "triton", "flash", "flex", "reference")
 
 # "auto" takes only what is tested wherever the tests run; the others must be asked for by name.
 AUTO = ("sdpa", "reference")

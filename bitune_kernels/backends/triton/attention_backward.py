@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 
 from ...plan import SegmentPlan
-from . import schedule, tiles
+from .. import schedule
+from . import tiles
 from .common import (
     LOG2E,
     launch_arguments,

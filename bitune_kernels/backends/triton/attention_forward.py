@@ -21,7 +21,9 @@ import triton
 import triton.language as tl
 
 from ...plan import SegmentPlan
-from . import schedule, tiles
+from .. import schedule
+from ..outputs import allocate
+from . import tiles
 from .common import (
     LOG2E,
     launch_arguments,
@@ -425,34 +427,19 @@ def forward(
     """Allocates the outputs and launches the kernel: ``out, k_mixed, v_mixed, streams, lse``.
 
     With caches, the mixed and the answer's keys and values go to ``cache_positions`` there; k_mixed, v_mixed are None.
-    lse float32 [rows of all streams, heads], in log2 (what the kernels compute with), and streams [2 N, heads, dim_v]
-    (with beta) are what the backward needs; both are empty without ``save``.
     """
-    N = plan.num_prompt
-    (rows_q, heads_q, _), (_, heads_kv, dim_v) = q.shape, v.shape
-    group = heads_q // heads_kv
+    heads_kv, group = k.shape[1], q.shape[1] // k.shape[1]
     q, k, v = tiles.near(q, group), tiles.near(k), tiles.near(v)
     vectors = tiles.in_a_row(alpha_k, alpha_v, beta, sinks, cache_positions)
     alpha_k, alpha_v, beta, sinks, cache_positions = vectors
     prefix = prefix and tuple(map(tiles.near, prefix))
-    answer_only = rows_q != k.shape[0]
-    two_parts = (shared_qkv or beta is not None) and not answer_only
-    mixes = plan.num_streams == 2
-    rows_streams = rows_q + (N if shared_qkv and not answer_only else 0)
-    rows_out = rows_streams - (N if beta is not None and not answer_only else 0)
-    has_streams = save and beta is not None and not answer_only
+    mixes, has_beta, to_cache = plan.num_streams == 2, beta is not None, cache_positions is not None
+    answer_only = q.shape[0] != k.shape[0]
+    two_parts = (shared_qkv or has_beta) and not answer_only
 
-    out = q.new_empty(rows_out, heads_q, dim_v)
-    lse = q.new_empty(rows_streams if save else 0, heads_q, dtype=torch.float32)
-    streams = q.new_empty(2 * N if has_streams else 0, heads_q, dim_v)
-    k_mixed = v_mixed = None
-    k_written, v_written = k_cache, v_cache
-    if cache_positions is None:
-        k_mixed, v_mixed = k[:N], v[:N]
-        if mixes:
-            k_mixed, v_mixed = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k_mixed, v_mixed))
-        k_written, v_written = k_mixed, v_mixed
-
+    outputs = allocate(q, k, v, plan, shared_qkv=shared_qkv, beta=has_beta, save=save, to_cache=to_cache)
+    out, k_mixed, v_mixed, streams, lse = outputs
+    k_written, v_written = (k_cache, v_cache) if to_cache else (k_mixed, v_mixed)
     tile = tile or tiles.choose("forward_two_parts" if two_parts else "forward", q, v)
     items = schedule.cached(
         plan,
@@ -462,12 +449,12 @@ def forward(
         window=window,
         stream_mask=stream_mask,
         shared_qkv=shared_qkv,
-        beta=beta is not None,
+        beta=has_beta,
         answer_only=answer_only,
-        to_cache=cache_positions is not None,
+        to_cache=to_cache,
     )
     if not len(items):
-        return out, k_mixed, v_mixed, streams, lse
+        return outputs
     arguments = launch_arguments(q, k, v, alpha_k, beta, prefix, plan, softmax_scale, window, softcap)
     strides, scalars, constants = arguments
     with torch.cuda.device_of(q):
@@ -499,7 +486,7 @@ def forward(
             HAS_SINKS=sinks is not None,
             FOLD_SCALE=softcap is None and softmax_scale > 0,
             SAVE=save,
-            WRITE=mixes or cache_positions is not None,
-            HAS_SLOTS=cache_positions is not None,
+            WRITE=mixes or to_cache,
+            HAS_SLOTS=to_cache,
         )
-    return out, k_mixed, v_mixed, streams, lse
+    return outputs

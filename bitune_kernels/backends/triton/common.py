@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 
 from ...plan import SegmentPlan
-from . import schedule, tiles
+from .. import schedule
+from . import tiles
 
 LOG2E = tl.constexpr(1.4426950408889634)
 

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ...plan import SegmentPlan
+from ..plan import SegmentPlan
 
 # Which keys of a run a query sees, by position. AFTER: j > i. NONE: no key.
 FULL, CAUSAL, ANTI_CAUSAL, AFTER, NONE = range(5)

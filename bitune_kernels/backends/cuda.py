@@ -1,0 +1,198 @@
+"""CUDA C++ kernels (``csrc/attention.h``): ``bitune_attention`` in one launch. Its backward is Triton's."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+import torch
+
+from .. import env
+from ..plan import SegmentPlan
+from . import autograd, load, schedule
+from .outputs import allocate
+
+DTYPES = (torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+
+
+def unsupported(*, device=None, dtype=None, head_dim=None, head_dim_v=None, requires_grad=False, **call) -> str | None:
+    """Why this backend can't run a call, or None."""
+    try:
+        native = _native()
+    except ImportError:
+        return f"the native extension can't be used: {env.native_extension()['reason']}"
+    if getattr(native, "ITEM_COLUMNS", None) != schedule.FORWARD:
+        return "the native extension was built from other sources than these: install the package again"
+    device = torch.device(native.DEVICE_TYPE if device is None else device)
+    if device.type != native.DEVICE_TYPE:
+        return f"the native extension needs a {native.DEVICE_TYPE} device, got {device.type}"
+    if dtype is not None and dtype not in DTYPES:
+        return f"the kernels compute bfloat16 and float16, got {dtype}"
+    dims = head_dim or 64, head_dim_v or head_dim or 64
+    for dim in dims:
+        if dim % 8 or dim > MAX_HEAD_DIM:
+            return f"the kernels need head dims that are multiples of 8 up to {MAX_HEAD_DIM}, got {dim}"
+    try:
+        capability = native.capability(_index(device))
+    except RuntimeError as e:
+        return native.device_info()["error"] or str(e)
+    if native.forward_tile(capability, *dims) == (0, 0):
+        return f"the native extension has no kernel for compute capability {capability // 10}.{capability % 10}"
+    if requires_grad:
+        facts = {"device": device, "dtype": dtype, "head_dim": head_dim, "head_dim_v": head_dim_v}
+        if reason := load("triton").unsupported(**facts, **call, requires_grad=True):
+            return f"its backward is Triton's: {reason}"
+    return None
+
+
+def forward(
+    q,
+    k,
+    v,
+    alpha_k,
+    alpha_v,
+    plan: SegmentPlan,
+    *,
+    softmax_scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    stream_mask: str,
+    shared_qkv: bool,
+    beta: torch.Tensor | None,
+    prefix: tuple[torch.Tensor, torch.Tensor] | None,
+    save: bool,
+    k_cache: torch.Tensor | None = None,
+    v_cache: torch.Tensor | None = None,
+    cache_positions: torch.Tensor | None = None,
+):
+    """Allocates the outputs and launches the kernel: ``out, k_mixed, v_mixed, streams, lse``.
+
+    With caches, the mixed and the answer's keys and values go to ``cache_positions`` there; k_mixed, v_mixed are None.
+
+    Raises:
+        ValueError: a cache whose rows the kernels can't address.
+        RuntimeError: CUDA refused the launch.
+    """
+    native, index = _native(), _index(q.device)
+    heads_kv, dim, dim_v = k.shape[1], q.shape[2], v.shape[2]
+    mixes, has_beta, to_cache = plan.num_streams == 2, beta is not None, cache_positions is not None
+    answer_only = q.shape[0] != k.shape[0]
+    two_parts = (shared_qkv or has_beta) and not answer_only
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if to_cache and not _addressable(cache):
+            raise ValueError(
+                f"{name}: expected contiguous rows at multiples of 16 bytes, got strides {list(cache.stride())} from "
+                f"address {cache.data_ptr():#x} on"
+            )
+
+    outputs = allocate(q, k, v, plan, shared_qkv=shared_qkv, beta=has_beta, save=save, to_cache=to_cache)
+    out, k_mixed, v_mixed, streams, lse = outputs
+    k_written, v_written = (k_cache, v_cache) if to_cache else (k_mixed, v_mixed)
+    block_m, _ = native.forward_tile(native.capability(index), dim, dim_v)
+    items = schedule.cached(
+        plan,
+        schedule.forward_items,
+        group_size=q.shape[1] // heads_kv,
+        block=block_m,
+        window=window,
+        stream_mask=stream_mask,
+        shared_qkv=shared_qkv,
+        beta=has_beta,
+        answer_only=answer_only,
+        to_cache=to_cache,
+    )
+    if not len(items):
+        return outputs
+    # What is made here must live until the launch; after it, the stream's order keeps its memory from being reused.
+    q, k, v, *prefix = (x if _addressable(x) else _copy(x) for x in (q, k, v, *(prefix or ())))
+    alpha_k, alpha_v, beta, sinks = (
+        None if x is None else x.float().contiguous() for x in (alpha_k, alpha_v, beta, sinks)
+    )
+    slots = cache_positions.contiguous() if to_cache else None
+    writes = mixes or to_cache
+    code, text = native.forward(
+        items=items.data_ptr(),
+        num_items=len(items),
+        bf16=q.dtype == torch.bfloat16,
+        num_heads_kv=heads_kv,
+        group_size=q.shape[1] // heads_kv,
+        head_dim=dim,
+        head_dim_v=dim_v,
+        num_prompt=plan.num_prompt,
+        q=_rows(q),
+        k=_rows(k),
+        v=_rows(v),
+        k_prefix=_rows(prefix[0]) if plan.num_prefix else None,
+        v_prefix=_rows(prefix[1]) if plan.num_prefix else None,
+        out=_rows(out),
+        streams=_rows(streams) if len(streams) else None,
+        k_written=_rows(k_written) if writes else None,
+        v_written=_rows(v_written) if writes else None,
+        slots=slots.data_ptr() if to_cache else 0,
+        lse=lse.data_ptr(),
+        alpha_k=_per_head(alpha_k),
+        alpha_v=_per_head(alpha_v),
+        beta=_per_head(beta) if two_parts else None,
+        sinks=0 if sinks is None else sinks.data_ptr(),
+        softmax_scale=softmax_scale,
+        softcap=softcap or 0.0,
+        window=min(window or 0, 2**30),
+        two_parts=two_parts,
+        goes_on=shared_qkv and stream_mask != "anti_causal",
+        device=index,
+        stream=torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0,
+    )
+    if code:
+        raise RuntimeError(f"{text} (error {code})")
+    return outputs
+
+
+def backward(*tensors, **options) -> list[torch.Tensor]:
+    """The gradients, by Triton's kernels: ``streams`` and ``lse`` are the same here.
+
+    The one backend that uses another: a second backward would have to compute the same from the same.
+    """
+    return load("triton").backward(*tensors, **options)
+
+
+def prefill(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, **options) -> torch.Tensor:
+    """``out``; the mixed prompt and the answer go straight into k_cache and v_cache at cache_positions."""
+    return forward(q, k, v, alpha_k, alpha_v, plan, **options, save=False)[0]
+
+
+def attention(*tensors, **options):
+    """``bitune_kernels.ops.bitune_attention``, differentiable once."""
+    return autograd.attention(forward, backward, *tensors, **options)
+
+
+def _native() -> ModuleType:
+    # Looked up by each call: importing the package must not need what it was built without.
+    return import_module("bitune_kernels._C")
+
+
+def _index(device: torch.device) -> int:
+    if device.index is not None or device.type != "cuda":
+        return device.index or 0
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
+
+
+def _addressable(x: torch.Tensor) -> bool:
+    # Whether the kernels' copies of 16 bytes, which go on from row to row, reach every element.
+    row, head, element = x.stride()
+    return element == 1 and row > 0 and head > 0 and row % 8 == 0 and head % 8 == 0 and x.data_ptr() % 16 == 0
+
+
+def _copy(x: torch.Tensor) -> torch.Tensor:
+    # Not contiguous(): that is x itself where a contiguous x begins in the middle of 16 bytes. New memory never does.
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _rows(x: torch.Tensor) -> tuple[int, int, int, int]:
+    row, head, _ = x.stride()
+    return x.data_ptr(), row, head, x.shape[0]
+
+
+def _per_head(x: torch.Tensor | None) -> tuple[int, int] | None:
+    return None if x is None else (x.data_ptr(), x.ndim)
