@@ -29,8 +29,7 @@ HALF = (torch.bfloat16, torch.float16)
 TWO, ONE = {"prompts": (400, 130), "answers": (300, 40)}, {"num_streams": 1, "shared_qkv": True}
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory) -> Path:
+def emulated_library(tmp_path_factory) -> Path:
     """The emulated extension, built by the first process that asks."""
     pytest.importorskip("pybind11", reason="building the emulated extension needs pybind11")
     folder = tmp_path_factory.getbasetemp().parent / "emulated"
@@ -39,6 +38,11 @@ def library(tmp_path_factory) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         built = list(folder.glob("_C*.so"))
         return built[0] if built else emulator.build(folder)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory) -> Path:
+    return emulated_library(tmp_path_factory)
 
 
 @pytest.fixture

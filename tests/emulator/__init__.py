@@ -2,7 +2,6 @@
 
 import importlib.util
 import subprocess
-import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,14 +14,14 @@ FLAGS += [f"-DBITUNE_{name}" for name in ("DEBUG", "EMULATED", "SM80", "SM90")]
 REPLACED = {"launch.cu", "device_info.cu"}
 
 
-def compile_objects(sources, folder, flags=()):
+def compile_objects(sources, folder, flags=(), csrc=CSRC):
     """Compiles on two cores, the largest file first. Every error shows, not only the first file's."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
     def compile_object(source):
         target = folder / f"{source.name}.o"
-        paths = ["-I", str(HERE), "-I", str(CSRC), "-include", str(HERE / "simt.h")]
+        paths = ["-I", str(HERE), "-I", str(csrc), "-include", str(HERE / "simt.h")]
         command = ["g++", *paths, *flags, *FLAGS, "-c", str(source), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True)
         return target, done.returncode, done.stderr
@@ -57,9 +56,9 @@ def build(folder):
 
 
 def load(path):
-    """The built module as bitune_kernels._C. ctypes.CDLL(path).emulator_set(capability, multiprocessors, seed)."""
-    spec = importlib.util.spec_from_file_location("bitune_kernels._C", path)
+    """The built module. Its settings: ctypes.CDLL(path).emulator_set(capability, multiprocessors, seed)."""
+    # pybind11 returns the module that it made for a name before: each path needs its own.
+    spec = importlib.util.spec_from_file_location(f"{Path(path).parent.as_posix()}._C", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    sys.modules["bitune_kernels._C"] = module
     return module
