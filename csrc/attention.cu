@@ -33,9 +33,9 @@ static bool takes_sm80(int capability) {
 
 Tile forward_tile(int capability, int head_dim, int head_dim_v) {
   int dim = head_dim > head_dim_v ? head_dim : head_dim_v;
-  if (dim > 256) return {0, 0};
+  if (dim > 256) return {};
   if (takes_sm90(capability)) return tile_sm90(dim);
-  return takes_sm80(capability) ? tile_sm80(dim) : Tile{0, 0};
+  return takes_sm80(capability) ? tile_sm80(dim) : Tile{};
 }
 
 Error forward(const Attention& a, int device, void* stream) {

@@ -60,13 +60,14 @@ struct Error {
   std::string text;
 };
 
-// Packed query rows and keys of a kernel's tiles.
+// Packed query rows and keys of a kernel's tiles, and the shared memory that its blocks take.
 struct Tile {
-  int block_m;
-  int block_n;
+  int block_m = 0;
+  int block_n = 0;
+  int shared_bytes = 0;
 };
 
-// The tile that forward() uses on a GPU of this compute capability (90: 9.0). block_m 0: there is no kernel for it.
+// What forward() uses on a GPU of this compute capability (90: 9.0). block_m 0: there is no kernel for it.
 Tile forward_tile(int capability, int head_dim, int head_dim_v);
 
 // Compute capability of a device times 10.

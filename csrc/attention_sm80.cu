@@ -22,10 +22,8 @@ struct Shape {
   static constexpr int kBlockM = kTile.block_m;
   static constexpr int kBlockN = kTile.block_n;
   static constexpr int kThreads = kBlockM / 16 * 32;  // 16 query rows per warp
-  static constexpr int kColumns = (D + 63) / 64 * 64;
-  static constexpr int kBytesQ = kBlockM * kColumns * 2;
-  static constexpr int kBytesK = kBlockN * kColumns * 2;
-  static constexpr int kShared = kBytesQ + 2 * kBytesK;
+  static constexpr int kBytesQ = kBlockM * columns(D) * 2;
+  static constexpr int kBytesK = kBlockN * columns(D) * 2;
 };
 
 // s [16, kBlockN] = q k^T for a warp's query rows, from `row` on.
@@ -146,7 +144,7 @@ template <typename T, int D>
 Error launch_shape(const Attention& a, void* stream) {
   using S = Shape<T, D>;
   auto kernel = prescaled(a) ? attend_sm80<S, true> : attend_sm80<S, false>;
-  return launch(kernel, a.num_items * a.num_heads_kv, S::kThreads, S::kShared, stream, a);
+  return launch(kernel, a.num_items * a.num_heads_kv, S::kThreads, S::kTile.shared_bytes, stream, a);
 }
 
 }  // namespace

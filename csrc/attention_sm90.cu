@@ -22,43 +22,6 @@
 namespace bitune {
 namespace {
 
-struct Params {
-  Attention a;
-  TensorMap k, v, k_prefix, v_prefix;
-};
-
-template <typename T, int D>
-struct Shape {
-  using Element = T;
-  static constexpr int kDim = D;
-  static constexpr int kBlockM = tile_sm90(D).block_m;
-  static_assert(kBlockM == 128, "two consumers");
-  static constexpr int kBlockN = tile_sm90(D).block_n;
-  static constexpr int kStages = 2;
-  static constexpr bool kTakesTurns = D <= 128;  // wider ones have more products per softmax than they need
-
-  static constexpr int kColumns = (D + 63) / 64 * 64;
-  static constexpr int kBytesQ = kBlockM * kColumns * 2;
-  static constexpr int kBytesK = kBlockN * kColumns * 2;
-  static constexpr int kShared = kBytesQ + 2 * kStages * kBytesK + (2 + 4 * kStages) * 8;
-};
-
-// Shared memory: addresses of the buffers and of their barriers.
-template <class S>
-struct Memory {
-  uint32_t base = ptx::dynamic_shared();
-  __device__ uint32_t q() const { return base; }
-  __device__ uint32_t k(int stage) const { return base + S::kBytesQ + stage * S::kBytesK; }
-  __device__ uint32_t v(int stage) const { return k(S::kStages + stage); }
-  __device__ uint32_t barrier(int i) const { return k(2 * S::kStages) + 8 * i; }
-  __device__ uint32_t q_full() const { return barrier(0); }
-  __device__ uint32_t q_empty() const { return barrier(1); }
-  __device__ uint32_t k_full(int stage) const { return barrier(2 + stage); }
-  __device__ uint32_t k_empty(int stage) const { return barrier(2 + S::kStages + stage); }
-  __device__ uint32_t v_full(int stage) const { return barrier(2 + 2 * S::kStages + stage); }
-  __device__ uint32_t v_empty(int stage) const { return barrier(2 + 3 * S::kStages + stage); }
-};
-
 constexpr int kConsumers = 2;
 constexpr int kThreads = (1 + kConsumers) * 128;
 constexpr int kCopyWarps = 3;
@@ -71,12 +34,46 @@ constexpr int kComputeRegisters = 216;
 // The named barriers of the consumers' turns are this one and the next.
 constexpr int kTurns = 1;
 
-// Where a role stands in a ring: tile n of the block is in stage n % kStages, for the (n / kStages)th time.
+struct Params {
+  Attention a;
+  TensorMap k, v, k_prefix, v_prefix;
+};
+
+template <typename T, int D>
+struct Shape {
+  using Element = T;
+  static constexpr int kDim = D;
+  static constexpr Tile kTile = tile_sm90(D);
+  static constexpr int kBlockM = kTile.block_m;
+  static constexpr int kBlockN = kTile.block_n;
+  static_assert(kBlockM == 128, "two consumers");
+  static constexpr bool kTakesTurns = D <= 128;  // wider ones have more products per softmax than they need
+  static constexpr int kColumns = columns(D);
+  static constexpr int kBytesQ = kBlockM * kColumns * 2;
+  static constexpr int kBytesK = kBlockN * kColumns * 2;
+};
+
+// Shared memory: addresses of the buffers and of their barriers.
 template <class S>
+struct Memory {
+  uint32_t base = ptx::dynamic_shared();
+  __device__ uint32_t q() const { return base; }
+  __device__ uint32_t k(int stage) const { return base + S::kBytesQ + stage * S::kBytesK; }
+  __device__ uint32_t v(int stage) const { return k(kStages + stage); }
+  __device__ uint32_t barrier(int i) const { return k(2 * kStages) + 8 * i; }
+  __device__ uint32_t q_full() const { return barrier(0); }
+  __device__ uint32_t q_empty() const { return barrier(1); }
+  __device__ uint32_t k_full(int stage) const { return barrier(2 + stage); }
+  __device__ uint32_t k_empty(int stage) const { return barrier(2 + kStages + stage); }
+  __device__ uint32_t v_full(int stage) const { return barrier(2 + 2 * kStages + stage); }
+  __device__ uint32_t v_empty(int stage) const { return barrier(2 + 3 * kStages + stage); }
+};
+
+// Where a role stands in a ring: tile n of the block is in stage n % kStages, for the (n / kStages)th time.
 struct Ring {
   int n = 0;
-  __device__ int stage() const { return n % S::kStages; }
-  __device__ int full() const { return n / S::kStages % 2; }  // parity to wait for
+  __device__ int stage() const { return n % kStages; }
+  __device__ int full() const { return n / kStages % 2; }  // parity to wait for
   __device__ int empty() const { return full() ^ 1; }
 };
 
@@ -120,7 +117,7 @@ __device__ void fetch(uint32_t target, const TensorMap* map, uint32_t barrier, i
 template <class S>
 __device__ void load(const Params& p, Memory<S> memory) {
   const Attention& a = p.a;
-  Ring<S> ring;
+  Ring ring;
   int entry;
   for (int round = 0; (entry = entry_of(round, blockIdx.x, gridDim.x, a.num_items * a.num_heads_kv)) >= 0; ++round) {
     const Item& item = item_of(a, entry);
@@ -163,7 +160,7 @@ __device__ inline void publish(uint32_t barrier) {
 template <class S>
 __device__ void copy(const Attention& a, Memory<S> memory) {
   int thread = threadIdx.x - 32;
-  Ring<S> ring;
+  Ring ring;
   int queries = 0;
   int entry;
   for (int round = 0; (entry = entry_of(round, blockIdx.x, gridDim.x, a.num_items * a.num_heads_kv)) >= 0; ++round) {
@@ -204,7 +201,7 @@ struct Consumer {
   const Attention& a;
   Memory<S> memory;
   int index;  // of the consumer
-  Ring<S> ring;
+  Ring ring;
   Softmax softmax;
   float acc[S::kDim / 2];
 
@@ -287,7 +284,7 @@ struct Consumer {
     pack_rows<typename S::Element>(s, p);
 
     for (first += S::kBlockN; first < r.span.stop; first += S::kBlockN) {
-      Ring<S> before = ring;
+      Ring before = ring;
       ++ring.n;
       ptx::mbarrier_wait(memory.k_full(ring.stage()), ring.full());
       await_turn();
@@ -322,7 +319,7 @@ struct Consumer {
     float s[S::kBlockN / 2];
     uint32_t p[S::kBlockN / 4];
     for (int first = r.span.start; first < r.span.stop; first += S::kBlockN) {
-      Ring<S> of_values = ring;
+      Ring of_values = ring;
       await_turn();
 #pragma unroll
       for (int i = 0; i < 2; ++i, ++ring.n) {
@@ -392,7 +389,7 @@ __global__ void __launch_bounds__(kThreads, 1) attend_sm90(const __grid_constant
     constexpr int kConsumerWarps = 4 * kConsumers;
     ptx::mbarrier_init(memory.q_full(), kCopyWarps);
     ptx::mbarrier_init(memory.q_empty(), kConsumerWarps);
-    for (int stage = 0; stage < S::kStages; ++stage) {
+    for (int stage = 0; stage < kStages; ++stage) {
       ptx::mbarrier_init(memory.k_full(stage), 1);
       ptx::mbarrier_init(memory.k_empty(stage), kConsumerWarps);
       ptx::mbarrier_init(memory.v_full(stage), 1 + kCopyWarps);
@@ -419,7 +416,7 @@ Error launch_shape(const Params& p, int multiprocessors, void* stream) {
   const Attention& a = p.a;
   int blocks = lesser(a.num_items * a.num_heads_kv, multiprocessors);
   auto kernel = prescaled(a) ? attend_sm90<S, true> : attend_sm90<S, false>;
-  return launch(kernel, blocks, kThreads, S::kShared, stream, p);
+  return launch(kernel, blocks, kThreads, S::kTile.shared_bytes, stream, p);
 }
 
 }  // namespace

@@ -9,8 +9,23 @@
 
 namespace bitune {
 
-constexpr Tile tile_sm80(int dim) { return dim > 128 ? Tile{64, 32} : Tile{128, 64}; }
-constexpr Tile tile_sm90(int dim) { return dim > 128 ? Tile{128, 64} : Tile{128, 128}; }
+// Columns of an operand in shared memory: whole tiles of 64.
+constexpr int columns(int dim) { return (dim + 63) / 64 * 64; }
+
+// sm80: queries, keys, values.
+constexpr Tile tile_sm80(int dim) {
+  Tile t = dim > 128 ? Tile{64, 32} : Tile{128, 64};
+  t.shared_bytes = (t.block_m + 2 * t.block_n) * columns(dim) * 2;
+  return t;
+}
+
+// sm90: queries, rings of keys and values, and the mbarriers of each buffer.
+constexpr int kStages = 2;
+constexpr Tile tile_sm90(int dim) {
+  Tile t = dim > 128 ? Tile{128, 64} : Tile{128, 128};
+  t.shared_bytes = (t.block_m + 2 * kStages * t.block_n) * columns(dim) * 2 + 2 * (1 + 2 * kStages) * 8;
+  return t;
+}
 
 Error forward_sm80(const Attention& attention, void* stream);
 Error forward_sm90(const Attention& attention, int multiprocessors, void* stream);

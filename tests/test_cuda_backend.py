@@ -47,7 +47,7 @@ class Native(ModuleType):
         return self.of_device
 
     def forward_tile(self, capability, head_dim, head_dim_v):
-        return (64, 32) if capability >= 80 else (0, 0)
+        return (64, 32, 1024) if capability >= 80 else (0, 0, 0)
 
     def device_info(self):
         return {"error": self.error}

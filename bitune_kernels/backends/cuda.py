@@ -37,7 +37,7 @@ def unsupported(*, device=None, dtype=None, head_dim=None, head_dim_v=None, requ
         capability = native.capability(_index(device))
     except RuntimeError as e:
         return native.device_info()["error"] or str(e)
-    if native.forward_tile(capability, *dims) == (0, 0):
+    if not native.forward_tile(capability, *dims)[0]:
         return f"the native extension has no kernel for compute capability {capability // 10}.{capability % 10}"
     if requires_grad:
         facts = {"device": device, "dtype": dtype, "head_dim": head_dim, "head_dim_v": head_dim_v}
@@ -90,7 +90,7 @@ def forward(
     outputs = allocate(q, k, v, plan, shared_qkv=shared_qkv, beta=has_beta, save=save, to_cache=to_cache)
     out, k_mixed, v_mixed, streams, lse = outputs
     k_written, v_written = (k_cache, v_cache) if to_cache else (k_mixed, v_mixed)
-    block_m, _ = native.forward_tile(native.capability(index), dim, dim_v)
+    block_m, *_ = native.forward_tile(native.capability(index), dim, dim_v)
     items = schedule.cached(
         plan,
         schedule.forward_items,
