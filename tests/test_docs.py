@@ -48,10 +48,11 @@ def test_its_make_targets_exist():
 
 def test_its_module_commands_run():
     modules = set(re.findall(r"python -m (bitune_kernels(?:\.\w+)+)", README))
-    # in full by tests/test_triton_compile.py, which takes minutes, and with a GPU
+    # in full by tests/test_triton_compile.py and tests/test_packaging.py, which take minutes, and with a GPU
     arguments = {
         "bitune_kernels.env": [],
         "bitune_kernels.testing.compiled": ["--help"],
+        "bitune_kernels.testing.native": ["--help"],
         "bitune_kernels.tune": ["--help"],
     }
     assert modules == set(arguments)
@@ -63,13 +64,15 @@ def test_its_module_commands_run():
 def test_paths_and_public_names_exist(name):
     import bitune_kernels
 
-    for path in re.findall(r"`((?:[\w.]+/)*[\w.]+(?:/|\.(?:py|md|csv|png|jsonl|txt)))`", DOCS[name]):
+    for path in re.findall(r"`((?:[\w.]+/)*[\w.]+(?:/|\.(?:py|md|csv|png|jsonl|txt|h|cuh|cu)))`", DOCS[name]):
         places = (ROOT / path, ROOT / "bitune_kernels" / path, ROOT / "bitune_kernels" / "modeling" / path)
         assert any(p.exists() for p in (*places, ROOT / "bitune_kernels" / "backends" / path)), f"{name} names {path}"
     for public in re.findall(
         r"`(bitune_\w+|mix_kv|get_bitune_model|load_official_checkpoint|[A-Z]\w+)[`(]", DOCS[name]
     ):
-        if public not in ("BITUNE_BUILD_CUDA", "Trainer", "bitune_kernels"):
+        if public.startswith("BITUNE_"):
+            assert public in (ROOT / "setup.py").read_text(), f"{name} names {public}"
+        elif public not in ("Trainer", "bitune_kernels"):
             assert hasattr(bitune_kernels, public), f"{name} names {public}"
 
 

@@ -7,6 +7,7 @@ The tools that read binaries come with Triton. Nothing here needs a GPU.
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+
+from .. import env
 
 # By the architecture of the code: instructions that a kernel must have. GMMA and the tensor copies are Hopper's own.
 REQUIRED = {"sm_80": ("HMMA", "LDSM", "LDGSTS"), "sm_90a": ("HGMMA", "UTMALDG", "USETMAXREG")}
@@ -84,8 +87,13 @@ def _by_arch(library: Path, option: str):
             yield arch, part
 
 
-def main() -> int:
-    native = import_module("bitune_kernels._C")
+def main(argv: list[str] | None = None) -> int:
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args(argv)
+    try:
+        native = import_module("bitune_kernels._C")
+    except ImportError:
+        print(f"There is no native extension to read: {env.native_extension()['reason']}", file=sys.stderr)
+        return 1
     found = kernels(Path(native.__file__), native.forward_tile)
     for kernel in found:
         print(kernel)
