@@ -21,6 +21,7 @@ from bitune_kernels import bitune_attention, bitune_prefill
 from bitune_kernels.backends import schedule
 from bitune_kernels.testing import CASES, Case, assert_backend_within_budget, run_case
 from tests import emulator
+from tests.test_ops import OPERATOR_CASES, operator_arguments, prefill_arguments
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="compiling for the CPU needs g++")
 
@@ -144,6 +145,69 @@ def test_prefill_writes_the_named_slots_and_nothing_else(emulate, options, heads
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(prompts=(5, 0, 180), answers=(2, 17, 0), heads=(1, 1)),
+        Case(prompts=(5, 18), answers=(2, 17), answer_only=True, strided=True, prefix=(3, 0), heads=(3, 1)),
+        Case(prompts=(5, 0, 18), answers=(2, 0, 3), num_streams=1, window=4, prefix=(1, 0, 3), heads=(3, 1)),
+        Case(prompts=(5, 0, 18), answers=(2, 17, 0), beta="head", sinks=True, head_dim_v=8, heads=(2, 1)),
+        Case(prompts=(5, 0, 18), answers=(2, 17, 0), **ONE, head_dim=24, heads=(2, 1)),
+    ],
+    ids=lambda case: case.id,
+)
+def test_writes_all_of_its_outputs_and_nothing_else(emulate, case, capability):
+    pytest.importorskip("triton")  # requires_grad: lse and the streams are written too
+    from tests.test_kernel_bugs import Poison
+
+    emulate(capability)
+    inputs = case.make(torch.float16, requires_grad=True)
+    with pytest.MonkeyPatch.context() as patch:
+        poison = Poison(patch)
+        outputs = bitune_attention(**inputs, backend="cuda")
+    poison.assert_written_exactly()
+    assert all(torch.isfinite(x).all() for x in outputs)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_large_float16_values(emulate, softcap, capability):
+    # scores up to 1.6e5 before the scale, which float16 can't hold
+    emulate(capability)
+    inputs = Case(prompts=(9,), answers=(7,), heads=(2, 1), softcap=softcap).make(torch.float16)
+    for name in ("q", "k"):
+        inputs[name] = (100 * inputs[name]).round()
+    out, _, _ = bitune_attention(**inputs, backend="cuda")
+    expected, _, _ = bitune_attention(**inputs, backend="reference")
+    torch.testing.assert_close(out, expected, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("options", [{"softmax_scale": 0.0}, {"softmax_scale": 0.0, "softcap": 2.0}], ids=str)
+def test_scale_of_zero(emulate, options, capability):
+    # every visible key weighs the same; a mask of -inf must not be scaled
+    emulate(capability)
+    check(Case(prompts=(9,), answers=(3,), heads=(2, 1), **options))
+
+
+# alpha may leave [0, 1], and at its ends one stream must not be seen at all
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 0.5, -0.5, 1.7])
+def test_any_alpha(emulate, alpha, capability):
+    emulate(capability)
+    inputs = Case(prompts=(70,), answers=(9,), heads=(2, 1)).make(torch.bfloat16)
+    inputs |= {"alpha_k": alpha, "alpha_v": 1 - alpha}
+    actual, expected = (bitune_attention(**inputs, backend=name) for name in ("cuda", "reference"))
+    for x, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, wanted, atol=0.03, rtol=0.02)
+    if alpha in (0, 1):
+        unseen = inputs["k"][70:140] if alpha else inputs["k"][:70]
+        unseen += 100
+        again, *_ = bitune_attention(**inputs, backend="cuda")
+        assert torch.equal(again[140:], actual[0][140:])
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_a_sample_of_nan_stays_alone(emulate, capability):
     # Keys of the next sample stand in the same tile: they are masked, and their values must not meet a weight of 0.
     emulate(capability)
@@ -195,6 +259,15 @@ def test_compiled_once_for_all_lengths(emulate, capability):
         inputs = case.make(torch.bfloat16)
         assert torch.equal(compiled(inputs), bitune_attention(**inputs, backend="cuda")[0])
     assert counter.frame_count <= 2  # with the lengths of the first call, and with any
+
+
+@pytest.mark.parametrize("case", OPERATOR_CASES, ids=lambda case: case.id)
+def test_opcheck(emulate, case):
+    pytest.importorskip("triton")
+    emulate(90)
+    half = {"backend": "cuda", "dtype": torch.float16}
+    torch.library.opcheck(torch.ops.bitune.attention.default, operator_arguments(case, requires_grad=True, **half))
+    torch.library.opcheck(torch.ops.bitune.prefill.default, prefill_arguments(case, **half))
 
 
 # logic without a kernel

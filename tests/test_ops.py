@@ -379,9 +379,9 @@ OPERATOR_CASES = [
 ]
 
 
-def operator_arguments(case, backend, requires_grad):
+def operator_arguments(case, backend, requires_grad, dtype=torch.float32):
     """Of bitune::attention: nine tensors (q .. v_prefix), then the rest."""
-    inputs = case.make(torch.float32, requires_grad=requires_grad)
+    inputs = case.make(dtype, requires_grad=requires_grad)
     plan, prefix = inputs["plan"], inputs.get("prefix") or (None, None)
     scale = case.head_dim**-0.5
     tensors = [inputs.get(key) for key in ("q", "k", "v", "alpha_k", "alpha_v", "beta", "sinks")]
@@ -390,11 +390,11 @@ def operator_arguments(case, backend, requires_grad):
     return (*tensors, *prefix, *lengths, scale, *options)
 
 
-def prefill_arguments(case, backend):
+def prefill_arguments(case, backend, dtype=torch.float32):
     """Of bitune::prefill."""
-    arguments = operator_arguments(case, backend, requires_grad=False)
+    arguments = operator_arguments(case, backend, requires_grad=False, dtype=dtype)
     slots = case.plan().num_prompt + case.plan().num_answer
-    caches = [torch.zeros(slots + 2, case.heads[1], dim) for dim in case.dims]
+    caches = [torch.zeros(slots + 2, case.heads[1], dim, dtype=dtype) for dim in case.dims]
     return (*arguments[:9], *caches, torch.arange(slots).flip(0), *arguments[9:])
 
 
