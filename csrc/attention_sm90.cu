@@ -83,6 +83,7 @@ __device__ inline const Item& item_of(const Attention& a, int entry) {
 __device__ inline int parts_of(const Attention& a, const Item& item) {
   return a.two_parts && item.second_stream_row >= 0 ? 2 : 1;
 }
+
 // The mixed run has two tiles in each place, one per stream; that of less weight comes first.
 struct Mix {
   bool mixes;
@@ -148,11 +149,15 @@ __device__ void load(const Params& p, Memory<S> memory) {
   }
 }
 
-// What this warp of the copiers has copied is there for wgmma.
-__device__ inline void publish(uint32_t barrier) {
+// What this thread has copied is there for wgmma, once others know.
+__device__ inline void settle() {
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   ptx::fence_async();
+}
+
+// Of a warp, after all its lanes have come here.
+__device__ inline void arrive(uint32_t barrier) {
   ptx::sync_warp();
   if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
 }
@@ -172,7 +177,8 @@ __device__ void copy(const Attention& a, Memory<S> memory) {
         ptx::mbarrier_wait(memory.q_empty(), ++queries % 2);
         copy_queries<S::kBlockM, S::kDim>(memory.q(), a, item, part ? item.second_row : item.q_row, head, thread,
                                           kCopyThreads);
-        publish(memory.q_full());
+        settle();
+        arrive(memory.q_full());
       }
       for (int source = prefix; source <= own; ++source) {
         Run r = run(item, part, a.goes_on, source, of_tile, a.window, S::kBlockN);
@@ -186,8 +192,9 @@ __device__ void copy(const Attention& a, Memory<S> memory) {
               const Bits* tile = row_of(values, int64_t(r.row) + first + mix.shift(a, i), head);
               auto row = [&](int j) { return first + j < r.length ? tile + j * values.stride_row : nullptr; };
               copy_rows<S::kBlockN, S::kDim>(memory.v(ring.stage()), row, a.head_dim_v, thread, kCopyThreads);
+              settle();
             }
-            publish(memory.v_full(ring.stage()));
+            arrive(memory.v_full(ring.stage()));
           }
         }
       }
@@ -205,10 +212,6 @@ struct Consumer {
   Softmax softmax;
   float acc[S::kDim / 2];
 
-  __device__ bool speaks() const { return threadIdx.x % 32 == 0; }  // for its warp
-  __device__ void release(uint32_t barrier) const {
-    if (speaks()) ptx::mbarrier_arrive(barrier);
-  }
   __device__ Queries queries(const Item& item, int head) const {
     return query_of(a, item, head, S::kBlockM, index * 64 + threadIdx.x / 32 % 4 * 16);
   }
@@ -263,8 +266,7 @@ struct Consumer {
   // All tiles of a run. is_last: the part's queries aren't needed after it.
   __device__ void attend(const Item& item, int head, const Run& r, bool is_last) {
     if (r.span.start >= r.span.stop) {
-      ptx::sync_warp();  // all lanes have seen the queries come
-      if (is_last) release(memory.q_empty());
+      if (is_last) arrive(memory.q_empty());
       return;
     }
     float s[S::kBlockN / 2];
@@ -278,7 +280,7 @@ struct Consumer {
     ptx::wgmma_wait<0>();
     pass_turn();
     ptx::wgmma_hold(s);
-    release(memory.k_empty(ring.stage()));
+    arrive(memory.k_empty(ring.stage()));
     step(s, rescale, item, head, r, first);
     multiply_rows(acc, rescale);
     pack_rows<typename S::Element>(s, p);
@@ -294,21 +296,21 @@ struct Consumer {
       pass_turn();
       ptx::wgmma_wait<1>();
       ptx::wgmma_hold(s);
-      release(memory.k_empty(ring.stage()));
+      arrive(memory.k_empty(ring.stage()));
       step(s, rescale, item, head, r, first);
       ptx::wgmma_wait<0>();
       ptx::wgmma_hold(acc);
-      release(memory.v_empty(before.stage()));
+      arrive(memory.v_empty(before.stage()));
       multiply_rows(acc, rescale);
       pack_rows<typename S::Element>(s, p);
     }
 
-    if (is_last) release(memory.q_empty());
+    if (is_last) arrive(memory.q_empty());
     ptx::mbarrier_wait(memory.v_full(ring.stage()), ring.full());
     start_values(p, ring.stage());
     ptx::wgmma_wait<0>();
     ptx::wgmma_hold(acc);
-    release(memory.v_empty(ring.stage()));
+    arrive(memory.v_empty(ring.stage()));
     ++ring.n;
   }
 
@@ -327,7 +329,7 @@ struct Consumer {
         start_scores(s, i == 1);
         ptx::wgmma_wait<0>();
         ptx::wgmma_hold(s);
-        release(memory.k_empty(ring.stage()));
+        arrive(memory.k_empty(ring.stage()));
         float weight = i == 0 ? mix_k.less / mix_k.more : mix_k.more;
 #pragma unroll
         for (float& x : s) x *= weight;
@@ -343,7 +345,7 @@ struct Consumer {
         start_values(p, of_values.stage());
         ptx::wgmma_wait<0>();
         ptx::wgmma_hold(acc);
-        release(memory.v_empty(of_values.stage()));
+        arrive(memory.v_empty(of_values.stage()));
       }
     }
   }

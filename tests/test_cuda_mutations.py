@@ -113,8 +113,8 @@ FAULTS = [
     fault(
         "values are released too early",
         SM90,
-        "ptx::wgmma_wait<0>();\n      ptx::wgmma_hold(acc);\n      release(memory.v_empty(before.stage()));",
-        "release(memory.v_empty(before.stage()));\n      ptx::wgmma_wait<0>();",
+        "ptx::wgmma_wait<0>();\n      ptx::wgmma_hold(acc);\n      arrive(memory.v_empty(before.stage()));",
+        "arrive(memory.v_empty(before.stage()));\n      ptx::wgmma_wait<0>();",
         LONG,
         EARLY,
     ),

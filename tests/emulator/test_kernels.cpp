@@ -266,7 +266,7 @@ Error product(const Params& p, int n, bool rs) {
     return launch(group_product<T, N, false>, 1, 128, bytes, nullptr, p);              \
   case N * 2 + 1:                                                                      \
     return launch(group_product<T, N, true>, 1, 128, bytes, nullptr, p);
-    CASE(64) CASE(80) CASE(96) CASE(128) CASE(192) CASE(256)
+    CASE(64) CASE(96) CASE(128) CASE(256)
 #undef CASE
   }
   return {-1, "no such product"};
