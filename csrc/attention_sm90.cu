@@ -6,10 +6,11 @@
 //     copiers  (3 warps):   the queries, and values at the end of a sample, where zeros must follow
 //     consumers:            s = q k^T;  p = exp2(s - m');  acc = acc exp2(m - m') + p v
 //
-// Every buffer has two mbarriers, full and empty. Loader and copiers both arrive for every tile of values, whoever brings
-// it: a role that only waited could be overtaken by two phases, and a parity tells no more than the last from the one before. A consumer starts the scores of tile i + 1 before it adds the values
-// of tile i, so that its softmax runs beside a matrix product; two consumers also take turns, so that one's softmax runs
-// beside the other's products.
+// Every buffer has two mbarriers, full and empty. Loader and copiers both arrive for every tile of values, whoever
+// brings it: a role that only waited could be overtaken by two phases, which a parity doesn't tell from none.
+//
+// A consumer starts the scores of tile i + 1 before it adds the values of tile i, so that its softmax runs beside a
+// matrix product; the consumers also take turns, so that one's softmax runs beside the other's products.
 //
 // The answer attends to mixed keys and values that nobody has to mix first, since products are linear:
 //     q k_mixed^T = (1 - alpha) q k_causal^T + alpha q k_bidir^T,  p v_mixed likewise.
@@ -231,9 +232,9 @@ struct Consumer {
     ptx::wgmma_fence();
 #pragma unroll
     for (int d = 0; d < S::kDim / 16; ++d) {
-      uint32_t in_tile = d % 4 * 32;
-      ptx::Wgmma<typename S::Element, S::kBlockN>::ss(
-          s, advance(q, d / 4 * S::kBlockM * 128 + in_tile), advance(k, d / 4 * S::kBlockN * 128 + in_tile), adds || d > 0);
+      uint32_t step = d % 4 * 32;  // within a tile of 64 columns
+      ptx::Wgmma<typename S::Element, S::kBlockN>::ss(s, advance(q, d / 4 * S::kBlockM * 128 + step),
+                                                      advance(k, d / 4 * S::kBlockN * 128 + step), adds || d > 0);
     }
     ptx::wgmma_commit();
   }
@@ -318,6 +319,7 @@ struct Consumer {
   __device__ void attend_mixed(const Item& item, int head, const Run& r) {
     Mix mix_k(a, mixed, a.alpha_k, head);
     Mix mix_v(a, mixed, a.alpha_v, head);
+    float ratio = mix_k.less / mix_k.more;
     float s[S::kBlockN / 2];
     uint32_t p[S::kBlockN / 4];
     for (int first = r.span.start; first < r.span.stop; first += S::kBlockN) {
@@ -330,7 +332,7 @@ struct Consumer {
         ptx::wgmma_wait<0>();
         ptx::wgmma_hold(s);
         arrive(memory.k_empty(ring.stage()));
-        float weight = i == 0 ? mix_k.less / mix_k.more : mix_k.more;
+        float weight = i == 0 ? ratio : mix_k.more;
 #pragma unroll
         for (float& x : s) x *= weight;
       }

@@ -35,7 +35,8 @@ __device__ void copy_rows(uint32_t target, Source source, int dim, int thread, i
 #pragma unroll 1
     for (int i = 0; i < (kDim + 63) / 64; ++i) {
       int chunk = thread % 8 + 8 * i;
-      if (chunk * 8 < kDim) ptx::cp_async(target + chunk_offset(row, chunk, kRows), x ? x + chunk * 8 : nullptr, x && chunk * 8 < dim);
+      if (chunk * 8 >= kDim) continue;
+      ptx::cp_async(target + chunk_offset(row, chunk, kRows), x ? x + chunk * 8 : nullptr, x && chunk * 8 < dim);
     }
   }
 }
@@ -64,7 +65,7 @@ __device__ uint4 mix(uint4 causal, uint4 bidir, float alpha) {
   return make_uint4(both(causal.x, bidir.x), both(causal.y, bidir.y), both(causal.z, bidir.z), both(causal.w, bidir.w));
 }
 
-// Mixed rows to shared memory, `valid` of them and then zeros. The causal row is to_causal elements after the bidir one.
+// Mixed rows to shared memory, `valid` of them, then zeros. The causal row is to_causal elements after the bidir one.
 template <typename T, int kRows, int kDim>
 __device__ void mix_rows(uint32_t target, const Bits* bidir, int64_t stride_row, int64_t to_causal, int valid, int dim,
                          float alpha, int thread, int threads) {
@@ -132,7 +133,8 @@ __device__ inline Queries query_of(const Attention& a, const Item& item, int hea
 }
 
 // Keys of a run that each of the two rows sees.
-__device__ inline void bounds_of(Bounds (&bounds)[2], const Queries& query, const Item& item, const Run& r, int window) {
+__device__ inline void bounds_of(Bounds (&bounds)[2], const Queries& query, const Item& item, const Run& r,
+                                 int window) {
 #pragma unroll
   for (int i = 0; i < 2; ++i)
     bounds[i] = visible(item.position + query.token[i] - r.position, r.length, r.mask, window);
@@ -164,7 +166,8 @@ __device__ void mask_scores(float (&s)[N], int first_key, const Bounds (&bounds)
   }
 }
 
-// The online softmax of a thread's two rows. m: largest score so far, in log2. l: the thread's share of sum exp2(s - m).
+// The online softmax of a thread's two rows. m: largest score so far, in log2. l: the thread's share of the sum of
+// exp2(s - m).
 struct Softmax {
   float m[2];
   float l[2];

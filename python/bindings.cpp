@@ -142,7 +142,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("capability", &capability, "device"_a,
              "The compute capability of a device, 90 for 9.0. RuntimeError where there is none.");
   module.def("forward_tile", &forward_tile, "capability"_a, "head_dim"_a, "head_dim_v"_a,
-             "(block_m, block_n, bytes of shared memory) of forward() on such a device, (0, 0, 0) where it has no kernel.");
+             "(block_m, block_n, bytes of shared memory) of forward() on such a device, zeros where it has no kernel.");
   module.def("forward", &forward, py::kw_only(), "items"_a, "num_items"_a, "bf16"_a, "num_heads_kv"_a,
              "group_size"_a, "head_dim"_a, "head_dim_v"_a, "num_prompt"_a, "q"_a, "k"_a, "v"_a, "k_prefix"_a,
              "v_prefix"_a, "out"_a, "streams"_a, "k_written"_a, "v_written"_a, "slots"_a, "lse"_a, "alpha_k"_a,

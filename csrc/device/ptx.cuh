@@ -165,8 +165,8 @@ __device__ inline void prefetch(const TensorMap* map) {
 // The map's box at element x of row y of head z; elements outside the tensor are 0. Its bytes count at `barrier`.
 __device__ inline void tma_load(uint32_t target, const TensorMap* map, uint32_t barrier, int x, int y, int z) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
-          target),
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(target),
       "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
