@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from bitune_kernels import bitune_attention, bitune_prefill
+from bitune_kernels import backends, bitune_attention, bitune_prefill
 from bitune_kernels.backends import schedule
 from bitune_kernels.testing import CASES, Case, assert_backend_within_budget, run_case
 from tests import emulator
@@ -61,6 +61,13 @@ def use(library, monkeypatch):
         settings.emulator_set(capability, multiprocessors, seed)
 
     return choose
+
+
+def needs_interpreter():
+    """Of a test that needs Triton's kernels on the CPU too."""
+    pytest.importorskip("triton")
+    if reason := backends.load("triton").unsupported(device="cpu"):
+        pytest.skip(reason)
 
 
 def check(case, dtype=torch.bfloat16, backward=False):
@@ -118,7 +125,7 @@ def test_the_same_bits_in_any_order(emulate, capability):
     ids=lambda case: case.id,
 )
 def test_gradients_from_what_the_kernels_save(emulate, case, capability):
-    pytest.importorskip("triton")
+    needs_interpreter()
     emulate(capability)
     check(case, torch.float16, backward=True)
 
@@ -157,7 +164,7 @@ def test_prefill_writes_the_named_slots_and_nothing_else(emulate, options, heads
     ids=lambda case: case.id,
 )
 def test_writes_all_of_its_outputs_and_nothing_else(emulate, case, capability):
-    pytest.importorskip("triton")  # requires_grad: lse and the streams are written too
+    needs_interpreter()  # requires_grad: lse and the streams are written too
     from tests.test_kernel_bugs import Poison
 
     emulate(capability)
@@ -263,7 +270,7 @@ def test_compiled_once_for_all_lengths(emulate, capability):
 
 @pytest.mark.parametrize("case", OPERATOR_CASES, ids=lambda case: case.id)
 def test_opcheck(emulate, case):
-    pytest.importorskip("triton")
+    needs_interpreter()
     emulate(90)
     half = {"backend": "cuda", "dtype": torch.float16}
     torch.library.opcheck(torch.ops.bitune.attention.default, operator_arguments(case, requires_grad=True, **half))
