@@ -369,6 +369,34 @@ def test_mix_kv_is_refused_by_backends_without_one(name, own):
 
 # the registered operators and torch.compile
 
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_cuda_graph(backend):
+    # Nothing is allocated, copied or waited for inside: a captured launch computes anew what its inputs hold.
+    case = Case(prompts=(65, 20), answers=(31, 1), heads=(4, 2), head_dim=64)
+    if backend not in runnable_backends(case, torch.float16, "cuda"):
+        pytest.skip(backends.load(backend).unsupported(device="cuda"))
+    inputs = case.make(torch.float16, "cuda")
+    slots = torch.arange(sum(case.prompts) + sum(case.answers), device="cuda").flip(0)
+    k_cache, v_cache = (torch.zeros(len(slots), 2, 64, dtype=torch.float16, device="cuda") for _ in range(2))
+
+    def call():
+        return bitune_prefill(**inputs, k_cache=k_cache, v_cache=v_cache, cache_positions=slots, backend=backend)
+
+    call()  # compiles, and brings the schedule to the GPU
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    for name in ("q", "k", "v"):
+        inputs[name].mul_(-0.5)
+    graph.replay()
+    caches = k_cache.clone(), v_cache.clone()
+    assert torch.equal(out, call())
+    assert torch.equal(caches[0], k_cache) and torch.equal(caches[1], v_cache)
+
+
 OPERATOR_CASES = [
     Case(prompts=(5, 0, 3), answers=(2, 4, 0)),
     Case(prompts=(5, 2), answers=(2, 4), alpha="head", window=3, prefix=(2, 3), strided=True),
