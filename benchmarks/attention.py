@@ -439,6 +439,7 @@ def choose_providers(p: argparse.ArgumentParser, args, machine: Machine, heads) 
             reasons[name] = None if reason is None else reasons.get(name, reason)
     for name in OWN:
         reasons.setdefault(name, "this version of the package has no such backend")
+    reasons |= dict.fromkeys(args.without, "--without")
     kind = machine.device.type
     reasons["sdpa-flash"] = None
     reasons["sdpa-cudnn"] = None if kind == "cuda" else f"cuDNN's attention needs a CUDA device, got {kind}"
@@ -501,6 +502,7 @@ def parse(argv: list[str] | None):
         min_rounds=5,
         warmup=2,
     )
+    p.add_argument("--without", nargs="+", choices=OWN, default=[], help="not timed although it could run")
     p.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: all")
     p.add_argument(
         "--lengths", type=int, nargs="+", metavar="N", help="prompt rows; default: 64 to 16384, on a CPU less"

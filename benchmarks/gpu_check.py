@@ -1,25 +1,34 @@
 """Everything that only a CUDA GPU can show, in one command: python benchmarks/gpu_check.py [--stages tests,large]
 
+    build      the native extension, as users have it and with an error in place of endless waits (BITUNE_DEBUG)
+    first      forward of a few cases: what hangs ends here
     tests      the table of cases and the list of known bugs on the GPU (tests/test_ops.py, tests/test_kernel_bugs.py)
-    repeats    250 runs of forward and backward give the same bits
-    sanitizer  compute-sanitizer's memcheck, racecheck and initcheck on a few small cases
+    operators  bitune_prefill, torch.compile and torch.library.opcheck
+    repeats    250 runs of forward and backward give the same bits, and the right ones
+    sanitizer  compute-sanitizer's memcheck, racecheck, initcheck and synccheck on a few small cases
     large      tensors of more than 2^31 elements: samples at both ends against the same samples alone
-    attention  benchmarks/attention.py
+    attention  benchmarks/attention.py, without the backends in which this run found a fault
 
-One line per stage; a failed stage does not stop the others. Logs go to <out>/gpu_check/, the lines with the commit, the
-versions and the machine to <out>/gpu_check.csv.
+One line per stage, backend and tool; a failed one does not stop the others. Logs go to <out>/gpu_check/, the lines with
+the commit, the versions and the machine to <out>/gpu_check.csv. Nothing is installed: build/gpu_check/ has the builds,
+named by their sources, and bitune_kernels/ the one that a stage uses, in the end the one that users have.
+BITUNE_CUDA_ARCHS=90 gives a Hopper GPU the kernels for Ampere and later.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import importlib.util
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -29,13 +38,27 @@ sys.path.insert(0, str(ROOT))  # the package need not be installed
 from common.report import Results  # noqa: E402
 from common.run import relative_error  # noqa: E402
 
-from bitune_kernels import SegmentPlan, bitune_attention  # noqa: E402
-from bitune_kernels.testing import Case, run_case  # noqa: E402
+from bitune_kernels import SegmentPlan, backends, bitune_attention, bitune_prefill, registered  # noqa: E402
+from bitune_kernels.testing import DTYPES, Case, assert_backend_within_budget, leaves, run_case  # noqa: E402
 from bitune_kernels.testing.timing import provenance  # noqa: E402
 
 # Seconds that each command of a stage may take.
-SECONDS = {"tests": 540, "repeats": 240, "sanitizer": 300, "large": 240, "attention": 560}
-TOOLS = ("memcheck", "racecheck", "initcheck")
+SECONDS = {
+    "build": 300,
+    "first": 150,
+    "tests": 400,
+    "operators": 240,
+    "repeats": 240,
+    "sanitizer": 300,
+    "large": 240,
+    "attention": 560,
+}
+ENDED = "ended at its limit"
+OWN = ("cuda", "triton")
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+# The others run on the debug build, whose counters cost registers: some of Hopper's products then wait for each other,
+# which may hide a race.
+ON_RELEASE = ("repeats", "large", "attention")
 
 # Several tiles and none, grouped heads, every kind of gradient that sums over rows or heads.
 REPEATED = (
@@ -53,22 +76,195 @@ SMALL = (
 )
 
 
+# the native extension
+
+
+def builds() -> Path:
+    """The folder of the builds of these sources, for the architectures that the environment asks for."""
+    digest = hashlib.sha256(os.environ.get("BITUNE_CUDA_ARCHS", "").encode())
+    files = [*ROOT.glob("csrc/**/*"), *ROOT.glob("python/*"), ROOT / "CMakeLists.txt", ROOT / "setup.py"]
+    for path in sorted(path for path in files if path.is_file()):
+        digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return ROOT / "build" / "gpu_check" / digest.hexdigest()[:12]
+
+
+def built(kind: str) -> Path:
+    """Where the extension lies once it is built: "debug" or "release"."""
+    return builds() / kind / "lib" / "bitune_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def use(kind: str) -> None:
+    """Make this build the one that the package loads."""
+    new = ROOT / "bitune_kernels" / f"_C.{os.getpid()}.so"
+    shutil.copy(built(kind), new)
+    os.replace(new, new.with_name(built(kind).name))  # a process that has loaded the other one keeps it
+
+
+def build() -> int:
+    """Both builds at once, by setup.py: each takes as long as its largest file. Returns the exit code."""
+    running = {}
+    for kind in ("debug", "release"):
+        if built(kind).is_file():
+            continue
+        folder = builds() / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {"BITUNE_BUILD_CUDA": "1", "BITUNE_DEBUG": str(int(kind == "debug"))}
+        # cmake and ninja may be installed beside an interpreter that was called by its path; make may be missing
+        environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        if shutil.which("ninja", path=environment["PATH"]):
+            environment.setdefault("CMAKE_GENERATOR", "Ninja")
+        # Run from elsewhere: older setuptools refuse pyproject.toml, which says nothing about the extension.
+        command = [sys.executable, str(ROOT / "setup.py"), "build_ext", "--build-lib", "lib", "--build-temp", "tmp"]
+        with (folder / "log").open("w") as log:
+            running[kind] = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    failed = [kind for kind, process in running.items() if process.wait()]
+    for kind in running:
+        print((builds() / kind / "log").read_text(errors="replace"))
+    print(f"failed: {', '.join(failed)}" if failed else f"debug and release in {builds()}")
+    return int(bool(failed))
+
+
+def no_compiler() -> str | None:
+    """Why the extension can't be built here, or None."""
+    try:
+        spec = importlib.util.spec_from_file_location("bitune_setup", ROOT / "setup.py")
+        spec.loader.exec_module(setup := importlib.util.module_from_spec(spec))
+    except ImportError as e:
+        return f"setup.py can't be loaded: {e}"
+    nvcc, looked = setup.find_nvcc(os.environ)
+    return None if nvcc else f"nvcc was not found; looked at {looked}"
+
+
+# what the stages run, each in its own process
+
+
+def dtypes_of(backend: str, device: str) -> list[torch.dtype]:
+    """The first two dtypes that a backend computes. ValueError, with its reason, where it can't run at all."""
+    where = torch.device(device)
+    able = [x for x in DTYPES if backends.load(backend).unsupported(device=where, dtype=x) is None]
+    if not able:
+        backends.resolve(backend, device=where, dtype=torch.bfloat16)
+    return able[:2]
+
+
+def report(backend: str, total: int, failures: list[str], what: str) -> int:
+    """Print how many of ``total`` did ``what``, and the first that did not. Returns the exit code."""
+    print(f"{backend}: {total - len(failures)} of {total} {what}" + (f"; {failures[0]}" if failures else ""))
+    return int(bool(failures))
+
+
+def _text_of(e: Exception) -> str:
+    return f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"
+
+
+def first(backend: str, device: str, cases: tuple[Case, ...] = SMALL + REPEATED) -> int:
+    """Outputs against the budget. The log ends with the case that hangs. Returns the exit code."""
+    todo = [(case, dtype) for case in cases for dtype in dtypes_of(backend, device)]
+    failures = []
+    for case, dtype in todo:
+        print(f"{case.id} {dtype}", flush=True)
+        try:
+            assert_backend_within_budget(backend, case, dtype, device, backward=False)
+        except AssertionError as e:
+            failures.append(_text_of(e))
+            print(failures[-1])
+    return report(backend, len(todo), failures, "cases are within the budget")
+
+
+def operators(backend: str, device: str, cases: tuple[Case, ...] = SMALL) -> int:
+    """bitune_prefill against bitune_attention, compiled calls against plain ones, opcheck. Returns the exit code."""
+    checks = (_check_prefill, _check_compiled, _check_registered)
+    todo = [(c, case, dtype) for c in checks for case in cases for dtype in dtypes_of(backend, device)]
+    failures = []
+    for check, case, dtype in todo:
+        print(f"{check.__name__} {case.id} {dtype}", flush=True)
+        try:
+            check(case, backend, dtype, device)
+        except Exception as e:  # compilers of graphs and kernels raise exceptions of their own
+            failures.append(f"{check.__name__} {case.id} {dtype}: {_text_of(e)}")
+            print(failures[-1])
+    return report(backend, len(todo), failures, "checks of the operators passed")
+
+
+def _with_caches(case: Case, dtype: torch.dtype, device: str) -> dict:
+    # A call of bitune_prefill: more slots than rows, in any order, of caches that are NaN.
+    inputs = case.make(dtype, device)
+    rows = inputs["plan"].num_prompt + inputs["plan"].num_answer
+    slots = torch.randperm(rows + 9, generator=torch.Generator().manual_seed(0))[:rows].to(device)
+    caches = [torch.full((case.heads[1], rows + 9, x), torch.nan, dtype=dtype, device=device) for x in case.dims]
+    k_cache, v_cache = (x.transpose(0, 1) for x in caches)
+    return inputs | {"k_cache": k_cache, "v_cache": v_cache, "cache_positions": slots}
+
+
+def _check_prefill(case: Case, backend: str, dtype: torch.dtype, device: str) -> None:
+    call = _with_caches(case, dtype, device)
+    out = bitune_prefill(**call, backend=backend)
+    k_cache, v_cache, slots = (call.pop(name) for name in ("k_cache", "v_cache", "cache_positions"))
+    expected, *mixed = bitune_attention(**call, backend=backend)
+    assert torch.equal(out, expected), "out differs from bitune_attention's"
+    for cache, prompt, x in zip((k_cache, v_cache), mixed, (call["k"], call["v"]), strict=True):
+        assert torch.equal(cache[slots], torch.cat([prompt, x[call["plan"].answer_start :]])), "wrong rows in a cache"
+        cache[slots] = torch.nan
+        assert bool(cache.isnan().all()), "slots were written that were not named"
+
+
+def _check_compiled(case: Case, backend: str, dtype: torch.dtype, device: str) -> None:
+    def twice(**inputs):
+        out, k_mixed, v_mixed = bitune_attention(**inputs | {"q": inputs["q"] * 2}, backend=backend)
+        return out * 2, k_mixed + 1, v_mixed * 2
+
+    inputs = case.make(dtype, device, requires_grad=True)
+    torch._dynamo.reset()
+    results = []
+    for function in (twice, torch.compile(twice, fullgraph=True, backend="aot_eager")):
+        outputs = function(**inputs)
+        grads = torch.autograd.grad([x.square().sum() for x in outputs], leaves(inputs).values())
+        results.append([*outputs, *grads])
+    names = ["out", "k_mixed", "v_mixed", *(f"d_{name}" for name in leaves(inputs))]
+    for name, plain, compiled in zip(names, *results, strict=True):
+        assert torch.equal(plain, compiled), f"{name} differs"
+
+
+def _check_registered(case: Case, backend: str, dtype: torch.dtype, device: str) -> None:
+    options = {"beta": None, "sinks": None, "prefix": None, "backend": backend}
+
+    def arguments(call, requires_grad):
+        scale = {"softmax_scale": case.softmax_scale or case.head_dim**-0.5}
+        return registered._flatten(**options | call | scale, requires_grad=requires_grad)
+
+    training = arguments(case.make(dtype, device, requires_grad=True), True)
+    torch.library.opcheck(torch.ops.bitune.attention.default, tuple(training))
+    call = _with_caches(case, dtype, device)
+    caches = [call.pop(name) for name in ("k_cache", "v_cache", "cache_positions")]
+    filling = arguments(call, False)
+    torch.library.opcheck(torch.ops.bitune.prefill.default, (*filling.tensors, *caches, *filling.rest))
+
+
 def repeats(backend: str, device: str, times: int = 250, cases: tuple[Case, ...] = REPEATED) -> int:
-    """Outputs and gradients of each case, bit by bit, ``times`` times. Returns the exit code."""
-    bad = 0
-    for case in cases:
-        for dtype in (torch.float32, torch.bfloat16):
-            first = run_case(case, backend, dtype, device)
-            differing = set()
-            for _ in range(times - 1):
-                again = run_case(case, backend, dtype, device)
-                # bytes, since NaN is not equal to itself
-                differing |= {n for n, x in first.items() if not torch.equal(_bytes(x), _bytes(again[n]))}
-            bad += bool(differing)
-            if differing:
-                print(f"{case.id} {dtype}: {', '.join(sorted(differing))} changed between runs")
-    print(f"{backend}: {2 * len(cases) - bad} of {2 * len(cases)} cases gave the same bits {times} times")
-    return int(bad > 0)
+    """Outputs and gradients of each case: within the budget, and bit by bit the same ``times`` times.
+
+    Returns the exit code.
+    """
+    todo = [(case, dtype) for case in cases for dtype in dtypes_of(backend, device)]
+    failures = []
+    for case, dtype in todo:
+        print(f"{case.id} {dtype}", flush=True)
+        wrong = []
+        try:
+            assert_backend_within_budget(backend, case, dtype, device)
+        except AssertionError as e:
+            wrong.append(_text_of(e))
+        once, differing = run_case(case, backend, dtype, device), set()
+        for _ in range(times - 1):
+            again = run_case(case, backend, dtype, device)
+            # bytes, since NaN is not equal to itself
+            differing |= {n for n, x in once.items() if not torch.equal(_bytes(x), _bytes(again[n]))}
+        if differing:
+            wrong.append(f"{case.id} {dtype}: {', '.join(sorted(differing))} changed between runs")
+        if wrong:
+            failures.append("; ".join(wrong))
+            print(failures[-1])
+    return report(backend, len(todo), failures, f"cases gave the same bits {times} times, within the budget")
 
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:
@@ -77,12 +273,17 @@ def _bytes(x: torch.Tensor) -> torch.Tensor:
 
 def small(backend: str, device: str) -> int:
     """What the sanitizer watches: its report is the result."""
-    for case in SMALL:
-        for dtype in (torch.float32, torch.bfloat16):
+    todo = [(case, dtype) for case in SMALL for dtype in dtypes_of(backend, device)]
+    for case, dtype in todo:
+        print(f"{case.id} {dtype}", flush=True)
+        if backend == "cuda":  # forward as training has it; backward is Triton's, which is watched by itself
+            bitune_attention(**case.make(dtype, device, requires_grad=True), backend=backend)
+        else:
             run_case(case, backend, dtype, device)
+        bitune_prefill(**_with_caches(case, dtype, device), backend=backend)
     if device == "cuda":
         torch.cuda.synchronize()
-    print(f"{backend}: {2 * len(SMALL)} small cases ran")
+    print(f"{backend}: {len(todo)} small cases ran")
     return 0
 
 
@@ -132,35 +333,86 @@ def _attend(tensors, d_out, plan: SegmentPlan, backend: str) -> dict[str, torch.
     return found
 
 
-RUNS = {"repeats": repeats, "small": small, "large": large}
+RUNS = {"first": first, "operators": operators, "repeats": repeats, "small": small, "large": large}
 
 
-def commands_of(stage: str, args) -> list[tuple[str, list[str] | str]]:
-    """What a stage runs, with a name for each command; a text instead of a command says why it is skipped."""
-    python, this = (
-        sys.executable,
-        [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), "--backend", args.backend],
-    )
-    if stage == "tests":
-        files = ["tests/test_ops.py", "tests/test_kernel_bugs.py"]
-        # flex is a peer that compiles a graph for every kind of case, which takes longer than all the rest
-        return [("", [python, "-m", "pytest", "-p", "no:cacheprovider", *files, "-k", "not flex"])]
-    if stage == "sanitizer":
-        if shutil.which("compute-sanitizer") is None:
-            return [("", "compute-sanitizer is not on PATH")]
-        return [
-            (t, ["compute-sanitizer", "--tool", t, "--error-exitcode", "1", *this, "--run", "small"]) for t in TOOLS
-        ]
+# the stages
+
+
+class Command(NamedTuple):
+    """What a stage runs for a backend ("": for none in particular); a text in its place says why it is skipped."""
+
+    backend: str
+    name: str
+    command: list[str] | str
+
+
+def _kind(stage: str) -> str:
+    return "release" if stage in ON_RELEASE else "debug"
+
+
+def commands_of(stage: str, args, failed: dict[str, str], seconds: float) -> list[Command]:
+    """What a stage runs. ``failed``: what went wrong first with a backend; ``seconds``: what a command has."""
+    python = sys.executable
+    this = [python, str(ROOT / "benchmarks" / "gpu_check.py")]
+    skipped = {}
+    if "cuda" in args.backends:
+        if not built(_kind(stage)).is_file():
+            skipped["cuda"] = "the extension was not built from these sources: see the stage build"
+        elif failed.get("cuda", "").startswith("first-") and (stage in ON_RELEASE or ENDED in failed["cuda"]):
+            skipped["cuda"] = f"what hangs would hang here too: {failed['cuda']}"
+    if stage == "build":
+        if "cuda" not in args.backends:
+            return []
+        return [Command("cuda", "", no_compiler() or [*this, "--run", "build"])]
     if stage == "attention":
-        minutes = str(SECONDS[stage] / 60 - 1)  # ends by itself before it is ended
-        return [("", [python, "benchmarks/attention.py", "--out", str(args.out.resolve()), "--minutes", minutes])]
-    return [("", [*this, "--run", stage])]
+        minutes = str(max(0.5, seconds / 60 - 1))  # ends by itself before it is ended
+        command = [python, "benchmarks/attention.py", "--out", str(args.out.resolve()), "--minutes", minutes]
+        without = [x for x in OWN if x not in args.backends or x in skipped or x in failed]
+        if set(OWN) == set(without):
+            why = "; ".join(f"{x}: {failed.get(x) or skipped.get(x) or 'not among --backends'}" for x in OWN)
+            return [Command("", "", f"no kernel to time: {why}")]
+        return [Command("", "", [*command, "--without", *without] if without else command)]
+    if stage == "tests":
+        commands = _pytest(args.backends)
+    elif stage == "sanitizer":
+        missing = None if shutil.which("compute-sanitizer") else "compute-sanitizer is not on PATH"
+        watch = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
+        commands = [
+            Command(x, tool, missing or [*watch, tool, *this, "--backends", x, "--run", "small"])
+            for x in args.backends
+            for tool in TOOLS
+        ]
+    else:
+        commands = [Command(x, "", [*this, "--backends", x, "--run", stage]) for x in args.backends]
+    return [c._replace(command=skipped.get(c.backend, c.command)) for c in commands]
+
+
+def _pytest(names: list[str]) -> list[Command]:
+    # A process for each backend: a kernel that ends with an error takes the CUDA context of its process with it.
+    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    table = "tests/test_ops.py::test_backend_against_oracle"
+    parallel = importlib.util.find_spec("xdist") is not None  # Triton's compiler takes most of the time
+
+    def processes(most):
+        return ["-n", str(min(most, os.cpu_count() or 1))] if parallel else []
+
+    commands = [Command(x, "", [*pytest, *processes(12), table, "-k", f"{x}-"]) for x in names]
+    if "triton" in names:
+        # some of these have tensors of many gigabytes
+        commands.append(
+            Command("triton", "bugs", [*pytest, *processes(3), "tests/test_kernel_bugs.py", "-k", "not flex"])
+        )
+    # flex is a peer that compiles a graph for every kind of case, which takes longer than all the rest
+    peers = " and ".join(f"not {x}-" for x in dict.fromkeys((*names, *OWN, "flex")))
+    return [*commands, Command("", "peers", [*pytest, *processes(12), table, "-k", peers])]
 
 
 def execute(command: list[str], log: Path, seconds: float) -> str | None:
     """Run a command into a log. Returns what went wrong, or None."""
     # An allocation per tensor: inside PyTorch's pool an access out of bounds hits other tensors and goes unnoticed.
     environment = os.environ | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if command[0] == "compute-sanitizer" else {})
+    environment["PYTHONUNBUFFERED"] = "1"  # what a process said before it was ended
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with log.open("w") as file:
         options = {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
@@ -172,8 +424,18 @@ def execute(command: list[str], log: Path, seconds: float) -> str | None:
             process.wait()
             if not isinstance(e, subprocess.TimeoutExpired):
                 raise
-            return f"ended at its limit of {seconds} s"
+            return f"{ENDED} of {seconds:.0f} s"
     return None if code == 0 else f"exit code {code}"
+
+
+def perform(command: list[str] | str, log: Path, seconds: float) -> tuple[str, str]:
+    """State and summary of one command of a stage."""
+    if isinstance(command, str):
+        return "skipped", command
+    if seconds < 1:
+        return "skipped", "--minutes are over"
+    problem = execute(command, log, seconds)
+    return "passed" if problem is None else "FAILED", "; ".join(filter(None, [problem, _last_line(log)]))
 
 
 def _last_line(log: Path) -> str:
@@ -182,45 +444,60 @@ def _last_line(log: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    start = time.perf_counter()
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--stages", default=",".join(SECONDS), help=f"default: {','.join(SECONDS)}")
-    p.add_argument("--backend", default="triton", help="of repeats, sanitizer and large (default: triton)")
+    p.add_argument("--backends", default=",".join(OWN), help=f"default: {','.join(OWN)}")
+    p.add_argument("--minutes", type=float, help="of all stages together: what runs then is ended, the rest skipped")
     p.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of results and logs")
-    p.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)  # a stage's own process
+    p.add_argument("--run", choices=("build", *RUNS), help=argparse.SUPPRESS)  # a stage's own process
     args = p.parse_args(argv)
-    stages = args.stages.split(",")
-    if unknown := [s for s in stages if s not in SECONDS]:
-        p.error(f"--stages: expected some of {','.join(SECONDS)}, got {unknown[0]!r}")
+    stages, args.backends = args.stages.split(","), args.backends.split(",")
+    for option, names, known in (("stages", stages, SECONDS), ("backends", args.backends, backends.BACKENDS)):
+        if unknown := [x for x in names if x not in known]:
+            p.error(f"--{option}: expected some of {','.join(known)}, got {unknown[0]!r}")
+    if args.minutes is not None and not args.minutes > 0:
+        p.error(f"--minutes: expected a number > 0, got {args.minutes}")
     if not torch.cuda.is_available():
         print(
             "gpu_check.py needs a CUDA GPU, and torch sees none here; make test runs what a CPU can show",
             file=sys.stderr,
         )
         return 2
+    if args.run == "build":
+        return build()
     if args.run:
-        return RUNS[args.run](args.backend, "cuda")
+        return max(RUNS[args.run](backend, "cuda") for backend in args.backends)
 
     facts = provenance("cuda")
     logs = args.out / "gpu_check"
     logs.mkdir(parents=True, exist_ok=True)
     results = Results(args.out / "gpu_check.csv", [*facts, "backend", "stage", "state", "seconds", "summary"])
-    failed = False
-    for stage in stages:
-        for name, command in commands_of(stage, args):
-            label = f"{stage}-{name}" if name else stage
-            log, start = logs / f"{label}.log", time.perf_counter()
-            if isinstance(command, str):
-                state, summary = "skipped", command
-            else:
-                problem = execute(command, log, SECONDS[stage])
-                state = "passed" if problem is None else "FAILED"
-                summary = "; ".join(filter(None, [problem, _last_line(log)]))
-            seconds = round(time.perf_counter() - start, 1)
-            failed |= state == "FAILED"
-            print(f"{label:<19}  {state:<7}  {seconds:>6} s  {summary}", flush=True)
-            row = {"backend": args.backend, "stage": label, "state": state, "seconds": seconds, "summary": summary}
-            results.append([facts | row])
-    return int(failed)
+    end = start + 60 * args.minutes if args.minutes else float("inf")
+
+    def limit(stage: str) -> float:
+        return min(SECONDS[stage], end - time.perf_counter())
+
+    failed: dict[str, str] = {}
+    try:
+        for stage in stages:
+            if "cuda" in args.backends and built(_kind(stage)).is_file():
+                use(_kind(stage))
+            for backend, name, command in commands_of(stage, args, failed, limit(stage)):
+                label = "-".join(filter(None, (stage, backend, name)))
+                begin = time.perf_counter()
+                state, summary = perform(command, logs / f"{label}.log", limit(stage))
+                seconds = round(time.perf_counter() - begin, 1)
+                if state == "FAILED":
+                    failed.setdefault(backend, f"{label}: {summary}")
+                print(f"{label:<26}  {state:<7}  {seconds:>6} s  {summary}", flush=True)
+                row = {"backend": backend, "stage": label, "state": state, "seconds": seconds, "summary": summary}
+                results.append([facts | row])
+    finally:
+        if "cuda" in args.backends and built("release").is_file():
+            use("release")
+    print(f"{round(time.perf_counter() - start, 1)} s in all")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -139,11 +139,10 @@ __device__ inline void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
 // Until the phase of this parity has ended; that before the first counts as ended, with parity 1.
 __device__ inline void mbarrier_wait(uint32_t barrier, int parity) {
 #ifdef BITUNE_DEBUG
-  for (int64_t spins = 0;; ++spins) {
-    if (spins > 100'000'000) __trap();  // a hang is the usual failure
-#else
-  for (;;) {
+  uint32_t began, now;  // in 2^32 cycles, about 2 seconds
+  asm volatile("mov.u32 %0, %%clock_hi;" : "=r"(began));
 #endif
+  for (;;) {
     uint32_t done;
     asm volatile(
         "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
@@ -151,6 +150,10 @@ __device__ inline void mbarrier_wait(uint32_t barrier, int parity) {
         : "r"(barrier), "r"(parity)
         : "memory");
     if (done) return;
+#ifdef BITUNE_DEBUG
+    asm volatile("mov.u32 %0, %%clock_hi;" : "=r"(now));
+    if (now - began > 1) __trap();  // a hang is the usual failure
+#endif
   }
 }
 
