@@ -18,7 +18,7 @@ from ..plan import SegmentPlan
 from .adapters import BIDIR
 from .one_pass import OnePass, TrimHooks
 from .passes import current
-from .structure import Structure
+from .structure import Structure, refuse_partitioned
 from .three_pass import ThreePass
 
 # Tensors of a backbone call that are understood; any other one per token could not be packed in silence.
@@ -99,6 +99,7 @@ class BackboneHooks:
         self._calls.append(call)
         if not self.enabled or current() is not None:
             return None
+        refuse_partitioned([("a weight", next(backbone.parameters()))])  # DeepSpeed partitions after the attach
         kwargs = kwargs | dict(zip(self._names, args, strict=False))
         name = "inputs_embeds" if kwargs.get("inputs_embeds") is not None else "input_ids"
         tokens, past = kwargs.get(name), kwargs.get("past_key_values")

@@ -23,7 +23,7 @@ from .backbone import BackboneHooks
 from .loss import chunked_loss
 from .probe import find_structure
 from .self_test import check_chunked_loss, check_one_pass
-from .structure import Structure
+from .structure import Structure, refuse_partitioned
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ def get_bitune_model(
             f"peft: expected adapters inside the model, got {type(config.peft).__name__}, whose virtual tokens would "
             "not be part of the prompt"
         )
+    refuse_partitioned(base_model.named_parameters())
     structure = find_structure(base_model)
     config.stream_masks(structure.num_layers)  # skip_bidir against the number of layers
     frozen = [(p, p.requires_grad) for p in base_model.parameters()]
@@ -329,7 +330,15 @@ class BituneModel(PeftModelForCausalLM):
             self._hooks.padding_mask = None
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
-        """Write both adapters (as PEFT does, a folder each), the mixing coefficients and the config."""
+        """Write both adapters (as PEFT does, a folder each), the mixing coefficients and the config.
+
+        A model sharded by FSDP2 needs ``state_dict``, the full one of ``get_model_state_dict``.
+        """
+        if kwargs.get("state_dict") is None:
+            for name, parameter in self.named_parameters():
+                own = name.startswith("mixing.") or not self.peft_config.keys().isdisjoint(name.split("."))
+                if own and hasattr(parameter, "full_tensor"):
+                    raise ValueError(f"state_dict: expected a full one for a sharded model ({name} is), got None")
         super().save_pretrained(str(save_directory), **kwargs)
         if kwargs.get("is_main_process", True):
             self.bitune_config.save(save_directory)
