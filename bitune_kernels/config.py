@@ -53,6 +53,8 @@ class BituneConfig:
             bidirectional in the first -n layers only.
         use_fused: True runs the model once over all rows; False is the paper's schedule of three calls.
         backend: attention backend of the fused pass, see ``bitune_kernels.backends``.
+        loss_chunk_rows: in training, compute logits and loss for this many answer tokens at a time and their logits
+            once more in the backward pass; the output then has no logits. None: all at once.
 
     Raises:
         ValueError, TypeError: naming the field, what was expected and what came.
@@ -66,6 +68,7 @@ class BituneConfig:
     skip_bidir: int = 0
     use_fused: bool = True
     backend: str = "auto"
+    loss_chunk_rows: int | None = None
 
     def __post_init__(self):
         from .backends import BACKENDS
@@ -85,6 +88,11 @@ class BituneConfig:
             raise ValueError(f"theta_init: expected a finite number > 0, got {self.theta_init}")
         if isinstance(self.skip_bidir, bool) or not isinstance(self.skip_bidir, int):
             raise TypeError(f"skip_bidir: expected an int, got {type(self.skip_bidir).__name__}")
+        rows = self.loss_chunk_rows
+        if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int)):
+            raise TypeError(f"loss_chunk_rows: expected an int or None, got {type(rows).__name__}")
+        if rows is not None and rows < 1:
+            raise ValueError(f"loss_chunk_rows: expected at least 1, got {rows}")
         if not isinstance(self.use_fused, bool):
             raise TypeError(f"use_fused: expected a bool, got {type(self.use_fused).__name__}")
         if self.peft is not None and not hasattr(self.peft, "peft_type"):

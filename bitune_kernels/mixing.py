@@ -57,10 +57,18 @@ class MixingCoefficients(nn.Module):
 
         return super()._apply(keep_dtype, recurse)
 
-    def alpha(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """``alpha_k, alpha_v`` of one layer: float32, scalars or [num_heads_kv]. Differentiable in theta."""
+    def alphas(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``alpha_k, alpha_v`` of all layers: float32, of the thetas' shapes. Differentiable in theta."""
+        return self._alpha(self.theta_k), self._alpha(self.theta_v)
+
+    def alpha(self, layer: int, alphas: tuple[torch.Tensor, ...] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """``alpha_k, alpha_v`` of one layer: float32, scalars or [num_heads_kv]. Differentiable in theta.
+
+        ``alphas``: what ``alphas()`` gave, to read this layer's from; None: computed here.
+        """
         index = 0 if self.granularity == "global" else layer
-        return self._alpha(self.theta_k[index]), self._alpha(self.theta_v[index])
+        alpha_k, alpha_v = self.alphas() if alphas is None else alphas
+        return alpha_k[index], alpha_v[index]
 
     def _alpha(self, theta: torch.Tensor) -> torch.Tensor:
         f = theta.abs() if self.mixing == "abs" else theta.relu()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -17,11 +18,26 @@ from ..plan import SegmentPlan
 from .adapters import BIDIR
 from .one_pass import OnePass, TrimHooks
 from .passes import current
-from .structure import Structure
+from .structure import Structure, refuse_partitioned
 from .three_pass import ThreePass
 
 # Tensors of a backbone call that are understood; any other one per token could not be packed in silence.
 _UNDERSTOOD = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"}
+
+
+@dataclass(eq=False)
+class Request:
+    """A call of the backbone by a plan that is known.
+
+    Attributes:
+        plan: the rows of each sample.
+        holds: keep the answer rows here and hand on the first one alone, because their head runs later.
+        output: what the backbone returned, where it holds: its ``last_hidden_state`` is [1, A, hidden].
+    """
+
+    plan: SegmentPlan
+    holds: bool = False
+    output: object = None
 
 
 class _Call:
@@ -29,8 +45,8 @@ class _Call:
 
     def __init__(self):
         self.scope = ExitStack()
+        self.request: Request | None = None
         self.plan = self.one_pass = self.three_pass = self.answer_pass = self.cache = None
-        self.packed = False
 
 
 class BackboneHooks:
@@ -42,7 +58,7 @@ class BackboneHooks:
         self.enabled = True
         self.trims = True
         self.padding_mask = None  # generate() records the 2-D mask here, since static caches get a 4-D one
-        self._request: SegmentPlan | None = None
+        self._request: Request | None = None
         self._calls: list[_Call] = []
         backbone = structure.backbone
         self._names = list(inspect.signature(backbone.forward).parameters)  # of positional arguments
@@ -58,11 +74,14 @@ class BackboneHooks:
             handle.remove()
 
     @contextmanager
-    def request(self, plan: SegmentPlan):
-        """Inside, the next call of the backbone uses this plan and gives its answer rows packed, [1, A, hidden]."""
-        self._request = plan
+    def request(self, plan: SegmentPlan, *, holds: bool = False):
+        """Inside, the next call of the backbone uses this plan and gives its answer rows packed, [1, A, hidden].
+
+        Yields the ``Request``, which keeps those rows if it ``holds``.
+        """
+        self._request = request = Request(plan, holds)
         try:
-            yield
+            yield request
         finally:
             self._request = None
 
@@ -80,6 +99,7 @@ class BackboneHooks:
         self._calls.append(call)
         if not self.enabled or current() is not None:
             return None
+        refuse_partitioned([("a weight", next(backbone.parameters()))])  # DeepSpeed partitions after the attach
         kwargs = kwargs | dict(zip(self._names, args, strict=False))
         name = "inputs_embeds" if kwargs.get("inputs_embeds") is not None else "input_ids"
         tokens, past = kwargs.get(name), kwargs.get("past_key_values")
@@ -88,7 +108,8 @@ class BackboneHooks:
             return None  # decoding: an ordinary step with the causal adapter
         if tokens is None:
             raise ValueError("input_ids: expected token ids [batch, seq] (or inputs_embeds), got None")
-        call.packed, call.plan = request is not None, request or self._prompt_plan(backbone, tokens, kwargs)
+        call.request = request
+        call.plan = self._prompt_plan(backbone, tokens, kwargs) if request is None else request.plan
         self._refuse(tokens, kwargs, call.plan)
         kwargs.pop("logits_to_keep", None)  # the caller keeps its rows itself, once they are back in their places
         shared = self.structure.kv_layers != list(range(self.structure.num_layers))
@@ -97,7 +118,7 @@ class BackboneHooks:
                 "gradient checkpointing: layers that share keys and values hand them on outside of what is recomputed "
                 "and need gradient_checkpointing_kwargs={'use_reentrant': False}, got use_reentrant=True"
             )
-        call.cache = self._cache(backbone, kwargs, call.packed)
+        call.cache = self._cache(backbone, kwargs, request is not None)
         if self.config.use_fused:
             kwargs |= self._fused(call, tokens, name)
         else:
@@ -195,11 +216,14 @@ class BackboneHooks:
         else:
             rows = call.three_pass.answer_rows(rows)
             caches = None if call.cache is None else call.three_pass.caches(call.answer_pass)
-        output.last_hidden_state = rows[None] if call.packed else plan.unpack_answers(rows)
+        output.last_hidden_state = rows[None] if call.request is not None else plan.unpack_answers(rows)
         if call.cache is not None:
             for layer, (k, v) in sorted(caches.items()):
                 if self.structure.kv_layers[layer] != layer:
                     continue
                 call.cache.update(k, v, getattr(self.structure.attentions[layer], "layer_idx", layer))
             output.past_key_values = call.cache
+        if call.request is not None and call.request.holds:
+            call.request.output = output
+            output = type(output)(**{**output, "last_hidden_state": rows[None, :1]})
         return output

@@ -20,9 +20,10 @@ from ..mixing import MixingCoefficients
 from ..plan import SegmentPlan
 from .adapters import BIDIR, CAUSAL, adapter_configs, base_module, route_rows
 from .backbone import BackboneHooks
+from .loss import chunked_loss
 from .probe import find_structure
-from .self_test import check_one_pass
-from .structure import Structure
+from .self_test import check_chunked_loss, check_one_pass
+from .structure import Structure, refuse_partitioned
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ def get_bitune_model(
         base_model: any decoder whose attention goes through transformers' attention interface. Its weights are
             frozen and shared, not copied; its modules get adapters as with ``peft.get_peft_model``.
         config: the method and the adapters; default: the paper's.
-        self_test: compare one pass with three passes on a few tokens and refuse the model where they disagree.
+        self_test: compare one pass with three passes, and the loss in chunks with the whole one, on a few tokens and
+            refuse the model where they disagree.
         autocast_adapter_dtype: as in PEFT: adapters of a float16 or bfloat16 model are kept in float32.
 
     Raises:
@@ -64,6 +66,7 @@ def get_bitune_model(
             f"peft: expected adapters inside the model, got {type(config.peft).__name__}, whose virtual tokens would "
             "not be part of the prompt"
         )
+    refuse_partitioned(base_model.named_parameters())
     structure = find_structure(base_model)
     config.stream_masks(structure.num_layers)  # skip_bidir against the number of layers
     frozen = [(p, p.requires_grad) for p in base_model.parameters()]
@@ -73,6 +76,8 @@ def get_bitune_model(
         model = BituneModel(base_model, config, structure, autocast_adapter_dtype=autocast_adapter_dtype)
         if self_test and config.use_fused:
             check_one_pass(model)
+        if self_test and config.loss_chunk_rows is not None:
+            check_chunked_loss(model)
     except Exception:
         _restore(base_model, model, modules, frozen)
         raise
@@ -241,8 +246,8 @@ class BituneModel(PeftModelForCausalLM):
 
         Returns:
             The causal LM's output. ``logits`` [batch, seq, vocab] are computed for the last prompt token and the
-            answer, and zero elsewhere. Without labels and lengths every token is prompt, and only the last one has
-            logits.
+            answer, and zero elsewhere; with labels in training mode and ``loss_chunk_rows`` there are none. Without
+            labels and lengths every token is prompt, and only the last one has logits.
 
         Raises:
             ValueError: naming the argument, what was expected and what came, before anything is computed.
@@ -269,11 +274,40 @@ class BituneModel(PeftModelForCausalLM):
             labels = plan.pack_answers(labels)
             labels[plan.cu_answer[:-1].long()] = -100  # the last prompt token is not predicted
             labels = labels[None]
-        with self._hooks.request(plan):
-            out = super().forward(input_ids, labels=labels, return_dict=True, **common)
-        if getattr(out, "logits", None) is not None:
-            out.logits = plan.unpack_answers(out.logits[0])
+        # TRL's trainers ask for their own fused head, which reads the backbone's rows and never has all logits either.
+        chunk_rows = None if kwargs.get("fused_lm_head") else self.bitune_config.loss_chunk_rows
+        if labels is not None and self.training and chunk_rows is not None:
+            out = self._forward_in_chunks(plan, labels, chunk_rows, input_ids, common)
+        else:
+            with self._hooks.request(plan):
+                out = super().forward(input_ids, labels=labels, return_dict=True, **common)
+            if getattr(out, "logits", None) is not None:
+                out.logits = plan.unpack_answers(out.logits[0])
         return out if return_dict is not False else out.to_tuple()
+
+    def _forward_in_chunks(self, plan: SegmentPlan, labels: torch.Tensor, chunk_rows: int, input_ids, common: dict):
+        # labels [1, A]. The causal LM runs as ever, but over the first answer row; its output has neither loss nor
+        # logits of the others.
+        causal_lm = self.get_base_model()
+        routed = common.get("output_router_logits")
+        if getattr(causal_lm.config, "output_router_logits", False) if routed is None else routed:
+            raise ValueError(
+                "output_router_logits: expected False with loss_chunk_rows, whose chunks know nothing of the experts' "
+                "auxiliary loss, got True"
+            )
+        with self._hooks.request(plan, holds=True) as request:
+            out = super().forward(input_ids, return_dict=True, **common)
+        tokens = {"attention_mask", "inputs_embeds", "position_ids", "past_key_values", "cache_position", "use_cache"}
+        loss = chunked_loss(
+            causal_lm,
+            self._hooks.structure.backbone,
+            type(request.output),
+            request.output.last_hidden_state[0],
+            labels[0],
+            chunk_rows,
+            **{name: x for name, x in common.items() if name not in tokens},
+        )
+        return type(out)(**{**out, "loss": loss, "logits": None})
 
     def generate(self, *args, **kwargs):
         """``generate()`` of transformers: both streams prefill the prompt, answers are decoded causally."""
@@ -296,7 +330,15 @@ class BituneModel(PeftModelForCausalLM):
             self._hooks.padding_mask = None
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
-        """Write both adapters (as PEFT does, a folder each), the mixing coefficients and the config."""
+        """Write both adapters (as PEFT does, a folder each), the mixing coefficients and the config.
+
+        A model sharded by FSDP2 needs ``state_dict``, the full one of ``get_model_state_dict``.
+        """
+        if kwargs.get("state_dict") is None:
+            for name, parameter in self.named_parameters():
+                own = name.startswith("mixing.") or not self.peft_config.keys().isdisjoint(name.split("."))
+                if own and hasattr(parameter, "full_tensor"):
+                    raise ValueError(f"state_dict: expected a full one for a sharded model ({name} is), got None")
         super().save_pretrained(str(save_directory), **kwargs)
         if kwargs.get("is_main_process", True):
             self.bitune_config.save(save_directory)

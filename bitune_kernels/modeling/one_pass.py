@@ -29,6 +29,7 @@ class OnePass(Pass):
     ):
         super().__init__(structure, plan.cu_prompt.device)
         self.plan, self.mixing, self.stream_masks, self.backend = plan, mixing, stream_masks, backend
+        self.shared = () if mixing is None else mixing.alphas()
         self.num_rows, self.answer_rows = plan.num_rows, plan.num_answer
         self.bidir_rows = plan.num_prompt if separate_adapters else 0
         self.trims = trims and structure.trim is not None and plan.answer_start > 0
@@ -42,7 +43,9 @@ class OnePass(Pass):
         last = self.trims and layer == self.structure.num_layers - 1
         if last:
             q = q[plan.answer_start :]
-        alpha_k, alpha_v = (None, None) if self.mixing is None else self.mixing.alpha(self.structure.kv_layers[layer])
+        alpha_k = alpha_v = None
+        if self.mixing is not None:
+            alpha_k, alpha_v = self.mixing.alpha(self.structure.kv_layers[layer], self.shared)
         options = dict(
             softmax_scale=scaling,
             window=self.structure.windows[layer],

@@ -28,11 +28,15 @@ class Pass:
         num_rows: rows of every linear's input (T), of which the first ``bidir_rows`` use the adapter "bidir".
         answer_rows: rows after the last layer's trimming; they all use the adapter "causal".
         adapter: the adapter that serves all rows, where that isn't the active one ("causal"); else None.
+        shared: trained tensors that several layers read. Layers recomputed in the backward pass get them as arguments:
+            each one's gradient then ends there, and what the tensors were made from gets one gradient per step, which
+            reentrant checkpointing under DistributedDataParallel needs.
         mask: a tensor handed through the backbone as its attention mask. Its identity proves to attention that this
             pass is the one it is called for, and a 4-D mask makes transformers build none of its own.
     """
 
     adapter: str | None = None
+    shared: tuple[torch.Tensor, ...] = ()
     trims = False
     bidir_rows = num_rows = answer_rows = 0
 
@@ -110,10 +114,15 @@ class Pass:
     def _resumed(self, checkpoint):
         def checkpointed(run, *args):
             def run_in_pass(*inner):
-                with self.active():
-                    return run(*inner)
+                shared, self.shared = self.shared, inner[:count]
+                try:
+                    with self.active():
+                        return run(*inner[count:])
+                finally:
+                    self.shared = shared
 
-            return checkpoint(run_in_pass, *args)
+            count = len(self.shared)
+            return checkpoint(run_in_pass, *self.shared, *args)
 
         return checkpointed
 

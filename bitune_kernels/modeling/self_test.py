@@ -1,8 +1,10 @@
-"""The check that a model family is computed as it should be: one pass against three passes on a few tokens."""
+"""The checks that a model family is computed as it should be: one pass against three passes on a few tokens, and the
+loss in chunks against the causal LM's own."""
 
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 
 import torch
 
@@ -15,6 +17,27 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _ROUNDED = 0.1
 
 
+@contextmanager
+def _evaluating(model):
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+def _few_tokens(model) -> tuple[torch.Tensor, torch.Tensor, SegmentPlan]:
+    hooks = model._hooks
+    ids = torch.arange(1, 15, device=next(hooks.structure.backbone.parameters()).device).view(2, 7)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    plan = SegmentPlan.from_batch((2, 7), mask, [3, 5], num_streams=hooks.config.num_streams, device=ids.device)
+    return ids, mask, plan
+
+
 def check_one_pass(model) -> None:
     """Compare both schedules on a small ragged batch; switch trimming off where only that disagrees.
 
@@ -23,30 +46,20 @@ def check_one_pass(model) -> None:
     """
     hooks = model._hooks
     backbone = hooks.structure.backbone
-    weight = next(backbone.parameters())
-    ids = torch.arange(1, 15, device=weight.device).view(2, 7)
-    mask = torch.ones_like(ids)
-    mask[0, :2] = 0
-
-    plan = SegmentPlan.from_batch((2, 7), mask, [3, 5], num_streams=hooks.config.num_streams, device=ids.device)
+    dtype = next(backbone.parameters()).dtype
+    ids, mask, plan = _few_tokens(model)
 
     def run(fused: bool) -> torch.Tensor:
         with model.use_schedule(use_fused=fused), hooks.request(plan):
             return backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.double()
 
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            expected = run(fused=False)
-            error = _failure(run, expected, weight.dtype)
-            if error and hooks.structure.trim is not None:
-                hooks.trims = False
-                logger.info("%s: the last layer is not trimmed (%s)", type(backbone).__name__, error)
-                error = _failure(run, expected, weight.dtype)
-    finally:
-        for m in training:
-            m.training = True
+    with _evaluating(model):
+        expected = run(fused=False)
+        error = _failure(run, expected, dtype)
+        if error and hooks.structure.trim is not None:
+            hooks.trims = False
+            logger.info("%s: the last layer is not trimmed (%s)", type(backbone).__name__, error)
+            error = _failure(run, expected, dtype)
     if error:
         name = type(model.get_base_model()).__name__
         raise ValueError(
@@ -64,3 +77,30 @@ def _failure(run, expected: torch.Tensor, dtype: torch.dtype) -> str | None:
     if error <= _TOLERANCE.get(dtype, _ROUNDED):
         return None
     return f"its hidden states differ from three passes by {error:.1e} of their norm"
+
+
+def check_chunked_loss(model) -> None:
+    """Compare the loss of a small ragged batch in two chunks with the one that the causal LM computes at once.
+
+    Raises:
+        ValueError: they differ, because the family's loss isn't a sum over tokens, for example.
+    """
+    ids, mask, plan = _few_tokens(model)
+    labels = ids.clone()
+    labels[:, :5] = -100
+    common = dict(attention_mask=mask, inputs_embeds=None)
+    with _evaluating(model):
+        expected = model(input_ids=ids, labels=labels, attention_mask=mask).loss.double()
+        try:
+            found = model._forward_in_chunks(plan, plan.pack_answers(labels)[None], 3, ids, common).loss.double()
+            error = float((found - expected).abs() / expected.abs().clamp_min(1e-30))
+            error = (
+                None
+                if error <= _TOLERANCE.get(next(model.get_base_model().parameters()).dtype, _ROUNDED)
+                else f"the loss in chunks differs by {error:.1e} of it"
+            )
+        except Exception as e:
+            error = f"the loss in chunks raised {type(e).__name__}: {e}"
+    if error:
+        name = type(model.get_base_model()).__name__
+        raise ValueError(f"loss_chunk_rows: {name} needs None, since {error}")

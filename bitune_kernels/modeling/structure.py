@@ -74,3 +74,17 @@ class Structure:
 
     def layer_index(self, attention: nn.Module) -> int:
         return self._index[id(attention)]
+
+
+def refuse_partitioned(parameters) -> None:
+    """Raise ValueError if DeepSpeed ZeRO-3 has partitioned one of the named parameters.
+
+    It gathers weights while the module that holds them is called. A pass reads adapters and their base weight from one
+    place, and the mixing coefficients from outside of their module, where only empty tensors would be found.
+    """
+    for name, parameter in parameters:
+        if hasattr(parameter, "ds_id"):
+            raise ValueError(
+                f"base_model: expected whole parameters or FSDP2's (fully_shard), got {name} partitioned by DeepSpeed "
+                "ZeRO-3, which doesn't gather weights where a Bitune pass reads them; use ZeRO stage 1 or 2"
+            )

@@ -18,6 +18,14 @@ from .passes import Pass
 from .structure import Structure
 
 
+def _sharded(module) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    return isinstance(module, (FSDPModule, FullyShardedDataParallel))
+
+
 class PaddedPass(Pass):
     """A call of the backbone over [batch, width] rows of one segment, padded on the right, that records k and v."""
 
@@ -160,6 +168,11 @@ class ThreePass:
             raise ValueError(
                 "gradient checkpointing: use_fused=False keeps keys and values between calls and needs "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}, got use_reentrant=True"
+            )
+        if torch.is_grad_enabled() and any(_sharded(m) for m in structure.backbone.modules()):
+            raise ValueError(
+                "use_fused: expected True in training with FSDP, which frees a layer's weights until a gradient "
+                "reaches its output, and with three passes one reaches keys and values first; got False"
             )
         recorded = []
         streams = [(bidir_adapter, self.stream_masks), (None, ("causal",) * structure.num_layers)]

@@ -1,0 +1,81 @@
+"""The loss of a causal LM over a few answer rows at a time, so that the logits of all of them never exist at once.
+
+Logits are the family's own affair (softcaps, scales, biases, adapters), and so is the loss. Both are therefore left to
+the causal LM's own forward, which runs once per chunk behind a backbone that hands it rows computed before. Each chunk
+is checkpointed: the backward pass computes its logits again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class _Rows(nn.Module):
+    """Stands for a backbone whose hidden states are known."""
+
+    def __init__(self, output_type: type):
+        super().__init__()
+        self.output_type = output_type
+
+    def forward(self, *args, inputs_embeds: torch.Tensor, **kwargs):
+        return self.output_type(last_hidden_state=inputs_embeds)
+
+
+def _behind(model: nn.Module, backbone: nn.Module, rows: _Rows) -> nn.Module:
+    # A second module object over the same parameters and children, so that nothing of the model is assigned to. Made
+    # anew for each step: modules may be replaced, and modes switched, between two of them.
+    path = next(name for name, module in model.named_modules() if module is backbone).split(".")
+
+    def shallow(module, names):
+        if not names:
+            return rows
+        # not copy.copy, which constructs modules anew where FSDP has changed their class
+        twin = object.__new__(type(module))
+        twin.__dict__.update(module.__dict__)
+        twin.__dict__["_modules"] = module._modules | {names[0]: shallow(module._modules[names[0]], names[1:])}
+        return twin
+
+    return shallow(model, path)
+
+
+def chunked_loss(
+    model: nn.Module,
+    backbone: nn.Module,
+    output_type: type,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    chunk_rows: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """The causal LM's loss, with logits for at most ``chunk_rows + 1`` rows at a time in both directions.
+
+    Args:
+        model: the causal LM; ``backbone`` is the module between its tokens and its head.
+        output_type: the class of what the backbone returns.
+        hidden: [A, hidden], what the backbone returned.
+        labels: int64 [A], of the rows themselves (the family shifts them), -100 where there is no target.
+        chunk_rows: targets per chunk; one more row is computed, since the shift drops the last one.
+        num_items_in_batch: what the summed loss is divided by; None: the number of targets.
+        kwargs: further arguments of the causal LM's forward.
+
+    Returns:
+        A scalar; differentiable in ``hidden`` and the parameters behind the backbone.
+    """
+    if num_items_in_batch is None:
+        num_items_in_batch = (labels[1:] != -100).sum()
+    behind = _behind(model, backbone, _Rows(output_type))
+    forward = type(model).forward  # an instance's own one, as accelerate sets it, is bound to the whole model
+
+    def loss(rows, targets):
+        options = dict(num_items_in_batch=num_items_in_batch, use_cache=False, return_dict=True)
+        return forward(behind, inputs_embeds=rows[None], labels=targets[None], **kwargs | options).loss
+
+    total = None
+    for start in range(0, max(len(labels) - 1, 1), chunk_rows):
+        chunk = slice(start, start + chunk_rows + 1)
+        part = checkpoint(loss, hidden[chunk], labels[chunk], use_reentrant=False)
+        total = part if total is None else total + part
+    return total

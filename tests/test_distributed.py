@@ -1,0 +1,222 @@
+"""Two processes compute what one computes: DistributedDataParallel, FSDP2 and the Trainer, on CPU over gloo."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from tests.tiny import base_model, bitune_model, ragged_batch
+
+SECONDS = 120  # two processes import transformers at once; the work itself takes a few seconds
+RANKS = 2
+CHECKPOINTING = {"plain": None, "reentrant": True, "nonreentrant": False}
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+
+
+def _rank(rank: int, port: int, function, args) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))
+    try:
+        function(rank, *args)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def on_two_ranks(function, *args) -> None:
+    """Run ``function(rank, *args)`` in two processes; raises what one of them raised."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    ranks = mp.spawn(_rank, (port, function, args), nprocs=RANKS, join=False)
+    end = time.monotonic() + SECONDS
+    while not ranks.join(timeout=1):
+        if time.monotonic() > end:
+            for process in ranks.processes:
+                process.kill()
+            pytest.fail(f"{function.__name__}: not done after {SECONDS} s")
+
+
+def batch(equal: bool = True):
+    # 7 targets for each rank, or 7 and 11
+    return ragged_batch(answers=(3, 4, 4, 3) if equal else (3, 4, 4, 7))
+
+
+def share(rank: int, tensors):
+    return [x[2 * rank : 2 * rank + 2] for x in tensors]
+
+
+def make(checkpointing: str, **config):
+    model = bitune_model(**config).train()
+    if CHECKPOINTING[checkpointing] is not None:
+        options = {"use_reentrant": CHECKPOINTING[checkpointing]}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        model.enable_input_require_grads()
+    return model
+
+
+def step(model, tensors, **options) -> torch.Tensor:
+    ids, mask, labels = tensors
+    loss = model(input_ids=ids, attention_mask=mask, labels=labels, **options).loss
+    loss.backward()
+    return loss.detach()
+
+
+def one_process(equal: bool = True, **config):
+    model = bitune_model(**config).train()
+    return step(model, batch(equal)), model
+
+
+def compare(case: str, model, expected) -> None:
+    for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
+        if q.grad is None:
+            assert p.grad is None or not p.grad.any(), f"{case}: {name}"
+            continue
+        gradient = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        torch.testing.assert_close(gradient, q.grad, atol=1e-7, rtol=1e-4, msg=lambda m, n=name: f"{case}: {n}: {m}")
+
+
+def mean(x: torch.Tensor) -> torch.Tensor:
+    x = x.clone()
+    dist.all_reduce(x)
+    return x / RANKS
+
+
+def data_parallel(rank: int) -> None:
+    from torch.nn.parallel import DistributedDataParallel
+
+    cases = [(c, {}) for c in CHECKPOINTING]
+    cases += [("reentrant", {"mixing_granularity": "global"}), ("nonreentrant", {"use_fused": False})]
+    cases += [("plain", {"variant": v}) for v in ("naive_bidir", "shared_weights", "only_causal")]
+    cases += [("plain", {"peft": None}), ("reentrant", {"loss_chunk_rows": 3})]
+    for checkpointing, config in cases:
+        case = f"{checkpointing} {config}"
+        loss, expected = one_process(**config)
+        model = make(checkpointing, **config)
+        # in three passes the last layer's bidirectional q has no gradient, in one pass it is zero
+        wrapped = DistributedDataParallel(model, find_unused_parameters=not config.get("use_fused", True))
+        for _ in range(2):  # a parameter without a gradient in the first step is an error in the second
+            model.zero_grad()
+            found = mean(step(wrapped, share(rank, batch())))
+            torch.testing.assert_close(found, loss, atol=0, rtol=1e-6, msg=lambda m, c=case: f"{c}: {m}")
+            compare(case, model, expected)
+
+    # ragged shares: the trainers' global count of targets, times the ranks that the gradients are averaged over
+    loss, expected = one_process(equal=False)
+    model = make("plain")
+    wrapped = DistributedDataParallel(model)
+    tensors = batch(equal=False)
+    count = int((tensors[2] != -100).sum())
+    found = mean(step(wrapped, share(rank, tensors), num_items_in_batch=count / RANKS))
+    torch.testing.assert_close(found, loss, atol=0, rtol=1e-6)
+    compare("ragged", model, expected)
+
+
+def test_data_parallel_gradients_are_those_of_one_process():
+    on_two_ranks(data_parallel)
+
+
+def fully_sharded(rank: int, folder: str) -> None:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from bitune_kernels import BituneModel
+
+    mesh = init_device_mesh("cpu", (RANKS,))
+    cases = [(c, {}) for c in CHECKPOINTING]
+    cases += [("plain", {"mixing_granularity": "global"}), ("nonreentrant", {"loss_chunk_rows": 3})]
+    for checkpointing, config in cases:
+        case = f"{checkpointing} {config}"
+        loss, expected = one_process(**config)
+        model = make(checkpointing, **config)
+        for layer in model.get_base_model().model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        for _ in range(2):
+            model.zero_grad()
+            found = mean(step(model, share(rank, batch())))
+            torch.testing.assert_close(found, loss, atol=0, rtol=1e-6, msg=lambda m, c=case: f"{c}: {m}")
+            compare(case, model, expected)
+
+    # frozen weights in bfloat16, adapters and thetas in float32: one group of FSDP with two dtypes
+    bfloat16 = bitune_model(base=base_model(dtype=torch.bfloat16)).train()
+    loss = step(bfloat16, batch())
+    model16 = bitune_model(base=base_model(dtype=torch.bfloat16)).train()
+    for layer in model16.get_base_model().model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model16, mesh=mesh)
+    torch.testing.assert_close(mean(step(model16, share(rank, batch()))), loss, atol=0, rtol=1e-2)
+    for (name, p), q in zip(model16.named_parameters(), bfloat16.parameters(), strict=True):
+        assert p.dtype == q.dtype and (
+            q.grad is None or (p.grad.full_tensor() - q.grad).norm() <= 0.05 * q.grad.norm()
+        ), name
+
+    with model.use_schedule(use_fused=False), pytest.raises(ValueError, match="use_fused: expected True"):
+        step(model, share(rank, batch()))
+    with pytest.raises(ValueError, match="state_dict: expected a full one"):
+        model.save_pretrained(folder)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:
+        model.save_pretrained(folder, state_dict=state)
+        loaded = BituneModel.from_pretrained(base_model(), folder)
+        for (name, p), q in zip(loaded.named_parameters(), expected.parameters(), strict=True):
+            assert torch.equal(p, q), name
+
+
+def test_fully_sharded_gradients_are_those_of_one_process_and_save_whole(tmp_path):
+    on_two_ranks(fully_sharded, str(tmp_path))
+
+
+def train(rank: int, folder: str, expected: list[float], checkpointing: str) -> None:
+    from tests.test_trainers import hf_trainer, losses
+
+    trainer = hf_trainer(bitune_model(), f"{folder}/two", **trainer_options(1, checkpointing))
+    assert trainer.accelerator.num_processes == RANKS
+    trainer.train()
+    if rank == 0:
+        assert losses(trainer) == pytest.approx(expected, rel=1e-3)  # logged with four digits
+
+
+def trainer_options(accumulation: int, checkpointing: str = "plain") -> dict:
+    options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=accumulation, save_strategy="no")
+    if CHECKPOINTING[checkpointing] is not None:
+        # the Trainer looks for unused parameters where the model is PEFT's, which reentrant checkpoints hide
+        options |= dict(gradient_checkpointing=True, ddp_find_unused_parameters=False)
+        options |= dict(gradient_checkpointing_kwargs={"use_reentrant": CHECKPOINTING[checkpointing]})
+    return options
+
+
+@pytest.mark.parametrize("checkpointing", ["plain", "reentrant"])
+def test_the_trainer_on_two_ranks_gives_the_losses_of_accumulation(checkpointing, tmp_path):
+    from tests.test_trainers import hf_trainer, losses
+
+    alone = hf_trainer(bitune_model(), tmp_path / "one", **trainer_options(RANKS))
+    alone.train()
+    assert losses(alone)[-1] < losses(alone)[0]
+    on_two_ranks(train, str(tmp_path), losses(alone), checkpointing)
+
+
+def test_parameters_partitioned_by_zero_3_are_refused():
+    # DeepSpeed isn't needed for its mark
+    base = base_model()
+    base.model.layers[1].mlp.up_proj.weight.ds_id = 7
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight partitioned by DeepSpeed ZeRO-3"):
+        bitune_model(base=base)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
+
+    model = bitune_model()
+    for number, parameter in enumerate(model.parameters()):
+        parameter.ds_id = number
+    with pytest.raises(ValueError, match="DeepSpeed ZeRO-3"):
+        step(model, batch())
