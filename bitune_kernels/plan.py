@@ -64,19 +64,16 @@ class SegmentPlan:
     cu_prefix: torch.Tensor | None = None
     token_index: torch.Tensor | None = None
     padded_shape: tuple[int, int] | None = None
-    num_prompt: int = field(init=False)
-    num_answer: int = field(init=False)
     num_prefix: int = field(init=False)
     max_prompt: int = field(init=False)
     max_answer: int = field(init=False)
     lengths: torch.Tensor = field(init=False, repr=False)
+    _extent: torch.Tensor = field(init=False, repr=False)  # [N, A, 0] on the CPU: N and A as sizes
 
     def __post_init__(self):
         # Plain attributes: torch.compile can't trace the lock of a cached_property, and would guard on each length
         # if it traced the sums.
         counts = {
-            "num_prompt": sum(self.prompt_lengths),
-            "num_answer": sum(self.answer_lengths),
             "num_prefix": sum(self.prefix_lengths or ()),
             "max_prompt": max(self.prompt_lengths, default=0),
             "max_answer": max(self.answer_lengths, default=0),
@@ -86,6 +83,10 @@ class SegmentPlan:
         lengths = [self.prompt_lengths, self.answer_lengths]
         if self.prefix_lengths is not None:
             lengths.append(self.prefix_lengths)
+        # A compiled graph specializes on a number that it reaches through a global, as the current pass is, and not on
+        # the size of a tensor.
+        extent = torch.empty(sum(self.prompt_lengths), sum(self.answer_lengths), 0, device="cpu")
+        object.__setattr__(self, "_extent", extent)
         object.__setattr__(self, "lengths", torch.tensor(lengths, dtype=torch.int64, device="cpu"))
 
     @classmethod
@@ -228,6 +229,14 @@ class SegmentPlan:
     @property
     def batch_size(self) -> int:
         return len(self.prompt_lengths)
+
+    @property
+    def num_prompt(self) -> int:
+        return self._extent.shape[0]
+
+    @property
+    def num_answer(self) -> int:
+        return self._extent.shape[1]
 
     @property
     def num_rows(self) -> int:

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PromptTuningConfig
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache, GenerationConfig
 
 from bitune_kernels import BituneConfig, BituneModel, get_bitune_model
@@ -137,6 +138,32 @@ def test_checkpointing_trains_the_same_parameters_by_the_same_gradients(use_reen
         torch.testing.assert_close(
             checkpointed[name], gradient, atol=1e-7, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def test_compiled_layers_train_on_all_lengths_and_compile_at_most_twice():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    models = [bitune_model(base=base_model(num_hidden_layers=2)).train() for _ in range(2)]
+    for layer in models[1].get_base_model().model.layers:
+        layer.compile(backend=counter, fullgraph=True)
+    frames = []
+    for prompts, answers in (
+        ((5, 1, 9, 2), (3, 4, 1, 6)),
+        ((6, 3, 4, 8), (2, 2, 5, 3)),
+        ((12, 2, 7, 5), (1, 6, 3, 2)),
+        ((3, 9, 2, 4), (8, 1, 2, 7)),
+    ):
+        ids, mask, labels = ragged_batch(prompts=prompts, answers=answers)
+        for model in models:
+            model.zero_grad()
+            model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+        for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+            assert (p.grad is None) == (q.grad is None), name
+            if p.grad is not None:
+                torch.testing.assert_close(q.grad, p.grad, atol=1e-7, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        frames.append(counter.frame_count)
+    # the first call compiles for its lengths, the second for all lengths
+    assert frames[1] <= 2 * frames[0] and frames[1:] == frames[1:2] * 3, frames
 
 
 def test_reentrant_checkpointing_is_refused_for_three_passes():

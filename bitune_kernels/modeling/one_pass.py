@@ -30,10 +30,22 @@ class OnePass(Pass):
         super().__init__(structure, plan.cu_prompt.device)
         self.plan, self.mixing, self.stream_masks, self.backend = plan, mixing, stream_masks, backend
         self.shared = () if mixing is None else mixing.alphas()
-        self.num_rows, self.answer_rows = plan.num_rows, plan.num_answer
-        self.bidir_rows = plan.num_prompt if separate_adapters else 0
+        self.separate_adapters = separate_adapters
         self.trims = trims and structure.trim is not None and plan.answer_start > 0
         self.caches: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = {} if keep_cache else None
+
+    # properties, since a compiled layer specializes on plain numbers
+    @property
+    def num_rows(self) -> int:
+        return self.plan.num_rows
+
+    @property
+    def answer_rows(self) -> int:
+        return self.plan.num_answer
+
+    @property
+    def bidir_rows(self) -> int:
+        return self.plan.num_prompt if self.separate_adapters else 0
 
     def attend(self, module, query, key, value, scaling, softcap, sinks):
         plan, layer = self.plan, self.structure.layer_index(module)
