@@ -70,7 +70,7 @@ def get_bitune_model(
     structure = find_structure(base_model)
     config.stream_masks(structure.num_layers)  # skip_bidir against the number of layers
     frozen = [(p, p.requires_grad) for p in base_model.parameters()]
-    modules = set(base_model.modules())
+    modules, attributes = set(base_model.modules()), set(vars(base_model))
     model = None
     try:
         model = BituneModel(base_model, config, structure, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -80,6 +80,8 @@ def get_bitune_model(
             check_chunked_loss(model)
     except Exception:
         _restore(base_model, model, modules, frozen)
+        for name in set(vars(base_model)) - attributes:  # PEFT's record of its adapters
+            delattr(base_model, name)
         raise
     return model
 
