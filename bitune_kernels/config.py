@@ -11,6 +11,7 @@ CONFIG_NAME = "bitune_config.json"
 
 MIXINGS = ("abs", "relu")
 GRANULARITIES = ("layer", "head", "global")
+LOSSES = ("token", "sample")
 
 
 class Variant(NamedTuple):
@@ -53,6 +54,8 @@ class BituneConfig:
             bidirectional in the first -n layers only.
         use_fused: True runs the model once over all rows; False is the paper's schedule of three calls.
         backend: attention backend of the fused pass, see ``bitune_kernels.backends``.
+        loss: "token", transformers' mean over the answer tokens of a batch; or "sample", the paper's mean over samples
+            of each sample's mean over its answer tokens.
 
     Raises:
         ValueError, TypeError: naming the field, what was expected and what came.
@@ -66,6 +69,7 @@ class BituneConfig:
     skip_bidir: int = 0
     use_fused: bool = True
     backend: str = "auto"
+    loss: str = "token"
 
     def __post_init__(self):
         from .backends import BACKENDS
@@ -74,6 +78,7 @@ class BituneConfig:
             ("variant", tuple(VARIANTS)),
             ("mixing", MIXINGS),
             ("mixing_granularity", GRANULARITIES),
+            ("loss", LOSSES),
             ("backend", ("auto", *BACKENDS)),
         ):
             value = getattr(self, name)
