@@ -11,6 +11,7 @@ CONFIG_NAME = "bitune_config.json"
 
 MIXINGS = ("abs", "relu")
 GRANULARITIES = ("layer", "head", "global")
+LOSSES = ("token", "sample")
 
 
 class Variant(NamedTuple):
@@ -53,6 +54,8 @@ class BituneConfig:
             bidirectional in the first -n layers only.
         use_fused: True runs the model once over all rows; False is the paper's schedule of three calls.
         backend: attention backend of the fused pass, see ``bitune_kernels.backends``.
+        loss: "token", transformers' mean over the answer tokens of a batch; or "sample", the paper's mean over samples
+            of each sample's mean over its answer tokens.
         loss_chunk_rows: in training, compute logits and loss for this many answer tokens at a time and their logits
             once more in the backward pass; the output then has no logits. None: all at once.
 
@@ -68,6 +71,7 @@ class BituneConfig:
     skip_bidir: int = 0
     use_fused: bool = True
     backend: str = "auto"
+    loss: str = "token"
     loss_chunk_rows: int | None = None
 
     def __post_init__(self):
@@ -77,6 +81,7 @@ class BituneConfig:
             ("variant", tuple(VARIANTS)),
             ("mixing", MIXINGS),
             ("mixing_granularity", GRANULARITIES),
+            ("loss", LOSSES),
             ("backend", ("auto", *BACKENDS)),
         ):
             value = getattr(self, name)
@@ -93,6 +98,8 @@ class BituneConfig:
             raise TypeError(f"loss_chunk_rows: expected an int or None, got {type(rows).__name__}")
         if rows is not None and rows < 1:
             raise ValueError(f"loss_chunk_rows: expected at least 1, got {rows}")
+        if rows is not None and self.loss == "sample":
+            raise ValueError("loss_chunk_rows: expected None with loss='sample', whose means need all rows of a sample")
         if not isinstance(self.use_fused, bool):
             raise TypeError(f"use_fused: expected a bool, got {type(self.use_fused).__name__}")
         if self.peft is not None and not hasattr(self.peft, "peft_type"):

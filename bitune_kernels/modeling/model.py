@@ -89,7 +89,7 @@ def get_bitune_model(
 def _restore(base_model, model, modules, frozen) -> None:
     # Adapters stand between a parent and its original child: put the child back.
     if model is not None:
-        model._hooks.remove()
+        model._detach()
     for parent in [m for m in base_model.modules() if m in modules]:
         for name, child in parent.named_children():
             while child not in modules:
@@ -155,7 +155,16 @@ class BituneModel(PeftModelForCausalLM):
             )
         structure.adapted = route_rows(base_model)
         self._hooks = BackboneHooks(structure, config, self.mixing)
+        if config.loss == "sample":
+            # The Trainer would hand on the number of tokens in all accumulated batches, and divide by nothing; so it
+            # divides by the number of batches, as for every model that says this.
+            base_model.accepts_loss_kwargs = False
         self._train_adapters(True)
+
+    def _detach(self) -> None:
+        self._hooks.remove()
+        if self.bitune_config.loss == "sample":
+            del self.get_base_model().accepts_loss_kwargs
 
     @property
     def bitune_config(self) -> BituneConfig:
@@ -217,7 +226,7 @@ class BituneModel(PeftModelForCausalLM):
 
     def unload(self) -> nn.Module:
         """Remove adapters and hooks; returns the base model."""
-        self._hooks.remove()
+        self._detach()
         return self.base_model.unload()
 
     def merge_and_unload(self, *args, **kwargs):
@@ -242,7 +251,8 @@ class BituneModel(PeftModelForCausalLM):
             input_ids: int64 [batch, seq], each row prompt then answer, padded left or right.
             attention_mask: [batch, seq], nonzero at real tokens. None: no padding.
             labels: int64 [batch, seq], -100 at the prompt and at padding; the loss is the mean over answer tokens
-                as in transformers. The prompt of a row is what stands before its first label that is not -100.
+                as in transformers, or over samples (``BituneConfig.loss``). The prompt of a row is what stands before
+                its first label that is not -100.
             prompt_lengths: prompt tokens of each row, 1 to its real tokens; instead of, or beside, ``labels``.
             inputs_embeds: [batch, seq, hidden] instead of ``input_ids``.
 
@@ -276,12 +286,18 @@ class BituneModel(PeftModelForCausalLM):
             labels = plan.pack_answers(labels)
             labels[plan.cu_answer[:-1].long()] = -100  # the last prompt token is not predicted
             labels = labels[None]
+        per_sample = labels is not None and self.bitune_config.loss == "sample"
+        if per_sample and (kwargs.get("num_items_in_batch") is not None or kwargs.get("fused_lm_head")):
+            raise ValueError(
+                "loss: expected 'token' with num_items_in_batch or a trainer's own loss over tokens (TRL), got 'sample'; "
+                "transformers' Trainer takes it"
+            )
         # TRL's trainers ask for their own fused head, which reads the backbone's rows and never has all logits either.
         chunk_rows = None if kwargs.get("fused_lm_head") else self.bitune_config.loss_chunk_rows
         if labels is not None and self.training and chunk_rows is not None:
             out = self._forward_in_chunks(plan, labels, chunk_rows, input_ids, common)
         else:
-            with self._hooks.request(plan):
+            with self._hooks.request(plan), _loss_per_sample(self.get_base_model(), plan, per_sample):
                 out = super().forward(input_ids, labels=labels, return_dict=True, **common)
             if getattr(out, "logits", None) is not None:
                 out.logits = plan.unpack_answers(out.logits[0])
@@ -405,6 +421,31 @@ class BituneModel(PeftModelForCausalLM):
             model.load_adapter(Path(folder, name), name)
         model._train_adapters(is_trainable)
         return model.train(is_trainable)
+
+
+@contextmanager
+def _loss_per_sample(causal_lm: nn.Module, plan: SegmentPlan, enabled: bool):
+    """Inside, the loss of packed answers is the mean over samples of their mean over tokens, in float32."""
+    if not enabled:
+        yield
+        return
+    before = causal_lm.loss_function
+
+    def loss_function(logits, labels, vocab_size, **kwargs):
+        # logits [1, A, vocab], labels int64 [1, A]: the first label of a sample is -100, so no row predicts another's
+        labels = nn.functional.pad(labels[0, 1:], (0, 1), value=-100).to(logits.device)
+        tokens = nn.functional.cross_entropy(logits.float().view(-1, vocab_size), labels, reduction="none")
+        lengths = torch.tensor(plan.answer_lengths, device=logits.device)
+        sample = torch.arange(len(lengths), device=logits.device).repeat_interleave(lengths)
+        sums = tokens.new_zeros(len(lengths)).index_add(0, sample, tokens)
+        counts = tokens.new_zeros(len(lengths)).index_add(0, sample, (labels != -100).float())
+        return (sums / counts.clamp(min=1)).mean()
+
+    causal_lm.loss_function = loss_function
+    try:
+        yield
+    finally:
+        causal_lm.loss_function = before
 
 
 def _prompt_lengths(labels: torch.Tensor, attention_mask: torch.Tensor | None, shape: tuple[int, int]) -> list[int]:

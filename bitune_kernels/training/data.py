@@ -1,0 +1,158 @@
+"""Questions and answers as tokens: rows of a data set -> input_ids and labels that are -100 on the prompt."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+TEMPLATE = "Question: {x}\n\nAnswer:"
+
+
+def _ultrafeedback_gpt4(row):
+    found = [c["response"] for c in row["completions"] if c["model"] == "gpt-4"]
+    return row["instruction"], found[0] if found else None
+
+
+def _alpaca(row):
+    return "\n\n".join(filter(None, (row["instruction"], row.get("input")))), row["output"]
+
+
+def _options(question: str, labels: list[str], texts: list[str], answer: str):
+    options = "\n".join(f"{label}. {text}" for label, text in zip(labels, texts, strict=True))
+    # test splits have no answer
+    return f"{question}\n{options}", dict(zip(labels, texts, strict=True)).get(answer)
+
+
+def _multiple_choice(row):
+    return _options(row["question"], row["choices"]["label"], row["choices"]["text"], row["answerKey"])
+
+
+def _piqa(row):
+    return _options(row["goal"], ["A", "B"], [row["sol1"], row["sol2"]], {0: "A", 1: "B"}.get(int(row["label"])))
+
+
+def _siqa(row):
+    texts = [row["answerA"], row["answerB"], row["answerC"]]
+    answer = {"1": "A", "2": "B", "3": "C"}.get(str(row["label"]))
+    return _options(f"{row['context']} {row['question']}", ["A", "B", "C"], texts, answer)
+
+
+# What a recipe's ``reader`` may name: a row -> (question, answer or None). The paper doesn't print how it writes the
+# options of multiple-choice questions; here they stand one per line, and the answer is the text of the right one.
+READERS: dict[str, Callable[[dict[str, Any]], tuple[str, str | None]]] = {
+    "ultrafeedback_gpt4": _ultrafeedback_gpt4,
+    "alpaca": _alpaca,
+    "multiple_choice": _multiple_choice,
+    "piqa": _piqa,
+    "siqa": _siqa,
+}
+
+
+def load_rows(data: str, name: str | None = None, split: str = "train", revision: str | None = None):
+    """A ``datasets.Dataset``: a local .json or .jsonl file, or a data set of the Hugging Face Hub.
+
+    Raises:
+        FileNotFoundError: ``data`` names a file that isn't there.
+    """
+    from datasets import load_dataset
+
+    if Path(data).suffix in (".json", ".jsonl"):
+        if not Path(data).is_file():
+            raise FileNotFoundError(f"data: expected a file, got {data}, which does not exist")
+        return load_dataset("json", data_files=data, split="train")
+    return load_dataset(data, name, split=split, revision=revision)
+
+
+def tokenize_row(row: dict[str, Any], tokenizer, prompt="{prompt}", completion="{completion}", reader=None):
+    """``(prompt ids, answer ids)`` of one row; the answer is empty where the row has none.
+
+    A row with ``messages`` goes through the tokenizer's chat template: its last message, by the assistant, is the
+    answer, and all before it the prompt. Any other row goes through ``TEMPLATE``, a space, the answer and the end token.
+
+    Args:
+        prompt, completion: format strings over the columns.
+        reader: a key of ``READERS`` instead of them.
+
+    Raises:
+        ValueError: a missing column; a chat template that writes the prompt otherwise once the answer follows.
+    """
+    if reader is None and row.get("messages") is not None:
+        messages = row["messages"]
+        if len(messages) < 2 or messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
+            return [], []
+        first = tokenizer.apply_chat_template(
+            messages[:-1], add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"]
+        both = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+        if both[: len(first)] != first:
+            raise ValueError("messages: expected a chat template that leaves the prompt as it is, got another prompt")
+        return first, both[len(first) :]
+    try:
+        if reader is not None:
+            question, answer = READERS[reader](row)
+        else:
+            question, answer = prompt.format(**row), completion.format(**row)
+            answer = "" if answer == "None" and None in row.values() else answer
+    except KeyError as error:
+        raise ValueError(f"data: expected a column {error}, got {', '.join(sorted(row))}") from None
+    first = tokenizer(TEMPLATE.format(x=question))["input_ids"]
+    if not (answer or "").strip():
+        return first, []
+    end = tokenizer.eos_token_id
+    if first[-1] == end:  # a tokenizer that ends every text
+        first = first[:-1]
+    both = tokenizer(f"{TEMPLATE.format(x=question)} {answer}")["input_ids"]
+    if both[: len(first)] == first:
+        rest = both[len(first) :]
+    else:  # the space merged with the colon: keep the prompt as generate() will see it
+        rest = tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
+    return first, rest if rest[-1] == end else [*rest, end]
+
+
+def tokenize(
+    rows,
+    tokenizer,
+    *,
+    prompt: str = "{prompt}",
+    completion: str = "{completion}",
+    reader: str | None = None,
+    max_length: int = 2048,
+    max_answer_length: int | None = None,
+):
+    """Samples for a Trainer: a ``datasets.Dataset`` with input_ids, attention_mask and labels (-100 on the prompt).
+
+    Rows without an answer or with too many tokens are left out and counted in one warning. Pad them with transformers'
+    ``DataCollatorForSeq2Seq(tokenizer)``, which follows ``tokenizer.padding_side``.
+
+    Args:
+        rows: an iterable of dicts, a Dataset for example.
+        prompt, completion, reader: as in ``tokenize_row``.
+        max_length, max_answer_length: tokens of prompt and answer together, and of the answer, end token included.
+
+    Raises:
+        ValueError: no sample is left.
+    """
+    from datasets import Dataset
+
+    samples, skipped = [], Counter()
+    for row in rows:
+        first, rest = tokenize_row(row, tokenizer, prompt, completion, reader)
+        if not rest:
+            skipped["without an answer"] += 1
+        elif len(first) + len(rest) > max_length or len(rest) > (max_answer_length or max_length):
+            skipped["too long"] += 1
+        else:
+            both = first + rest
+            labels = [-100] * len(first) + rest
+            samples.append({"input_ids": both, "attention_mask": [1] * len(both), "labels": labels})
+    report = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+    if not samples:
+        raise ValueError(f"data: expected at least one sample with an answer, got none ({report or 'no rows'})")
+    if skipped:
+        logger.warning("data: %d samples; skipped %s", len(samples), report)
+    return Dataset.from_list(samples)

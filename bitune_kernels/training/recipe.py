@@ -1,0 +1,132 @@
+"""Recipe: everything a training run is made of, from a yaml file and a few changes; checked before anything loads."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from ..config import BituneConfig
+from .data import READERS
+
+
+@dataclass
+class Recipe:
+    """One training run. Defaults that the paper fixes are in ``recipes/paper.yaml``; lengths are in tokens.
+
+    Fields: data (a .json or .jsonl file, or an id of the Hub), data_name (its configuration), data_split,
+    data_revision, prompt, completion, reader, max_length, max_answer_length as in ``training.data``; lora_r,
+    lora_alpha, target_modules as in PEFT's LoraConfig; variant .. loss as in ``BituneConfig``; dtype of the base model;
+    lr of the adapters, theta_lr of the thetas (None: lr); warmup, a share of the steps (below 1) or their number;
+    batch_size samples per pass, accumulation passes per update, max_steps updates; clip, the largest gradient norm
+    (0: none); report_to, as in transformers ("wandb", "tensorboard", "none").
+
+    Raises:
+        ValueError, TypeError: naming the field, what was expected and what came.
+    """
+
+    data: str | None = None
+    data_name: str | None = None
+    data_split: str = "train"
+    data_revision: str | None = None
+    prompt: str = "{prompt}"
+    completion: str = "{completion}"
+    reader: str | None = None
+    max_length: int = 2048
+    max_answer_length: int | None = None
+    lora_r: int = 8
+    lora_alpha: float = 1
+    target_modules: str | list[str] = "all-linear"
+    variant: str = "bitune"
+    mixing: str = "abs"
+    mixing_granularity: str = "layer"
+    theta_init: float = 0.01
+    skip_bidir: int = 0
+    use_fused: bool = True
+    backend: str = "auto"
+    loss: str = "token"
+    dtype: str = "bfloat16"
+    lr: float = 3e-4
+    theta_lr: float | None = None
+    schedule: str = "linear"
+    warmup: float = 0.1
+    betas: list[float] | None = None
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    max_steps: int = 3000
+    batch_size: int = 1
+    accumulation: int = 10
+    gradient_checkpointing: bool = False
+    logging_steps: int = 10
+    save_steps: int = 500
+    save_total_limit: int = 2
+    report_to: str = "none"
+    seed: int = 42
+
+    def __post_init__(self):
+        for name, kind in get_type_hints(Recipe).items():
+            setattr(self, name, _convert(name, kind, getattr(self, name)))
+        if self.data is None:
+            raise ValueError("data: expected a .json or .jsonl file or an id of the Hub, got nothing")
+        if self.reader is not None and self.reader not in READERS:
+            raise ValueError(f"reader: expected one of {', '.join(READERS)}, got {self.reader!r}")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {self.dtype!r}")
+        self.betas = [0.9, 0.999] if self.betas is None else self.betas
+        if len(self.betas) != 2:
+            raise ValueError(f"betas: expected two numbers, got {self.betas}")
+        positive = "lora_r lora_alpha lr max_length max_steps batch_size accumulation logging_steps save_steps".split()
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
+        self.bitune_config(None)
+
+    def bitune_config(self, peft) -> BituneConfig:
+        """The method, with the given adapters."""
+        names = {f.name for f in fields(BituneConfig)} & {f.name for f in fields(self)}
+        return BituneConfig(peft=peft, **{name: getattr(self, name) for name in names})
+
+
+def _convert(name: str, kind, value) -> Any:
+    """``value`` as a field's type: a text of the command line is read as yaml reads it."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    if value is None and type(None) in kinds:
+        return None
+    for k in kinds:
+        if k is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:
+                return float(value)  # yaml takes 1e-3 for a text
+            except ValueError:
+                continue
+        if get_origin(k) is list and isinstance(value, (list, tuple)):
+            return [_convert(name, get_args(k)[0], item) for item in value]
+        if k is not float and get_origin(k) is None and type(value) is k:
+            return value
+    wanted = " or ".join(getattr(k, "__name__", str(k)) if get_origin(k) is None else str(k) for k in kinds)
+    raise TypeError(f"{name}: expected {wanted.replace('NoneType', 'null')}, got {value!r}")
+
+
+def load_recipe(path: str | Path, changes: dict[str, Any] | None = None) -> Recipe:
+    """A yaml file of Recipe's fields, over the file that it ``extends`` (beside it), under ``changes``.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: naming the file or the field, what was expected and what came.
+    """
+    values, path = {}, Path(path)
+    while path is not None:
+        if not path.is_file():
+            raise FileNotFoundError(f"recipe: expected a yaml file, got {path}, which does not exist")
+        found = yaml.safe_load(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError(f"recipe: expected fields and values in {path}, got {type(found).__name__}")
+        base = found.pop("extends", None)
+        unknown = sorted(set(found) - {f.name for f in fields(Recipe)})
+        if unknown:
+            known = ", ".join(f.name for f in fields(Recipe))
+            raise ValueError(f"recipe: expected the fields {known}, got {', '.join(unknown)} in {path}")
+        values = found | values
+        path = None if base is None else path.parent / base
+    return Recipe(**values | (changes or {}))

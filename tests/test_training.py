@@ -1,0 +1,127 @@
+"""Learning rates, the paper's loss, the logs of alpha, and equal training by both schedules."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from bitune_kernels.training import AlphaCallback, alpha_history, parameter_groups, plot_alpha, write_alpha_csv
+from tests.test_trainers import arguments, collate, hf_trainer, losses, sft_trainer, tokenized
+from tests.tiny import bitune_model, ragged_batch
+
+
+def test_parameter_groups_cover_what_is_trained_once():
+    model = bitune_model()
+    adapters, thetas = parameter_groups(model, 1e-3, theta_lr=1e-2, weight_decay=0.1)
+    assert (adapters["lr"], adapters["weight_decay"]) == (1e-3, 0.1)
+    assert (thetas["lr"], thetas["weight_decay"]) == (1e-2, 0.0)
+    assert [id(p) for p in thetas["params"]] == [id(p) for p in model.mixing.parameters()]
+    found = sorted(id(p) for p in [*adapters["params"], *thetas["params"]])
+    assert found == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    assert [g["name"] for g in parameter_groups(bitune_model(variant="no_mixing"), 1e-3)] == ["adapters"]
+    for options in ({"lr": 0}, {"lr": 1.0, "theta_lr": -1}, {"lr": 1.0, "weight_decay": -1}):
+        with pytest.raises(ValueError, match="expected a number"):
+            parameter_groups(model, **options)
+
+
+def test_the_trainer_keeps_both_learning_rates(tmp_path):
+    model = bitune_model()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, theta_lr=1e-2))
+    trainer = Trainer(
+        model=model,
+        args=arguments(TrainingArguments, tmp_path, lr_scheduler_type="constant"),
+        train_dataset=tokenized(),
+        data_collator=collate,
+        optimizers=(optimizer, None),
+    )
+    before = model.mixing.theta_k.detach().clone()
+    trainer.train()
+    assert [g["lr"] for g in trainer.optimizer.param_groups] == [1e-3, 1e-2]
+    assert float((model.mixing.theta_k - before).detach().abs().max()) > 5e-3  # Adam moves by about lr a step
+
+
+class Listener(TrainerCallback):
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen += [(state.global_step, dict(logs))]
+
+
+@pytest.mark.parametrize("granularity", ["layer", "head", "global"])
+def test_alpha_is_logged_to_every_listener_and_kept(granularity, tmp_path):
+    trainer, listener = hf_trainer(bitune_model(mixing_granularity=granularity), tmp_path), Listener()
+    trainer.add_callback(listener)  # before AlphaCallback, as what the Trainer reports to stands before both
+    trainer.add_callback(AlphaCallback(trainer))
+    trainer.train()
+    logged = [(step, logs) for step, logs in listener.seen if "alpha_k/mean" in logs]
+    assert [step for step, _ in logged] == [1, 2, 3] and len(losses(trainer)) == 3
+    rows = alpha_history(trainer.state.log_history)
+    assert [(step, layer) for step, layer, *_ in rows] == [(s, n) for s in (1, 2, 3) for n in range(3)]
+    alpha_k, alpha_v = trainer.model.mixing.alpha(2)
+    assert rows[-1][2:] == pytest.approx((float(alpha_k.mean()), float(alpha_v.mean())))
+    assert logged[-1][1]["alpha_v/mean"] == pytest.approx(sum(row[3] for row in rows[-3:]) / 3)
+    write_alpha_csv(rows, tmp_path / "alpha.csv")
+    with (tmp_path / "alpha.csv").open(newline="") as file:
+        assert [tuple(map(float, row.values())) for row in csv.DictReader(file)] == rows
+    plot_alpha(rows, tmp_path / "alpha.png")
+    assert (tmp_path / "alpha.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_alpha_needs_a_model_that_mixes(tmp_path):
+    with pytest.raises(ValueError, match="without alpha"):
+        AlphaCallback(hf_trainer(bitune_model(variant="no_mixing"), tmp_path))
+
+
+@pytest.mark.parametrize("use_fused", [True, False])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_loss_per_sample_is_the_formula(side, use_fused):
+    model = bitune_model(loss="sample", use_fused=use_fused).eval()
+    plain = model.get_base_model().loss_function
+    ids, mask, labels = ragged_batch(side)
+    out = model(input_ids=ids, attention_mask=mask, labels=labels)
+    means = []
+    for b in range(len(ids)):
+        rows = (labels[b] != -100).nonzero().flatten()
+        means.append(torch.nn.functional.cross_entropy(out.logits[b, rows - 1], labels[b, rows]))
+    torch.testing.assert_close(out.loss, torch.stack(means).mean(), atol=1e-6, rtol=1e-6)
+    assert model.get_base_model().loss_function is plain
+    with pytest.raises(ValueError, match=r"^loss: expected 'token'"):
+        model(input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=3)
+    assert not hasattr(model.unload(), "accepts_loss_kwargs")
+
+
+@pytest.mark.parametrize("loss", ["sample", "token"])
+def test_ten_accumulated_samples_are_one_batch_of_ten(loss, tmp_path):
+    trained = []
+    for size in (10, 1):
+        model = bitune_model(loss=loss)
+        changes = dict(per_device_train_batch_size=size, gradient_accumulation_steps=10 // size, max_steps=1)
+        trainer = hf_trainer(model, tmp_path / str(size), optim="sgd", max_grad_norm=0, **changes)
+        trainer.train()
+        state = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        trained.append((losses(trainer)[0], state))
+    (loss_10, state_10), (loss_1, state_1) = trained
+    assert loss_1 == pytest.approx(loss_10, abs=1e-5)
+    for name, parameter in state_10.items():
+        torch.testing.assert_close(state_1[name], parameter, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_trainer_with_its_own_loss_is_refused_with_loss_per_sample(tmp_path):
+    with pytest.raises(ValueError, match=r"^loss: expected 'token'"):
+        sft_trainer(bitune_model(loss="sample"), tmp_path).train()
+
+
+def test_two_hundred_steps_by_both_schedules_coincide(tmp_path):
+    curves = []
+    for fused in (True, False):
+        model = bitune_model(use_fused=fused, randomize=False, seed=3)
+        changes = dict(max_steps=200, learning_rate=3e-3, save_strategy="no", seed=3)
+        trainer = hf_trainer(model, tmp_path / str(fused), **changes)
+        trainer.train()
+        curves.append(losses(trainer))
+    assert len(curves[0]) == 200 and curves[0][-1] < curves[0][0] - 0.2
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4)

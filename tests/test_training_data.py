@@ -1,0 +1,160 @@
+"""Data sets and recipes: each recipe on rows of its hub schema, tokens and labels, what is skipped, what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
+
+from bitune_kernels.training.data import load_rows, tokenize
+from bitune_kernels.training.recipe import Recipe, load_recipe
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def byte_tokenizer(**options) -> PreTrainedTokenizerFast:
+    """One token per byte, so that every text comes back."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    model = Tokenizer(models.BPE({c: i for i, c in enumerate(["<pad>", "<s>", "</s>", *alphabet])}, []))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    from tokenizers import decoders
+
+    model.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>", **options
+    )
+
+
+ROWS = {
+    "paper": ({"prompt": "Sky?", "completion": "blue"}, "Sky?", "blue"),
+    "gsm8k": ({"question": "1 + 1?", "answer": "It is 2.\n#### 2"}, "1 + 1?", "It is 2.\n#### 2"),
+    "alpaca": (
+        {"instruction": "Translate.", "input": "chat", "output": "cat", "text": "..."},
+        "Translate.\n\nchat",
+        "cat",
+    ),
+    "ultrafeedback": (
+        {
+            "source": "flan",
+            "instruction": "Why?",
+            "models": ["alpaca-7b", "gpt-4"],
+            "completions": [{"model": "alpaca-7b", "response": "No."}, {"model": "gpt-4", "response": "Because."}],
+        },
+        "Why?",
+        "Because.",
+    ),
+    "arc_challenge": (
+        {"id": "1", "question": "Hot?", "choices": {"text": ["ice", "sun"], "label": ["1", "2"]}, "answerKey": "2"},
+        "Hot?\n1. ice\n2. sun",
+        "sun",
+    ),
+    "csqa": (
+        {
+            "id": "1",
+            "question": "Hot?",
+            "question_concept": "heat",
+            "choices": {"label": ["A", "B"], "text": ["sun", "ice"]},
+            "answerKey": "A",
+        },
+        "Hot?\nA. sun\nB. ice",
+        "sun",
+    ),
+    "piqa": ({"goal": "Boil.", "sol1": "cool", "sol2": "heat", "label": 1}, "Boil.\nA. cool\nB. heat", "heat"),
+    "siqa": (
+        {"context": "Al ran.", "question": "Why?", "answerA": "a", "answerB": "b", "answerC": "c", "label": "3"},
+        "Al ran. Why?\nA. a\nB. b\nC. c",
+        "c",
+    ),
+}
+
+
+def test_every_recipe_has_a_row():
+    assert set(ROWS) == {path.stem for path in RECIPES.glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_recipes_read_their_data_sets(name, tmp_path):
+    row, question, answer = ROWS[name]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    recipe = load_recipe(RECIPES / f"{name}.yaml", {"data": str(path)})
+    assert (recipe.lora_r, recipe.lora_alpha, recipe.target_modules) == (8, 1, "all-linear")
+    assert (recipe.max_steps, recipe.batch_size * recipe.accumulation, recipe.loss) == (3000, 10, "sample")
+    assert recipe.lr == (3e-4 if name in ("paper", "alpaca", "ultrafeedback") else 1e-3)
+    tok = byte_tokenizer()
+    (sample,) = tokenize(
+        load_rows(recipe.data), tok, prompt=recipe.prompt, completion=recipe.completion, reader=recipe.reader
+    )
+    n = sample["labels"].count(-100)
+    assert tok.decode(sample["input_ids"][:n]) == f"Question: {question}\n\nAnswer:"
+    assert tok.decode(sample["input_ids"][n:]) == f" {answer}</s>" and sample["labels"][n:] == sample["input_ids"][n:]
+
+
+def test_messages_go_through_the_chat_template():
+    tok = byte_tokenizer()
+    tok.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    turns = [("user", "hi"), ("assistant", "hello"), ("user", "sky?"), ("assistant", "blue")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    (sample,) = tokenize([{"messages": messages}, {"messages": messages[:3]}], tok)
+    n = sample["labels"].count(-100)
+    assert tok.decode(sample["input_ids"][:n]).endswith("<user>sky?</s><assistant>")
+    assert tok.decode(sample["input_ids"][n:]) == "blue</s>"
+
+
+def test_what_is_skipped_is_counted_once(caplog):
+    rows = [{"prompt": "a", "completion": c} for c in ("yes", "", None, "x" * 50, "no")]
+    with caplog.at_level(logging.WARNING):
+        assert len(tokenize(rows, byte_tokenizer(), max_length=40)) == 2
+    assert [r.getMessage() for r in caplog.records] == ["data: 2 samples; skipped 2 without an answer, 1 too long"]
+    assert len(tokenize(rows, byte_tokenizer(), max_answer_length=4)) == 1  # a space, "no" and the end
+    with pytest.raises(ValueError, match="at least one sample"):
+        tokenize(rows[1:3], byte_tokenizer())
+    with pytest.raises(ValueError, match="expected a column 'prompt', got question"):
+        tokenize([{"question": "?"}], byte_tokenizer())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_follows_the_tokenizer(side):
+    tok = byte_tokenizer(padding_side=side)
+    samples = tokenize([{"prompt": "a", "completion": "b"}, {"prompt": "longer", "completion": "c"}], tok)
+    batch = DataCollatorForSeq2Seq(tok)(list(samples))
+    padding = batch["attention_mask"] == 0
+    assert padding[0].sum() == 5 and padding[0, 0] == (side == "left") and not padding[1].any()
+    assert (batch["labels"][padding] == -100).all() and (batch["input_ids"][padding] == 0).all()
+    assert batch["labels"].dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": "fast"}, "lr: expected float"),
+        ({"lr": 0}, "lr: expected a number > 0, got 0"),
+        ({"max_steps": 1.5}, "max_steps: expected int, got 1.5"),
+        ({"variant": "607"}, "variant: expected one of"),
+        ({"reader": "mmlu"}, "reader: expected one of"),
+        ({"use_fused": 1}, "use_fused: expected bool, got 1"),
+        ({"dtype": "int8"}, "dtype: expected float32"),
+    ],
+)
+def test_wrong_fields_are_refused_by_name(changes, message):
+    with pytest.raises((ValueError, TypeError), match=f"^{message}"):
+        Recipe(**{"data": "x.jsonl"} | changes)
+
+
+def test_wrong_files_are_refused_by_name(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("learning_rate: 1\n")
+    with pytest.raises(ValueError, match="got learning_rate in .*mine.yaml"):
+        load_recipe(path)
+    with pytest.raises(FileNotFoundError, match="^recipe: expected a yaml file"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(FileNotFoundError, match="^data: expected a file"):
+        load_rows(str(tmp_path / "none.jsonl"))
