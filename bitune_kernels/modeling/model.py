@@ -289,8 +289,8 @@ class BituneModel(PeftModelForCausalLM):
         per_sample = labels is not None and self.bitune_config.loss == "sample"
         if per_sample and (kwargs.get("num_items_in_batch") is not None or kwargs.get("fused_lm_head")):
             raise ValueError(
-                "loss: expected 'token' with num_items_in_batch or a trainer's own loss over tokens (TRL), got 'sample'; "
-                "transformers' Trainer takes it"
+                "loss: expected 'token' with num_items_in_batch or a trainer's own loss over tokens (TRL), got "
+                "'sample', which transformers' Trainer takes"
             )
         # TRL's trainers ask for their own fused head, which reads the backbone's rows and never has all logits either.
         chunk_rows = None if kwargs.get("fused_lm_head") else self.bitune_config.loss_chunk_rows
