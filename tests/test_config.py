@@ -89,6 +89,9 @@ def test_skip_bidir_beyond_the_layers_is_refused(skip):
         ("skip_bidir", 1.0, TypeError),
         ("skip_bidir", True, TypeError),
         ("use_fused", 1, TypeError),
+        ("loss_chunk_rows", 0, ValueError),
+        ("loss_chunk_rows", True, TypeError),
+        ("loss_chunk_rows", 8.0, TypeError),
         ("peft", {"r": 8}, TypeError),
     ],
 )
@@ -107,6 +110,7 @@ def test_json_round_trip(tmp_path, peft):
         "skip_bidir": -2,
         "use_fused": False,
         "backend": "reference",
+        "loss_chunk_rows": 256,
     }
     saved = BituneConfig(peft=peft, **changed)
     saved.save(tmp_path)

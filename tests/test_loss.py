@@ -86,7 +86,7 @@ def test_a_trained_head_keeps_its_gradients(config):
         loss_and_gradients(bitune_model(base=base_model(**base), **config, loss_chunk_rows=rows)) for rows in (None, 2)
     ]
     compare(*runs)
-    if "lora" in str(config.get("peft")).lower() and config["peft"].target_modules != {"q_proj"}:
+    if config.get("peft") is not None:
         assert any("lm_head" in name for name in runs[1][1])
 
 
