@@ -119,7 +119,7 @@ def test_two_hundred_steps_by_both_schedules_coincide(tmp_path):
     curves = []
     for fused in (True, False):
         model = bitune_model(use_fused=fused, randomize=False, seed=3)
-        changes = dict(max_steps=200, learning_rate=3e-3, save_strategy="no", seed=3)
+        changes = dict(max_steps=200, learning_rate=1e-3, save_strategy="no", seed=3)
         trainer = hf_trainer(model, tmp_path / str(fused), **changes)
         trainer.train()
         curves.append(losses(trainer))

@@ -152,9 +152,9 @@ def test_wrong_fields_are_refused_by_name(changes, message):
 def test_wrong_files_are_refused_by_name(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("learning_rate: 1\n")
-    with pytest.raises(ValueError, match="got learning_rate in .*mine.yaml"):
+    with pytest.raises(ValueError, match=r"got learning_rate in .*mine.yaml"):
         load_recipe(path)
-    with pytest.raises(FileNotFoundError, match="^recipe: expected a yaml file"):
+    with pytest.raises(FileNotFoundError, match=r"^recipe: expected a yaml file"):
         load_recipe(tmp_path / "none.yaml")
-    with pytest.raises(FileNotFoundError, match="^data: expected a file"):
+    with pytest.raises(FileNotFoundError, match=r"^data: expected a file"):
         load_rows(str(tmp_path / "none.jsonl"))

@@ -282,8 +282,8 @@ class BituneModel(PeftModelForCausalLM):
         per_sample = labels is not None and self.bitune_config.loss == "sample"
         if per_sample and (kwargs.get("num_items_in_batch") is not None or kwargs.get("fused_lm_head")):
             raise ValueError(
-                "loss: expected 'token' with num_items_in_batch or a trainer's own loss over tokens (TRL), got 'sample'; "
-                "transformers' Trainer takes it"
+                "loss: expected 'token' with num_items_in_batch or a trainer's own loss over tokens (TRL), got "
+                "'sample'; transformers' Trainer takes it"
             )
         with self._hooks.request(plan), _loss_per_sample(self.get_base_model(), plan, per_sample):
             out = super().forward(input_ids, labels=labels, return_dict=True, **common)
