@@ -1,0 +1,178 @@
+"""One training run with transformers' Trainer: recipe -> checkpoints, final adapters, table and plot of alpha."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from .alpha import AlphaCallback, alpha_history, plot_alpha, write_alpha_csv
+from .data import load_rows, tokenize
+from .optim import parameter_groups
+from .recipe import Recipe
+
+RUN_NAME, FINAL = "run.json", "final"
+
+
+class _Trainer(Trainer):
+    def training_step(self, *args, **kwargs):
+        # Before the optimizer's step, so that no checkpoint holds weights made from it.
+        loss = super().training_step(*args, **kwargs)
+        if not bool(torch.isfinite(loss)):
+            raise FloatingPointError(f"loss: expected a finite value, got {loss} at step {self.state.global_step + 1}")
+        return loss
+
+
+class _Progress(ProgressCallback):
+    # Every layer's alpha goes to what the Trainer reports to; the terminal gets the means.
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        logs = {name: x for name, x in (logs or {}).items() if "/layer_" not in name}
+        super().on_log(args, state, control, logs=logs, **kwargs)
+
+
+def train(recipe: Recipe, model: str, output: str | Path, resume: bool = False) -> Path:
+    """Train adapters and thetas of ``model`` as the recipe says.
+
+    Args:
+        model: folder or id of a causal LM with its tokenizer.
+        output: folder of the run: checkpoints, ``run.json``, ``alpha.csv`` and ``alpha.png`` (variants that mix), and
+            ``final``, which ``BituneModel.from_pretrained`` reads and which is there only when it is whole.
+        resume: go on from the last whole checkpoint of the same run.
+
+    Returns:
+        The folder ``final``.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: naming the argument, what was expected and what came; all but errors
+            of the model itself before its weights are loaded.
+        FloatingPointError: a loss that isn't finite, with its step, before it reached the weights.
+    """
+    from peft import LoraConfig
+
+    from ..modeling import get_bitune_model
+
+    output = Path(output)
+    _check_output(output, {"model": str(model), **asdict(recipe)}, resume)
+    _check_targets(model, recipe.target_modules)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    names = ("prompt", "completion", "reader", "max_length", "max_answer_length")
+    rows = load_rows(recipe.data, recipe.data_name, recipe.data_split, recipe.data_revision)
+    samples = tokenize(rows, tokenizer, **{name: getattr(recipe, name) for name in names})
+
+    set_seed(recipe.seed)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, recipe.dtype))
+    lora = LoraConfig(
+        r=recipe.lora_r, lora_alpha=recipe.lora_alpha, target_modules=recipe.target_modules, task_type="CAUSAL_LM"
+    )
+    bitune = get_bitune_model(base, recipe.bitune_config(lora))
+    groups = parameter_groups(bitune, recipe.lr, recipe.theta_lr, recipe.weight_decay)
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        max_steps=recipe.max_steps,
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulation,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        learning_rate=recipe.lr,
+        lr_scheduler_type=recipe.schedule,
+        warmup_steps=recipe.warmup,
+        max_grad_norm=recipe.clip,
+        logging_steps=recipe.logging_steps,
+        logging_nan_inf_filter=False,
+        save_steps=recipe.save_steps,
+        save_total_limit=recipe.save_total_limit,
+        report_to=recipe.report_to,
+        seed=recipe.seed,
+    )
+    trainer = _Trainer(
+        model=bitune,
+        args=arguments,
+        train_dataset=samples,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        processing_class=tokenizer,
+        optimizers=(torch.optim.AdamW(groups, lr=recipe.lr, betas=tuple(recipe.betas)), None),
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_Progress)
+    if bitune.mixing is not None:
+        trainer.add_callback(AlphaCallback(trainer))
+    trainer.train(resume_from_checkpoint=_last_checkpoint(output) if resume else None)
+
+    if trainer.is_world_process_zero():
+        history = alpha_history(trainer.state.log_history)
+        if history:
+            for name, write in (("alpha.csv", write_alpha_csv), ("alpha.png", plot_alpha)):
+                write(history, output / f".{name}")
+                os.replace(output / f".{name}", output / name)
+        unfinished = output / f".{FINAL}"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        os.replace(unfinished, output / FINAL)
+    return output / FINAL
+
+
+def _check_output(output: Path, run: dict, resume: bool) -> None:
+    """Refuse the folder of another run, or of this one unless it is to be resumed; else write ``run.json``."""
+    path = output / RUN_NAME
+    if (output / FINAL).exists():
+        raise ValueError(f"output: expected an unfinished run or a new folder, got {output}, which has a final model")
+    if not resume:
+        if path.exists() or list(output.glob("checkpoint-*")):
+            raise ValueError(f"output: expected a new folder, got {output}, which holds a run; resume it with --resume")
+        output.mkdir(parents=True, exist_ok=True)
+        unfinished = output / f".{RUN_NAME}"
+        unfinished.write_text(json.dumps(run, indent=2) + "\n")
+        os.replace(unfinished, path)
+        return
+    if not path.is_file():
+        raise FileNotFoundError(f"resume: expected a folder with {RUN_NAME}, got {output}, which has none")
+    before = json.loads(path.read_text())
+    other = [name for name in run | before if run.get(name) != before.get(name)]
+    if other:
+        raise ValueError(
+            f"resume: expected the run of {output}, "
+            + ", ".join(f"{name}: {before.get(name)!r}" for name in other)
+            + ", got "
+            + ", ".join(f"{name}: {run.get(name)!r}" for name in other)
+        )
+
+
+def _last_checkpoint(output: Path) -> str | None:
+    # The Trainer writes its state last: a checkpoint without a readable one was cut off.
+    folders = [p for p in output.glob("checkpoint-*") if p.name.split("-")[-1].isdigit()]
+    for folder in sorted(folders, key=lambda p: int(p.name.split("-")[-1]), reverse=True):
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        return str(folder)
+    return None
+
+
+def _check_targets(model: str, targets: str | list[str]) -> None:
+    """Each named module exists in the model; its modules are made without weights. PEFT takes one that does."""
+    if isinstance(targets, str):  # "all-linear", or a pattern, which PEFT checks
+        return
+    with torch.device("meta"):
+        names = [
+            name for name, _ in AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).named_modules()
+        ]
+    missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+    if missing:
+        known = sorted({name.split(".")[-1] for name in names if name and not name.split(".")[-1].isdigit()})
+        raise ValueError(f"target_modules: expected modules such as {', '.join(known)}, got {', '.join(missing)}")
