@@ -110,6 +110,7 @@ def test_json_round_trip(tmp_path, peft):
         "skip_bidir": -2,
         "use_fused": False,
         "backend": "reference",
+        "loss": "token",  # the other one goes without chunks
         "loss_chunk_rows": 256,
     }
     saved = BituneConfig(peft=peft, **changed)
@@ -122,6 +123,9 @@ def test_json_round_trip(tmp_path, peft):
     assert loaded.to_dict() == written | {"peft_type": None if peft is None else "LORA"}
     assert loaded.peft is (None if peft is None else adapter)
     assert BituneConfig.load(tmp_path, adapter, backend="sdpa").backend == "sdpa"
+    assert BituneConfig.load(tmp_path, adapter, loss="sample", loss_chunk_rows=None).loss == "sample"
+    with pytest.raises(ValueError, match="loss_chunk_rows: expected None with loss='sample'"):
+        BituneConfig.load(tmp_path, adapter, loss="sample")
 
 
 def test_unknown_field_is_refused(tmp_path):
