@@ -101,6 +101,7 @@ def test_what_is_wrong_is_named_before_the_model_is_loaded(options, message, pla
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
     assert run(place, *options) == 2
     assert message in capsys.readouterr().err
+    assert not (place / "run").exists()  # nothing hinders the corrected command
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(place, capsys):

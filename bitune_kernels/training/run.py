@@ -65,14 +65,20 @@ def train(recipe: Recipe, model: str, output: str | Path, resume: bool = False) 
 
     from ..modeling import get_bitune_model
 
-    output = Path(output)
-    _check_output(output, {"model": str(model), **asdict(recipe)}, resume)
+    output, run = Path(output), {"model": str(model), **asdict(recipe)}
+    first = int(os.environ.get("RANK", 0)) == 0  # of several processes, the one that writes
+    if first:
+        _check_output(output, run, resume)
     _check_targets(model, recipe.target_modules)
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     names = ("prompt", "completion", "reader", "max_length", "max_answer_length")
     rows = load_rows(recipe.data, recipe.data_name, recipe.data_split, recipe.data_revision)
     samples = tokenize(rows, tokenizer, **{name: getattr(recipe, name) for name in names})
+    if first:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / f".{RUN_NAME}").write_text(json.dumps(run, indent=2) + "\n")
+        os.replace(output / f".{RUN_NAME}", output / RUN_NAME)
 
     set_seed(recipe.seed)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, recipe.dtype))
@@ -127,17 +133,13 @@ def train(recipe: Recipe, model: str, output: str | Path, resume: bool = False) 
 
 
 def _check_output(output: Path, run: dict, resume: bool) -> None:
-    """Refuse the folder of another run, or of this one unless it is to be resumed; else write ``run.json``."""
+    """Refuse a folder with checkpoints of another run, and of this one unless it is to be resumed."""
     path = output / RUN_NAME
     if (output / FINAL).exists():
         raise ValueError(f"output: expected an unfinished run or a new folder, got {output}, which has a final model")
     if not resume:
-        if path.exists() or list(output.glob("checkpoint-*")):
+        if list(output.glob("checkpoint-*")):
             raise ValueError(f"output: expected a new folder, got {output}, which holds a run; resume it with --resume")
-        output.mkdir(parents=True, exist_ok=True)
-        unfinished = output / f".{RUN_NAME}"
-        unfinished.write_text(json.dumps(run, indent=2) + "\n")
-        os.replace(unfinished, path)
         return
     if not path.is_file():
         raise FileNotFoundError(f"resume: expected a folder with {RUN_NAME}, got {output}, which has none")
