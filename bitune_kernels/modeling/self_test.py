@@ -93,14 +93,12 @@ def check_chunked_loss(model) -> None:
         expected = model(input_ids=ids, labels=labels, attention_mask=mask).loss.double()
         try:
             found = model._forward_in_chunks(plan, plan.pack_answers(labels)[None], 3, ids, common).loss.double()
-            error = float((found - expected).abs() / expected.abs().clamp_min(1e-30))
-            error = (
-                None
-                if error <= _TOLERANCE.get(next(model.get_base_model().parameters()).dtype, _ROUNDED)
-                else f"the loss in chunks differs by {error:.1e} of it"
-            )
         except Exception as e:
-            error = f"the loss in chunks raised {type(e).__name__}: {e}"
-    if error:
-        name = type(model.get_base_model()).__name__
-        raise ValueError(f"loss_chunk_rows: {name} needs None, since {error}")
+            reason = f"the loss in chunks raised {type(e).__name__}: {e}"
+        else:
+            error = float((found - expected).abs() / expected.abs().clamp_min(1e-30))
+            if error <= _TOLERANCE.get(next(model.get_base_model().parameters()).dtype, _ROUNDED):
+                return
+            reason = f"the loss in chunks differs by {error:.1e} of it"
+    name = type(model.get_base_model()).__name__
+    raise ValueError(f"loss_chunk_rows: {name} needs None, since {reason}")

@@ -26,7 +26,7 @@ class DeviceGuard {
 // Empties CUDA's own memory of the error, so that no later call reports it as its own.
 Error error_of(cudaError_t status, const char* doing);
 
-// Capability (90: 9.0) and multiprocessors of a device, read once.
+// Capability (90: 9.0) and multiprocessors of a device.
 struct DeviceLimits {
   int capability = 0;
   int multiprocessors = 0;
