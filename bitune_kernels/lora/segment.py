@@ -1,16 +1,41 @@
-"""y = x W^T + b + scale_s (x A_s^T) B_s^T, where rows [0, n) use adapter s = bidir and rows [n, T) use s = causal.
+"""Linear layers with two adapters, where rows [0, n) use s = bidir and rows [n, T) use s = causal.
 
-The base GEMM reads W once for all rows; each adapter's product is added in place to its block of y, so nothing is
-copied or concatenated. W and b are frozen.
+    LoRA   y = x W^T + b + scale_s (dropout(x) A_s^T B_s^T + bias_s)
+    DoRA   y = (x W^T + scale_s x A_s^T B_s^T) * magnitude_s / |W + scale_s B_s A_s| + b     (norms of rows, constants)
+    IA3    y = (x * l_s) W^T + b   or   (x W^T + b) * l_s
+
+The base product reads W once for all rows; what belongs to an adapter is added or multiplied in its block of rows, so
+nothing is concatenated. W and b are frozen. Adapters may be kept in float32: products are computed in x's dtype, under
+autocast in its dtype.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
+
+
+class Adapter(NamedTuple):
+    """One LoRA adapter.
+
+    Attributes:
+        a: [r, in_features].
+        b: [out_features, r].
+        scale: factor of the product.
+        bias: [out_features], scaled too, or None.
+        dropout: probability that an element of x is zero for this adapter, in this call.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float = 1.0
+    bias: torch.Tensor | None = None
+    dropout: float = 0.0
 
 
 @cache
@@ -23,66 +48,206 @@ def _emulated(device_type: str, dtype: torch.dtype) -> bool:
     )
 
 
-def _computable(like: torch.Tensor, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    # The tensors in the dtype to multiply in: widening W once per pass is cheaper than emulated products of many rows.
-    if _emulated(like.device.type, like.dtype) and like.shape[0] >= 16:
-        return [None if t is None else t.float() for t in tensors]
-    return list(tensors)
+def _product_dtype(x: torch.Tensor) -> torch.dtype:
+    # Widening W once per pass is cheaper than emulated products of many rows.
+    return torch.float32 if _emulated(x.device.type, x.dtype) and x.shape[0] >= 16 else x.dtype
+
+
+def _cast(dtype: torch.dtype, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    return [None if t is None else t.to(dtype) for t in tensors]
+
+
+def _drop(x: torch.Tensor, mask: torch.Tensor | None, keep: float) -> torch.Tensor:
+    # a dropout again, or its gradient, which are the same: x * mask / keep
+    return x if mask is None else torch.ops.aten.native_dropout_backward(x, mask, 1 / keep)
+
+
+def _without_autocast(x: torch.Tensor):
+    # Dtypes are chosen here.
+    enabled = torch.is_autocast_enabled(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if enabled else nullcontext()
+
+
+def _autocast(x: torch.Tensor) -> torch.Tensor:
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+# One operator for the product and what is added to it in place: selective checkpointing keeps its output, and a
+# compiled graph, which would copy y for each block, doesn't look inside. Defined by its parts, since it is called for
+# every linear layer and torch.library.custom_op takes tens of microseconds.
+_library = torch.library.Library("bitune", "FRAGMENT")
+_library.define(
+    "segment_lora(Tensor start, Tensor? weight, Tensor? bias, Tensor h_bidir, Tensor b_bidir, float scale_bidir, "
+    "Tensor? bias_bidir, Tensor h_causal, Tensor b_causal, float scale_causal, Tensor? bias_causal) -> Tensor"
+)
+
+
+@torch.library.impl(_library, "segment_lora", "CompositeExplicitAutograd")
+def _segment_lora(start, weight, bias, h_bidir, b_bidir, scale_bidir, bias_bidir, h_causal, b_causal, *rest):
+    # start is x, or without a weight the finished product of another layer, which may need it unchanged
+    scale_causal, bias_causal = rest
+    y = start.clone() if weight is None else linear(start, weight, bias)
+    n = h_bidir.shape[0]
+    for rows, h, b, scale, adapter_bias in (
+        (y[:n], h_bidir, b_bidir, scale_bidir, bias_bidir),
+        (y[n:], h_causal, b_causal, scale_causal, bias_causal),
+    ):
+        rows.addmm_(h, b.T, alpha=scale)
+        if adapter_bias is not None:
+            rows.add_(adapter_bias, alpha=scale)
+    return y
+
+
+@torch.library.register_fake("bitune::segment_lora", lib=_library)
+def _(start, weight, *rest):
+    return start.new_empty(start.shape[0], start.shape[1] if weight is None else weight.shape[0])
 
 
 class _SegmentLora(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, n, a_bidir, b_bidir, scale_bidir, a_causal, b_causal, scale_causal):
-        ctx.n, ctx.scales = n, (scale_bidir, scale_causal)
-        x_, weight_, bias_, *ab = _computable(x, x, weight, bias, a_bidir, b_bidir, a_causal, b_causal)
-        y = linear(x_, weight_, bias_)
-        h_bidir, h_causal = x_[:n] @ ab[0].T, x_[n:] @ ab[2].T
-        y[:n].addmm_(h_bidir, ab[1].T, alpha=scale_bidir)
-        y[n:].addmm_(h_causal, ab[3].T, alpha=scale_causal)
-        ctx.save_for_backward(x, weight, a_bidir, b_bidir, h_bidir, a_causal, b_causal, h_causal)
-        return y.to(x.dtype)
+    def forward(ctx, x, product, weight, bias, n, *adapters):
+        # product: x W^T + b of a layer that multiplies by itself, or None
+        bidir, causal = Adapter(*adapters[:5]), Adapter(*adapters[5:])
+        dtype = _product_dtype(x)
+        ctx.n, ctx.scales, ctx.keeps = n, (bidir.scale, causal.scale), (1 - bidir.dropout, 1 - causal.dropout)
+        saved, operands = [x, weight], []
+        with _without_autocast(x):
+            x_, start, weight_, bias_ = _cast(dtype, x, product, weight, bias)
+            for rows, adapter in ((x_[:n], bidir), (x_[n:], causal)):
+                a, b, adapter_bias = _cast(dtype, adapter.a, adapter.b, adapter.bias)
+                mask = None
+                if adapter.dropout:
+                    rows, mask = torch.native_dropout(rows, adapter.dropout, True)
+                h = rows @ a.T
+                operands += [h, b, adapter.scale, adapter_bias]
+                saved += [adapter.a, adapter.b, h, mask]
+            y = torch.ops.bitune.segment_lora(x_ if start is None else start, weight_, bias_, *operands)
+        ctx.save_for_backward(*saved)
+        ctx.dtype = dtype
+        return y.to(x.dtype if product is None else product.dtype)
 
     @staticmethod
     @once_differentiable  # h is saved as a constant, so a second derivative would be wrong in silence
-    def backward(ctx, dy):
-        n, dtype = ctx.n, dy.dtype
-        dy, x, weight, a_bidir, b_bidir, h_bidir, a_causal, b_causal, h_causal = _computable(dy, dy, *ctx.saved_tensors)
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
-        grads = []
-        for rows, a, b, h, scale, first in (
-            (slice(0, n), a_bidir, b_bidir, h_bidir, ctx.scales[0], 4),
-            (slice(n, None), a_causal, b_causal, h_causal, ctx.scales[1], 7),
-        ):
-            dh = (dy[rows] @ b) * scale
-            if dx is not None:
-                dx[rows].addmm_(dh, a)
-            da = (dh.T @ x[rows]).to(dtype) if ctx.needs_input_grad[first] else None
-            db = ((dy[rows].T @ h) * scale).to(dtype) if ctx.needs_input_grad[first + 1] else None
-            grads += [da, db, None]
-        return None if dx is None else dx.to(dtype), None, None, None, *grads
+    def backward(ctx, dy_):
+        n, dtype = ctx.n, ctx.dtype
+        x_, weight, *saved = ctx.saved_tensors
+        with _without_autocast(dy_):
+            dy, x = _cast(dtype, dy_, x_)
+            dx = None
+            if ctx.needs_input_grad[0]:
+                dx = torch.zeros_like(x) if weight is None else dy @ weight.to(dtype)
+            grads = []
+            for i, rows in enumerate((slice(0, n), slice(n, None))):
+                a, b, h, mask = saved[4 * i : 4 * i + 4]
+                need_a, need_b, _, need_bias, _ = ctx.needs_input_grad[5 * i + 5 : 5 * i + 10]
+                scale, keep = ctx.scales[i], ctx.keeps[i]
+                dh = (dy[rows] @ b.to(dtype)) * scale
+                da = (dh.T @ _drop(x[rows], mask, keep)).to(a.dtype) if need_a else None
+                if dx is not None and mask is None:
+                    dx[rows].addmm_(dh, a.to(dtype))
+                elif dx is not None:
+                    dx[rows] += _drop(dh @ a.to(dtype), mask, keep)
+                db = ((dy[rows].T @ h) * scale).to(b.dtype) if need_b else None
+                dbias = (dy[rows].sum(0) * scale).to(b.dtype) if need_bias else None
+                grads += [da, db, None, dbias, None]
+        dproduct = dy_ if ctx.needs_input_grad[1] else None
+        return None if dx is None else dx.to(x_.dtype), dproduct, None, None, None, *grads
 
 
 def segment_lora_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    n: int,
-    bidir: tuple[torch.Tensor, torch.Tensor, float],
-    causal: tuple[torch.Tensor, torch.Tensor, float],
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, n: int, bidir: Adapter, causal: Adapter
 ) -> torch.Tensor:
     """A linear layer with two LoRA adapters, each serving one block of rows.
 
     Where a CPU has no products of the dtype, they are computed in float32 and the result is rounded once.
 
     Args:
-        x: [T, in_features].
+        x: [T, in_features], floating.
         weight, bias: frozen, [out_features, in_features] and [out_features] or None.
         n: rows [0, n) use ``bidir``, rows [n, T) use ``causal``.
-        bidir, causal: (A [r, in_features], B [out_features, r], scale), of x's dtype.
 
     Returns:
-        [T, out_features]. Differentiable once in x and both A and B.
+        [T, out_features] in x's dtype, under autocast in its dtype. Differentiable once in x and the adapters.
     """
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("weight, bias: expected a frozen base layer, got requires_grad=True")
-    return _SegmentLora.apply(x, weight, bias, n, *bidir, *causal)
+    return _SegmentLora.apply(_autocast(x), None, weight, bias, n, *bidir, *causal)
+
+
+def segment_lora_add(product: torch.Tensor, x: torch.Tensor, n: int, bidir: Adapter, causal: Adapter) -> torch.Tensor:
+    """``segment_lora_linear`` over a base product that another layer computed: one of quantized weights, for example.
+
+    Args:
+        product: [T, out_features], the layer's output for ``x``.
+        x, n, bidir, causal: as there.
+
+    Returns:
+        [T, out_features] in the product's dtype. Differentiable once in product, x and the adapters.
+    """
+    return _SegmentLora.apply(_autocast(x), product, None, None, n, *bidir, *causal)
+
+
+class _SegmentScale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, n, bidir, causal, bias):
+        ctx.save_for_backward(x, bidir, causal)
+        ctx.n = n
+        y = torch.empty_like(x)
+        torch.mul(x[:n], bidir, out=y[:n])
+        torch.mul(x[n:], causal, out=y[n:])
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, bidir, causal = ctx.saved_tensors
+        dx = torch.empty_like(dy) if ctx.needs_input_grad[0] else None
+        grads = []
+        for rows, factor, needed in (
+            (slice(0, ctx.n), bidir, ctx.needs_input_grad[2]),
+            (slice(ctx.n, None), causal, ctx.needs_input_grad[3]),
+        ):
+            if dx is not None:
+                torch.mul(dy[rows], factor, out=dx[rows])
+            wide = torch.promote_types(factor.dtype, torch.float32)
+            grads.append((dy[rows] * x[rows]).sum(0, dtype=wide).to(factor.dtype) if needed else None)
+        return dx, None, *grads, None
+
+
+def segment_scale(
+    x: torch.Tensor, n: int, bidir: torch.Tensor, causal: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Every row times the factors of its adapter, plus a bias.
+
+    Args:
+        x: [T, features].
+        n: rows [0, n) use ``bidir``, rows [n, T) use ``causal``.
+        bidir, causal: [features].
+        bias: frozen, [features] or None.
+
+    Returns:
+        [T, features] in x's dtype. Differentiable once in x and both factors.
+    """
+    return _SegmentScale.apply(x, n, bidir, causal, bias)
+
+
+@torch.no_grad()
+def adapted_row_norms(weight: torch.Tensor, adapter: Adapter) -> torch.Tensor:
+    """|W + scale B A| of every row, [out_features] in float32 or wider, without the sum: a constant of DoRA.
+
+    With P = A W^T and G = A A^T it is the root of |W_i|^2 + 2 scale B_i . P_i + scale^2 B_i G B_i^T.
+
+    Args:
+        weight: [out_features, in_features].
+        adapter: its ``a``, ``b`` and ``scale``.
+    """
+    with _without_autocast(weight):
+        dtype = torch.float32 if _emulated(weight.device.type, weight.dtype) else weight.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        a, b = adapter.a.to(wide), adapter.b.to(wide)
+        product = (weight.to(dtype) @ adapter.a.to(dtype).T).to(wide)  # [out_features, r]
+        cross = (product * b).sum(1)
+        square = ((b @ (a @ a.T)) * b).sum(1)
+        norms = torch.linalg.vector_norm(weight, dim=1, dtype=wide)
+        return (norms.square() + 2 * adapter.scale * cross + adapter.scale**2 * square).clamp_min(0).sqrt()

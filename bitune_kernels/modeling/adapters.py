@@ -1,23 +1,25 @@
 """Which adapter serves which rows of a pass.
 
-Plain LoRA on nn.Linear is our own PEFT layer, made through PEFT's door for custom LoRA modules. Every other tuner
-layer (DoRA, IA3, VeRA, LoRA on embeddings, trained copies of whole modules, ...) keeps its own forward, which hooks
-let run once per block of rows with that block's adapter: exact for any tuner.
+LoRA, DoRA and IA3 on linear layers run the base layer once over all rows (``lora/segment.py``; LoRA a quantized one
+too). Every other tuner layer (VeRA, LoRA on embeddings, trained copies of whole modules, ...) keeps its own forward,
+which hooks let run once per block of rows with that block's adapter: exact for any tuner.
 """
 
 from __future__ import annotations
 
 import copy
 from contextlib import contextmanager
+from functools import cache
 
 import torch
-from peft import LoraConfig, PeftConfig
-from peft.tuners import lora
+from peft import PeftConfig
+from peft.tuners import ia3, lora
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..lora.segment import segment_lora_linear
+from ..lora.segment import Adapter, adapted_row_norms, segment_lora_add, segment_lora_linear, segment_scale
 from .passes import current
 
 CAUSAL, BIDIR = "causal", "bidir"
@@ -33,45 +35,79 @@ def _using(module, adapter: str):
         module._active_adapter = active
 
 
-class SegmentLoraLinear(lora.Linear):
-    """PEFT's LoRA linear, which in a pass serves the rows of both streams with their own adapters."""
+class _SegmentLayer:
+    """Before a tuner layer of PEFT: in a pass it serves the rows of both streams with their own adapters."""
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         p = current()
         block = None if p is None or self.disable_adapters else p.split(x)
         if block is None:
             return super().forward(x, *args, **kwargs)
-        _, n = block
         rows = x.reshape(-1, x.shape[-1])
-        if self._is_plain(rows):
-            base = self.base_layer
-            weights = [
-                (self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]) for name in (BIDIR, CAUSAL)
-            ]
-            y = segment_lora_linear(rows, base.weight, base.bias, n, *weights)
-        elif any(name in self.lora_variant for name in (BIDIR, CAUSAL)):
-            y = _by_blocks(self, super().forward, rows, n)
-        else:  # dropout, a bias, other dtypes, a quantized base: PEFT's formula per block, the base read once
-            y = self.base_layer(rows)
-            y = (y + torch.cat([self._delta(rows[:n], BIDIR), self._delta(rows[n:], CAUSAL)])).to(y.dtype)
+        y = self._rows(rows, block[1])
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _is_plain(self, x: torch.Tensor) -> bool:
-        if type(self.base_layer) is not nn.Linear or self.base_layer.weight.requires_grad or self.fan_in_fan_out:
-            return False
-        if torch.is_autocast_enabled(x.device.type) or self.base_layer.weight.dtype != x.dtype:
-            return False
-        return all(
-            name not in self.lora_variant
-            and not self.lora_bias[name]
-            and self.lora_A[name].weight.dtype == x.dtype
-            and (isinstance(self.lora_dropout[name], nn.Identity) or not self.training)
-            for name in (BIDIR, CAUSAL)
-        )
+    def _rows(self, x: torch.Tensor, n: int) -> torch.Tensor:
+        """[T, in_features] -> [T, out_features], where rows [0, n) are the bidirectional stream's."""
+        raise NotImplementedError
 
-    def _delta(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        x = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
-        return self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
+
+class SegmentLora(_SegmentLayer):
+    """Before a LoRA layer of PEFT over a linear one, plain or quantized."""
+
+    def _rows(self, x, n):
+        bidir, causal = adapters = [self._adapter(name) for name in (BIDIR, CAUSAL)]
+        variants = [self.lora_variant[name] for name in (BIDIR, CAUSAL) if name in self.lora_variant]
+        base = self.base_layer
+        plain = _is_plain(base, x)
+        if variants:
+            dora = all(type(v) is DoraLinearVariant for v in variants) and not any(a.dropout for a in adapters)
+            if not (dora and plain):
+                return _by_blocks(self, super(_SegmentLayer, self).forward, x, n)
+            y = segment_lora_linear(x, base.weight, None, n, bidir, causal)
+            factors = [
+                self.lora_magnitude_vector[name].weight / adapted_row_norms(base.weight, adapter)
+                for name, adapter in ((BIDIR, bidir), (CAUSAL, causal))
+            ]
+            return segment_scale(y, n, *factors, base.bias)
+        if plain:
+            return segment_lora_linear(x, base.weight, base.bias, n, bidir, causal)
+        return segment_lora_add(base(x), x, n, bidir, causal)  # the library that owns the weights multiplies by them
+
+    def _adapter(self, name: str) -> Adapter:
+        a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        return Adapter(a.weight, b.weight, self.scaling[name], b.bias, p)
+
+
+class SegmentIA3(_SegmentLayer):
+    """Before an IA3 layer of PEFT over a linear one."""
+
+    def _rows(self, x, n):
+        bidir, causal = (self.ia3_l[name].flatten() for name in (BIDIR, CAUSAL))
+        if self.is_feedforward:
+            return self.base_layer(segment_scale(x, n, bidir, causal))
+        return segment_scale(self.base_layer(x), n, bidir, causal)
+
+
+def _is_plain(base: nn.Module, x: torch.Tensor) -> bool:
+    """Whether ``base`` is a frozen linear layer that holds its weight as numbers which x can be multiplied by."""
+    if type(base) is not nn.Linear or type(base.weight) not in (nn.Parameter, torch.Tensor):
+        return False
+    autocast = torch.is_autocast_enabled(x.device.type)
+    return not base.weight.requires_grad and (autocast or base.weight.dtype == x.dtype)
+
+
+@cache
+def _segment_class(layer: type) -> type | None:
+    """The class of a PEFT layer that serves both streams by itself, or None where hooks must make it."""
+    # bitsandbytes' layers have no linear base class, and exist only where it is installed
+    bitsandbytes = issubclass(layer, lora.LoraLayer) and layer.__name__ in ("Linear8bitLt", "Linear4bit")
+    if issubclass(layer, lora.Linear) or bitsandbytes:
+        return type(f"Segment{layer.__name__}", (SegmentLora, layer), {})
+    if issubclass(layer, ia3.Linear):
+        return type(f"Segment{layer.__name__}", (SegmentIA3, layer), {})
+    return None
 
 
 def _by_blocks(module, forward, x: torch.Tensor, n: int) -> torch.Tensor:
@@ -108,8 +144,6 @@ def adapter_configs(config: PeftConfig) -> tuple[PeftConfig, PeftConfig]:
     copies = copy.deepcopy(config), copy.deepcopy(config)
     for c in copies:
         c.inference_mode = False
-        if isinstance(c, LoraConfig):
-            c._register_custom_module({nn.Linear: SegmentLoraLinear})
     return copies
 
 
@@ -119,7 +153,7 @@ def base_module(module: nn.Module) -> nn.Module:
 
 
 def route_rows(model: nn.Module) -> list[nn.Module]:
-    """Hook every adapted module that doesn't route rows by itself; returns all adapted modules."""
+    """Make every adapted module serve each block of rows with its own adapter; returns these modules."""
     adapted = []
     for name, module in model.named_modules():
         if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
@@ -131,7 +165,10 @@ def route_rows(model: nn.Module) -> list[nn.Module]:
             )
         adapted.append(module)
     for module in adapted:
-        if not isinstance(module, SegmentLoraLinear):
+        segment = _segment_class(type(module))
+        if segment is not None:
+            module.__class__ = segment  # as FSDP does: PEFT chose the layer, and its state and names stay
+        else:
             module.register_forward_pre_hook(_before)
             module.register_forward_hook(_after)
     return adapted

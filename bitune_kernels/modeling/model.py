@@ -23,7 +23,7 @@ from .backbone import BackboneHooks
 from .loss import chunked_loss
 from .probe import find_structure
 from .self_test import check_chunked_loss, check_one_pass
-from .structure import Structure, refuse_partitioned
+from .structure import Structure, refuse_packed, refuse_partitioned
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ def get_bitune_model(
             "not be part of the prompt"
         )
     refuse_partitioned(base_model.named_parameters())
+    refuse_packed(base_model)
     structure = find_structure(base_model)
     config.stream_masks(structure.num_layers)  # skip_bidir against the number of layers
     frozen = [(p, p.requires_grad) for p in base_model.parameters()]

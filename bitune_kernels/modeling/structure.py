@@ -76,6 +76,17 @@ class Structure:
         return self._index[id(attention)]
 
 
+def refuse_packed(model: nn.Module) -> None:
+    """Refuse weights in a packed format without the layer of a library that knows how to multiply by them."""
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if type(module) is nn.Linear and type(weight) is nn.Parameter and weight.dtype.itemsize == 1:
+            raise ValueError(
+                f"base_model: expected floating-point weights, or layers of a library that dequantizes them "
+                f"(bitsandbytes, torchao), got a plain nn.Linear of {weight.dtype} at {name}"
+            )
+
+
 def refuse_partitioned(parameters) -> None:
     """Raise ValueError if DeepSpeed ZeRO-3 has partitioned one of the named parameters.
 

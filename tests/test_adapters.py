@@ -1,0 +1,200 @@
+"""PEFT's layers in a pass: the same outputs and gradients as each one run by itself on each block of rows."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, get_peft_model
+from peft.utils.integrations import dequantize_module_weight
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from bitune_kernels.modeling import adapters
+from bitune_kernels.modeling.adapters import BIDIR, CAUSAL, adapter_configs, route_rows
+from bitune_kernels.testing import assert_within_budget
+from tests.tiny import base_model, bitune_model, lora, ragged_batch
+
+ROWS, N, IN, OUT = 53, 20, 64, 96
+
+
+def config(**changes) -> LoraConfig:
+    return LoraConfig(**dict(r=4, lora_alpha=6, target_modules=["layer"]) | changes)
+
+
+CONFIGS = {
+    "lora": config(),
+    "rslora": config(use_rslora=True),
+    "bias": config(lora_bias=True),
+    "dropout": config(lora_dropout=0.3),
+    "dora": config(use_dora=True),
+    "dora with dropout": config(use_dora=True, lora_dropout=0.3),
+    "ia3": IA3Config(target_modules=["layer"], feedforward_modules=[]),
+    "ia3 of the input": IA3Config(target_modules=["layer"], feedforward_modules=["layer"]),
+}
+
+
+class Model(nn.Module):
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def linear(dtype) -> nn.Module:
+    return nn.Linear(IN, OUT).to(dtype)
+
+
+def conv1d(dtype) -> nn.Module:
+    return Conv1D(OUT, IN).to(dtype)
+
+
+def adapted(base, peft_config, dtype, adapter_dtype) -> nn.Module:
+    """A layer with two adapters whose numbers aren't their initial ones."""
+    torch.manual_seed(0)
+    layer = base(dtype)
+    model = Model(layer).requires_grad_(False)
+    causal, bidir = adapter_configs(peft_config)
+    peft_model = get_peft_model(model, causal, adapter_name=CAUSAL, autocast_adapter_dtype=False)
+    peft_model.add_adapter(BIDIR, bidir, autocast_adapter_dtype=False)
+    generator = torch.Generator().manual_seed(1)
+    for name, p in sorted(peft_model.named_parameters()):
+        if BIDIR in name or CAUSAL in name:
+            around = p.detach() if "magnitude" in name else 1.0 if "ia3" in name else 0.0
+            p.data = (around + 0.2 * torch.randn(p.shape, generator=generator)).to(adapter_dtype)
+            p.requires_grad_(True)
+    return peft_model.train()
+
+
+def one_by_one(model, x):
+    """PEFT's own forward per block, before anything was changed."""
+    blocks = []
+    for name, rows in ((BIDIR, x[:N]), (CAUSAL, x[N:])):
+        with adapters._using(model.base_model.model.layer, name):
+            blocks.append(model(rows))
+    return torch.cat(blocks)
+
+
+def in_a_pass(model, x, monkeypatch):
+    current = SimpleNamespace(split=lambda x: (0, N), pending=[])
+    with monkeypatch.context() as patch:
+        patch.setattr(adapters, "current", lambda: current)
+        return model(x)
+
+
+def outputs(forward, model, x, dy):
+    torch.manual_seed(2)  # of dropout
+    leaf = x.detach().clone().requires_grad_()
+    y = forward(model, leaf)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(y, [leaf, *parameters.values()], dy.to(y.dtype))
+    return {"y": y.detach()} | dict(zip(["x", *parameters], gradients, strict=True))
+
+
+def data(dtype):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(ROWS, width, generator=generator, dtype=torch.float64).to(dtype) for width in (IN, OUT)]
+
+
+def count_products(layers) -> list:
+    """Grows with every call of a base layer."""
+    calls = []
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
+@pytest.mark.parametrize("dtypes", [("float32",) * 2, ("bfloat16", "float32"), ("bfloat16",) * 2], ids=" ".join)
+@pytest.mark.parametrize("base", [linear, conv1d], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_tuner_equals_its_layer_on_each_block(name, base, dtypes, monkeypatch):
+    dtype, adapter_dtype = (getattr(torch, d) for d in dtypes)  # PEFT's default is float32 beside bfloat16
+    x, dy = data(dtype)
+    peft_config = CONFIGS[name]
+    model = adapted(base, peft_config, dtype, adapter_dtype)
+    wide = adapted(base, peft_config, dtype, adapter_dtype).double()
+    expected, low = outputs(one_by_one, wide, x.double(), dy), outputs(one_by_one, model, x, dy)
+    route_rows(model)
+    calls = count_products([model.base_model.model.layer.base_layer])
+    found = outputs(lambda m, x: in_a_pass(m, x, monkeypatch), model, x, dy)
+    # DoRA's dropout stands in front of its base product too, and PEFT's formula for Conv1D runs per block
+    assert len(calls) <= (2 if "dora" in name and (base is conv1d or "dropout" in name) else 1)
+    assert found.keys() == expected.keys() and any(BIDIR in n for n in found)
+    for output, value in found.items():
+        assert value.dtype == low[output].dtype
+        assert_within_budget(output, value, expected[output], low[output], dtype, f"{name} {base.__name__}")
+
+
+def quantized(kind: str, folder) -> nn.Module:
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM, TorchAoConfig
+
+    if kind == "torchao int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        settings = TorchAoConfig(Int8WeightOnlyConfig())
+    elif kind == "bitsandbytes nf4":
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    else:
+        settings = BitsAndBytesConfig(load_in_8bit=True)
+    base_model(hidden_size=64, dtype=torch.bfloat16).save_pretrained(folder)
+    return LlamaForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=torch.bfloat16)
+
+
+def dequantized(model: nn.Module) -> nn.Module:
+    plain = base_model(hidden_size=64, dtype=torch.float64)
+    state = {n: p.double() for n, p in model.state_dict().items() if n in plain.state_dict()}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            state[f"{name}.weight"] = dequantize_module_weight(module).detach().double()
+    plain.load_state_dict(state)
+    return plain
+
+
+def step(model, **schedule):
+    model.train()
+    torch.manual_seed(0)
+    ids, mask, labels = ragged_batch()
+    with model.use_schedule(**schedule):
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+    result = {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return result
+
+
+@pytest.mark.parametrize(
+    "kind, tuner",
+    [
+        ("bitsandbytes nf4", "lora"),
+        ("bitsandbytes nf4", "dora"),
+        ("bitsandbytes int8", "lora"),  # PEFT 0.21 itself can't train a second DoRA adapter over this layer
+        ("torchao int8", "lora"),
+        ("torchao int8", "dora"),
+    ],
+)
+def test_a_quantized_base_equals_itself_dequantized(kind, tuner, tmp_path):
+    """Within twice the noise of the quantized products in three passes through PEFT's own layers."""
+    peft_config = lora(target_modules=["k_proj", "v_proj", "o_proj", "down_proj"], use_dora=tuner == "dora")
+    truth = bitune_model(base=dequantized(quantized(kind, tmp_path)), peft=peft_config)
+    model = bitune_model(base=quantized(kind, tmp_path), peft=peft_config)
+    expected = step(truth, backend="reference")
+    low = step(model, use_fused=False)
+    calls = count_products([m.base_layer for m in model.modules() if hasattr(m, "base_layer")])
+    found = step(model)
+    assert len(calls) == 12 if tuner == "lora" else 12 < len(calls) <= 24
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert_within_budget(name, value, expected[name], low[name], torch.bfloat16, f"{kind} {tuner}")
+
+
+def test_packed_weights_without_their_library_are_refused():
+    base = base_model()
+    packed = nn.Parameter(base.model.layers[1].mlp.up_proj.weight.to(torch.int8), requires_grad=False)
+    base.model.layers[1].mlp.up_proj.weight = packed
+    with pytest.raises(ValueError, match=r"base_model: .* got a plain nn.Linear of torch.int8 at .*1\.mlp\.up"):
+        bitune_model(base=base)
