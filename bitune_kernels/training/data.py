@@ -38,7 +38,7 @@ def _piqa(row):
 
 def _siqa(row):
     texts = [row["answerA"], row["answerB"], row["answerC"]]
-    answer = {"1": "A", "2": "B", "3": "C"}.get(str(row["label"]))
+    answer = {"1": "A", "2": "B", "3": "C"}.get(str(row["label"]).strip())  # lines of a file, newline included
     return _options(f"{row['context']} {row['question']}", ["A", "B", "C"], texts, answer)
 
 
