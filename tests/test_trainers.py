@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -179,7 +181,10 @@ def turn(role: str, content: str) -> dict[str, str]:
 
 CONVERSATIONS = {
     "prompt_completion": [{"prompt": [turn("user", p)], "completion": [turn("assistant", a)]} for p, a in TEXTS],
-    "assistant_only": [{"messages": [turn("user", p), turn("assistant", a)]} for p, a in TEXTS],
+    "assistant_only": [  # two turns each
+        {"messages": [turn("user", p), turn("assistant", a), turn("user", q), turn("assistant", b)]}
+        for (p, a), (q, b) in pairwise([*TEXTS, TEXTS[0]])
+    ],
 }
 # Whether samples are packed, padding is dropped, and prompts or answers are cut: all rows are in every batch.
 PACKED = {

@@ -72,7 +72,8 @@ def tokenize_row(row: dict[str, Any], tokenizer, prompt="{prompt}", completion="
     """``(prompt ids, answer ids)`` of one row; the answer is empty where the row has none.
 
     A row with ``messages`` goes through the tokenizer's chat template: its last message, by the assistant, is the
-    answer, and all before it the prompt. Any other row is ``TEMPLATE``, a space, the answer and the end token.
+    answer, and all before it, earlier answers included, the prompt. Any other row is ``TEMPLATE``, a space, the answer
+    and the end token.
 
     Args:
         prompt, completion: format strings over the columns.
