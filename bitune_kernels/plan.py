@@ -36,9 +36,57 @@ def _ints(name: str, values, batch: int | None = None) -> tuple[int, ...]:
     return values
 
 
+def find_samples(
+    shape: tuple[int, int], attention_mask: torch.Tensor | None = None, position_ids: torch.Tensor | None = None
+) -> list[tuple[int, int]]:
+    """Where samples lie in the flattened [batch * seq] tokens: ``(first token, number of tokens)`` of each, in order.
+
+    Arguments and errors as in ``SegmentPlan.from_batch``.
+    """
+    shape = tuple(shape)
+    real = torch.ones(shape, dtype=torch.bool)
+    if attention_mask is not None:
+        if tuple(attention_mask.shape) != shape:
+            raise ValueError(f"attention_mask: expected shape {shape} as the tokens, got {tuple(attention_mask.shape)}")
+        real = attention_mask.ne(0).cpu()
+    begins = real.clone()
+    begins[:, 1:] &= ~real[:, :-1]
+    runs = begins.sum(1).tolist()
+    if 0 in runs:
+        raise ValueError(f"attention_mask: expected at least one real token per row, row {runs.index(0)} has none")
+    if position_ids is None:
+        if max(runs, default=1) > 1:
+            raise ValueError(
+                "attention_mask: expected the real tokens of each row in one run (left or right padding), "
+                f"row {runs.index(max(runs))} has a gap"
+            )
+    else:
+        if not isinstance(position_ids, torch.Tensor):
+            raise TypeError(f"position_ids: expected an integer tensor, got {type(position_ids).__name__}")
+        if position_ids.is_floating_point() or position_ids.dtype == torch.bool:
+            raise TypeError(f"position_ids: expected integers, got a tensor of {position_ids.dtype}")
+        if tuple(position_ids.shape) not in (shape, (1, shape[1])):
+            raise ValueError(f"position_ids: expected shape {shape} as the tokens, got {tuple(position_ids.shape)}")
+        position_ids = position_ids.cpu().expand(shape)
+        begins |= real & (position_ids == 0)
+    starts = begins.flatten().nonzero()[:, 0]
+    sample = (begins.flatten().cumsum(0) - 1)[real.flatten()]  # of each real token
+    if position_ids is not None:
+        tokens = real.flatten().nonzero()[:, 0]
+        found = position_ids.flatten()[tokens]
+        wrong = (found != tokens - starts[sample]).nonzero()[:, 0].tolist()
+        if wrong:
+            row, place = divmod(int(tokens[wrong[0]]), shape[1])
+            raise ValueError(
+                "position_ids: expected 0, 1, 2, ... from the first token of each sample, got "
+                f"{int(found[wrong[0]])} for token {place} of row {row}"
+            )
+    return list(zip(starts.tolist(), sample.bincount(minlength=len(starts)).tolist(), strict=True))
+
+
 @dataclass(frozen=True, eq=False)
 class SegmentPlan:
-    """Lengths of one packed batch, and the maps between padded [batch, seq] tokens and packed rows.
+    """Lengths of one packed batch, and the maps between [batch, seq] tokens and packed rows.
 
     Attributes:
         prompt_lengths: rows of each sample's prompt in one stream (its prompt tokens less one), may be 0.
@@ -48,7 +96,7 @@ class SegmentPlan:
         prefix_lengths, cu_prefix: rows of an already cached past per sample, or None.
         token_index: int64 [N + A], the place of each prompt and answer row in the flattened [batch * seq] tokens,
             or None for a plan made from lengths alone.
-        padded_shape: (batch, seq) that ``token_index`` refers to.
+        padded_shape: (batch, seq) that ``token_index`` refers to; a row may hold several samples.
         num_prompt, num_answer, num_prefix: N, A and the cached rows: sums of the lengths.
         max_prompt, max_answer: the longest prompt and answer segment.
         lengths: int64 [2 or 3, batch] on the CPU: prompt, answer and, if there is one, prefix lengths. What a
@@ -125,53 +173,40 @@ class SegmentPlan:
         attention_mask: torch.Tensor | None = None,
         prompt_lengths: Sequence[int] | torch.Tensor | None = None,
         *,
+        position_ids: torch.Tensor | None = None,
         num_streams: int = 2,
         device: torch.device | str | None = None,
     ) -> SegmentPlan:
-        """A plan for tokens [batch, seq], padded on the left or on the right.
+        """A plan for tokens [batch, seq]: a sample per row with padding on the left or on the right, or several.
 
         Args:
             shape: (batch, seq) of the tokens.
-            attention_mask: [batch, seq], nonzero at real tokens, which must be one run per row. None: no padding.
-            prompt_lengths: prompt tokens of each sample, 1 .. its number of real tokens; None: every token is prompt.
+            attention_mask: [batch, seq], nonzero at real tokens, which must be one run per sample. None: no padding.
+            prompt_lengths: prompt tokens of each sample in the order of the tokens, 1 .. its number of real tokens;
+                None: every token is prompt.
+            position_ids: integers [batch, seq] or [1, seq], 0, 1, 2, ... from the first token of each sample. They
+                say where packed samples begin. None: one sample per row.
             num_streams: 2, or 1 for the variants without mixing.
             device: where the index tensors go.
 
         Raises:
-            ValueError: a mask of another shape or with holes, an empty sample, a length out of range.
+            ValueError, TypeError: a mask of another shape or with holes, a row without tokens, positions that leave
+                out a number, a length out of range.
         """
-        batch, seq = shape
-        if attention_mask is None:
-            starts, lengths = [0] * batch, [seq] * batch
-        else:
-            if tuple(attention_mask.shape) != (batch, seq):
-                raise ValueError(
-                    f"attention_mask: expected shape {(batch, seq)} as the tokens, got {tuple(attention_mask.shape)}"
-                )
-            mask = attention_mask.ne(0).cpu()
-            lengths = mask.sum(1).tolist()
-            starts = mask.int().argmax(1).tolist()
-            for b, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-                if not bool(mask[b, start : start + length].all()):
-                    raise ValueError(
-                        f"attention_mask: expected the real tokens of each row in one run (left or right padding), "
-                        f"row {b} has a gap"
-                    )
-        for b, length in enumerate(lengths):
-            if length == 0:
-                raise ValueError(f"attention_mask: expected at least one real token per row, row {b} has none")
-        prompts = tuple(lengths) if prompt_lengths is None else _ints("prompt_lengths", prompt_lengths, batch)
-        for b, (p, length) in enumerate(zip(prompts, lengths, strict=True)):
+        samples = find_samples(shape, attention_mask, position_ids)
+        prompts = [length for _, length in samples]
+        if prompt_lengths is not None:
+            prompts = _ints("prompt_lengths", prompt_lengths, len(samples))
+        for s, (p, (_, length)) in enumerate(zip(prompts, samples, strict=True)):
             if not 1 <= p <= length:
-                raise ValueError(f"prompt_lengths: expected 1 to {length} (tokens of row {b}), got {p}")
+                raise ValueError(f"prompt_lengths: expected 1 to {length} (tokens of sample {s}), got {p}")
 
         rows = [p - 1 for p in prompts]
-        answers = [length - n for length, n in zip(lengths, rows, strict=True)]
+        answers = [length - n for (_, length), n in zip(samples, rows, strict=True)]
         plan = cls.from_lengths(rows, answers, num_streams=num_streams, device=device)
-        first = [b * seq + start for b, start in enumerate(starts)]
-        index = [torch.arange(f, f + n) for f, n in zip(first, rows, strict=True)]
-        index += [torch.arange(f + n, f + n + a) for f, n, a in zip(first, rows, answers, strict=True)]
-        return replace(plan, token_index=torch.cat(index).to(device), padded_shape=(batch, seq))
+        index = [torch.arange(first, first + n) for (first, _), n in zip(samples, rows, strict=True)]
+        index += [torch.arange(first + n, first + length) for (first, length), n in zip(samples, rows, strict=True)]
+        return replace(plan, token_index=torch.cat(index).to(device), padded_shape=tuple(shape))
 
     @classmethod
     def from_cu_seqlens(

@@ -285,7 +285,7 @@ BAD_CALLS = {
     "logits_to_keep": lambda i, m, y: dict(input_ids=i, attention_mask=m, labels=y, logits_to_keep=1),
     "output_attentions": lambda i, m, y: dict(input_ids=i, attention_mask=m, labels=y, output_attentions=True),
     "position_ids": lambda i, m, y: dict(
-        input_ids=i, attention_mask=m, labels=y, position_ids=torch.arange(i.shape[1])[None] % 3
+        input_ids=i, attention_mask=m, labels=y, position_ids=torch.arange(i.shape[1])[None] // 2
     ),
     "past_key_values": lambda i, m, y: dict(input_ids=i, attention_mask=m, labels=y, past_key_values=DynamicCache()),
 }

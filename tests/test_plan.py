@@ -57,6 +57,23 @@ def test_pack_keeps_trailing_dimensions_and_gradients():
     assert torch.equal(x.grad, is_answer[:, :, None, None].expand_as(x).float())
 
 
+def test_samples_begin_where_position_ids_do():
+    # two samples with padding between them, then one that fills its row but for the end
+    mask = torch.tensor([[1, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 0]])
+    positions = torch.tensor([[0, 1, 2, 9, 0, 1], [0, 1, 2, 3, 4, 0]])
+    tokens = torch.arange(12).view(2, 6)
+    plan = SegmentPlan.from_batch(tokens.shape, mask, [2, 1, 4], position_ids=positions, num_streams=1)
+    assert (plan.prompt_lengths, plan.answer_lengths) == ((1, 0, 3), (2, 2, 2))
+    assert plan.pack(tokens).tolist() == [0, 6, 7, 8, 1, 2, 4, 5, 9, 10]
+    assert plan.positions.tolist() == [0, 0, 1, 2, 1, 2, 0, 1, 3, 4]
+    assert plan.unpack_answers(plan.pack_answers(tokens)).tolist() == [[0, 1, 2, 0, 4, 5], [0, 0, 0, 9, 10, 0]]
+
+    one_for_all = SegmentPlan.from_batch((2, 4), position_ids=torch.tensor([[0, 1, 0, 1]]))
+    assert (one_for_all.prompt_lengths, one_for_all.padded_shape) == ((1, 1, 1, 1), (2, 4))
+    with pytest.raises(ValueError, match=r"^position_ids: .* got 2 for token 4 of row 0"):
+        SegmentPlan.from_batch((1, 5), torch.tensor([[1, 1, 0, 0, 1]]), position_ids=torch.tensor([[0, 1, 0, 0, 2]]))
+
+
 def test_counts():
     lengths, prompts = RAGGED
     tokens, mask = padded_batch(lengths, "right")
@@ -142,8 +159,8 @@ BAD_BATCH = [
     ((2, 3), HOLE, None, ValueError, "attention_mask: .* row 1 has a gap"),
     ((2, 3), torch.tensor([[0, 1, 1], [0, 0, 0]]), None, ValueError, "attention_mask: .* row 1 has none"),
     ((2, 0), None, None, ValueError, "attention_mask: expected at least one real token"),
-    ((2, 3), None, [0, 2], ValueError, r"prompt_lengths: expected 1 to 3 \(tokens of row 0\), got 0"),
-    ((2, 3), None, [3, 4], ValueError, r"prompt_lengths: expected 1 to 3 \(tokens of row 1\), got 4"),
+    ((2, 3), None, [0, 2], ValueError, r"prompt_lengths: expected 1 to 3 \(tokens of sample 0\), got 0"),
+    ((2, 3), None, [3, 4], ValueError, r"prompt_lengths: expected 1 to 3 \(tokens of sample 1\), got 4"),
     ((2, 3), torch.tensor([[0, 1, 1], [1, 1, 1]]), [3, 3], ValueError, "prompt_lengths: expected 1 to 2"),
     ((2, 3), None, [1], ValueError, "prompt_lengths: expected one length for each of the 2 samples, got 1"),
     ((2, 3), None, [1.0, 2.0], TypeError, "prompt_lengths: expected integers"),

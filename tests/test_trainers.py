@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from bitune_kernels import BituneConfig, BituneModel, get_bitune_model
@@ -19,6 +23,10 @@ TEXTS = [
     ("is it a cat that sat on a mat at home ?", "yes it is a cat ."),
 ] * 3
 STEPS = 3
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}. {% generation %}{{ m.content }} </s> {% endgeneration %}"
+    "{% else %}? {{ m.content }} {% endif %}{% endfor %}{% if add_generation_prompt %}. {% endif %}"
+)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -26,7 +34,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     model = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=model,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template=CHAT_TEMPLATE,
     )
 
 
@@ -71,12 +84,15 @@ def hf_trainer(model, folder, **changes):
     )
 
 
-def sft_trainer(model, folder, **changes):
+def sft_trainer(model, folder, rows=None, **changes):
     from trl import SFTConfig, SFTTrainer
 
-    data = Dataset.from_list([{"prompt": p + " ", "completion": a} for p, a in TEXTS])
+    rows = [{"prompt": p + " ", "completion": a} for p, a in TEXTS] if rows is None else rows
     return SFTTrainer(
-        model=model, args=arguments(SFTConfig, folder, **changes), train_dataset=data, processing_class=tokenizer()
+        model=model,
+        args=arguments(SFTConfig, folder, **changes),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
     )
 
 
@@ -157,3 +173,89 @@ def test_mixed_precision_trains_every_adapter(make, autocast, dtype, tmp_path):
         for n, p in model.named_parameters()
         if "lora_B" in n and p.requires_grad and "q_proj" not in n
     )
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+CONVERSATIONS = {
+    "prompt_completion": [{"prompt": [turn("user", p)], "completion": [turn("assistant", a)]} for p, a in TEXTS],
+    "assistant_only": [  # two turns each
+        {"messages": [turn("user", p), turn("assistant", a), turn("user", q), turn("assistant", b)]}
+        for (p, a), (q, b) in pairwise([*TEXTS, TEXTS[0]])
+    ],
+}
+# Whether samples are packed, padding is dropped, and prompts or answers are cut: all rows are in every batch.
+PACKED = {
+    "packing": (dict(packing=True, max_length=40), dict(max_length=40)),
+    "packing_truncated": (dict(packing=True, max_length=8, pad_to_multiple_of=16), dict(max_length=8)),
+    "padding_free": (dict(padding_free=True, max_length=None), dict(max_length=None)),
+}
+
+
+@pytest.mark.parametrize(
+    ("rows", "packed"),
+    [
+        ("text", "packing"),
+        ("text", "packing_truncated"),
+        ("text", "padding_free"),
+        ("prompt_completion", "padding_free"),
+        ("assistant_only", "packing"),
+    ],
+)
+def test_sft_on_packed_samples_and_conversations_equals_padded_three_passes(rows, packed, tmp_path):
+    common = dict(
+        per_device_train_batch_size=len(TEXTS), save_steps=STEPS, assistant_only_loss=rows == "assistant_only"
+    )
+    trainers = []
+    for name, fused, options in zip(("packed", "padded"), (True, False), PACKED[packed], strict=True):
+        model = bitune_model(use_fused=fused, theta_init=0.01)
+        trainers.append(sft_trainer(model, tmp_path / name, CONVERSATIONS.get(rows), **common, **options))
+        trainers[-1].train()
+    found, expected = map(losses, trainers)
+    assert len(found) == STEPS and found == pytest.approx(expected, rel=2e-4) and found[-1] < found[0]
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    loaded = BituneModel.from_pretrained(base_model(), tmp_path / "packed" / f"checkpoint-{STEPS}")
+    trained = snapshot(trainers[0].model)
+    assert all(torch.equal(p, trained[name]) for name, p in loaded.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "place"),
+    [
+        (dict(packing=True, packing_strategy="bfd_split", max_length=8), "one of the first two tokens"),
+        (dict(packing=True, packing_strategy="wrapped", max_length=8), "the first token"),
+        (dict(padding_free=True, max_length=None, completion_only_loss=False), "one of the first two tokens"),
+    ],
+    ids=["bfd_split", "wrapped", "no_completion_only_loss"],
+)
+def test_sft_samples_without_a_prompt_are_refused(options, place, tmp_path):
+    with pytest.raises(ValueError, match=f"^labels: expected -100 on the prompt, got a label on {place}"):
+        sft_trainer(bitune_model(), tmp_path, **options).train()
+
+
+def test_a_loop_under_accelerate_equals_the_same_loop_without():
+    rows, trained = list(tokenized()), []
+    for accelerator in (Accelerator(cpu=True, gradient_accumulation_steps=2), None):
+        model = bitune_model(theta_init=0.01).train()
+        before = snapshot(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        loader = DataLoader(rows, batch_size=3, collate_fn=collate)
+        if accelerator is not None:
+            model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        for i, batch in enumerate(loader):
+            if accelerator is not None:
+                with accelerator.accumulate(model):
+                    accelerator.backward(model(**batch).loss)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            else:
+                (model(**batch).loss / 2).backward()
+                if i % 2:
+                    optimizer.step()
+                    optimizer.zero_grad()
+        trained.append(snapshot(model))
+    for name, parameter in trained[0].items():
+        torch.testing.assert_close(parameter, trained[1][name], atol=1e-6, rtol=1e-5)
+    assert not torch.equal(trained[0]["mixing.theta_k"], before["mixing.theta_k"])

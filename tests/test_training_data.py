@@ -66,7 +66,7 @@ ROWS = {
     ),
     "piqa": ({"goal": "Boil.", "sol1": "cool", "sol2": "heat", "label": 1}, "Boil.\nA. cool\nB. heat", "heat"),
     "siqa": (
-        {"context": "Al ran.", "question": "Why?", "answerA": "a", "answerB": "b", "answerC": "c", "label": "3"},
+        {"context": "Al ran.", "question": "Why?", "answerA": "a", "answerB": "b", "answerC": "c", "label": "3\n"},
         "Al ran. Why?\nA. a\nB. b\nC. c",
         "c",
     ),

@@ -24,6 +24,9 @@ from .three_pass import ThreePass
 # Tensors of a backbone call that are understood; any other one per token could not be packed in silence.
 _UNDERSTOOD = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"}
 
+# What collators say about packed samples beside position_ids, in transformers' names.
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
 
 @dataclass(eq=False)
 class Request:
@@ -148,6 +151,11 @@ class BackboneHooks:
         for flag in ("output_attentions", "output_hidden_states"):
             if kwargs.get(flag):
                 raise ValueError(f"{flag}: expected False, since the rows of a Bitune pass are not the input's tokens")
+        given = [name for name in PACKED if kwargs.get(name) is not None]
+        if given:
+            raise ValueError(f"{given[0]}: expected packed samples in training alone, with labels; got neither")
+        if plan.batch_size > len(tokens) and (kwargs.get("use_cache") or kwargs.get("past_key_values") is not None):
+            raise ValueError("use_cache: expected False with packed samples, whose cache nothing can go on from")
         for name, x in kwargs.items():
             per_token = isinstance(x, torch.Tensor) and x.shape[:2] == tokens.shape[:2]
             if per_token and name not in _UNDERSTOOD:
@@ -158,8 +166,8 @@ class BackboneHooks:
             expected = plan.positions[-plan.num_prompt - plan.num_answer :]
             if not torch.equal(found.cpu(), expected.cpu()):
                 raise ValueError(
-                    "position_ids: expected 0, 1, 2, ... from the first real token of each row (packed samples in "
-                    "one row are not supported), got others"
+                    "position_ids: expected 0, 1, 2, ... from the first real token of each row (several samples in one "
+                    "row need labels or prompt_lengths), got others"
                 )
 
     def _cache(self, backbone, kwargs, packed: bool):

@@ -17,9 +17,9 @@ from torch import nn
 
 from ..config import CONFIG_NAME, BituneConfig
 from ..mixing import MixingCoefficients
-from ..plan import SegmentPlan
+from ..plan import SegmentPlan, find_samples
 from .adapters import BIDIR, CAUSAL, adapter_configs, base_module, route_rows
-from .backbone import BackboneHooks
+from .backbone import PACKED, BackboneHooks
 from .loss import chunked_loss
 from .probe import find_structure
 from .self_test import check_chunked_loss, check_one_pass
@@ -249,13 +249,17 @@ class BituneModel(PeftModelForCausalLM):
         """One training or evaluation step, or (without ``labels`` and ``prompt_lengths``) prefill and decoding.
 
         Args:
-            input_ids: int64 [batch, seq], each row prompt then answer, padded left or right.
+            input_ids: int64 [batch, seq], each row prompt then answer, padded left or right; or several samples
+                packed into a row.
             attention_mask: [batch, seq], nonzero at real tokens. None: no padding.
             labels: int64 [batch, seq], -100 at the prompt and at padding; the loss is the mean over answer tokens
-                as in transformers, or over samples (``BituneConfig.loss``). The prompt of a row is what stands before
-                its first label that is not -100.
-            prompt_lengths: prompt tokens of each row, 1 to its real tokens; instead of, or beside, ``labels``.
+                as in transformers, or over samples (``BituneConfig.loss``). The prompt of a sample is what stands
+                before its first label that is not -100.
+            prompt_lengths: prompt tokens of each sample, 1 to its real tokens; instead of, or beside, ``labels``.
             inputs_embeds: [batch, seq, hidden] instead of ``input_ids``.
+            kwargs: of the causal LM's forward. With ``position_ids`` [batch, seq] a sample begins wherever they are
+                0, as ``DataCollatorWithFlattening`` and TRL's packing make them; such a sample may lack an answer (it
+                trains nothing), and needs two tokens of prompt unless ``prompt_lengths`` are given.
 
         Returns:
             The causal LM's output. ``logits`` [batch, seq, vocab] are computed for the last prompt token and the
@@ -275,13 +279,23 @@ class BituneModel(PeftModelForCausalLM):
             raise ValueError("logits_to_keep: expected 0 with labels or prompt_lengths, which already choose the rows")
         if kwargs.get("shift_labels") is not None:
             raise ValueError("shift_labels: expected None (labels are shifted by the model), got a tensor")
-        shape = tuple(tokens.shape[:2])
-        if prompt_lengths is None:
-            prompt_lengths = _prompt_lengths(labels, attention_mask, shape)
-        elif labels is not None and tuple(labels.shape) != shape:
+        shape, position_ids = tuple(tokens.shape[:2]), kwargs.get("position_ids")
+        if labels is not None and tuple(labels.shape) != shape:
             raise ValueError(f"labels: expected shape {list(shape)} as the tokens, got {list(labels.shape)}")
+        samples = find_samples(shape, attention_mask, position_ids)
+        _check_packed({name: common.pop(name) for name in PACKED if name in common}, samples, position_ids)
+        if prompt_lengths is None:
+            # where nobody else divides the sum over tokens, a batch without an answer would be 0 / 0
+            mean = self.bitune_config.loss == "token" and kwargs.get("num_items_in_batch") is None
+            mean = mean and not kwargs.get("fused_lm_head")
+            prompt_lengths = _prompt_lengths(labels, samples, packed=position_ids is not None, mean=mean)
         plan = SegmentPlan.from_batch(
-            shape, attention_mask, prompt_lengths, num_streams=self.bitune_config.num_streams, device=tokens.device
+            shape,
+            attention_mask,
+            prompt_lengths,
+            position_ids=position_ids,
+            num_streams=self.bitune_config.num_streams,
+            device=tokens.device,
         )
         if labels is not None:
             labels = plan.pack_answers(labels)
@@ -440,7 +454,7 @@ def _loss_per_sample(causal_lm: nn.Module, plan: SegmentPlan, enabled: bool):
         sample = torch.arange(len(lengths), device=logits.device).repeat_interleave(lengths)
         sums = tokens.new_zeros(len(lengths)).index_add(0, sample, tokens)
         counts = tokens.new_zeros(len(lengths)).index_add(0, sample, (labels != -100).float())
-        return (sums / counts.clamp(min=1)).mean()
+        return (sums / counts.clamp(min=1)).sum() / counts.count_nonzero().clamp(min=1)
 
     causal_lm.loss_function = loss_function
     try:
@@ -449,29 +463,45 @@ def _loss_per_sample(causal_lm: nn.Module, plan: SegmentPlan, enabled: bool):
         causal_lm.loss_function = before
 
 
-def _prompt_lengths(labels: torch.Tensor, attention_mask: torch.Tensor | None, shape: tuple[int, int]) -> list[int]:
-    """Prompt tokens of each row: the real tokens before its first label that is not -100."""
-    if tuple(labels.shape) != shape:
-        raise ValueError(f"labels: expected shape {list(shape)} as the tokens, got {list(labels.shape)}")
-    if attention_mask is not None and tuple(attention_mask.shape) != shape:
-        raise ValueError(
-            f"attention_mask: expected shape {list(shape)} as the tokens, got {list(attention_mask.shape)}"
-        )
-    is_answer = (labels != -100).cpu()
-    real = torch.ones(shape, dtype=torch.bool) if attention_mask is None else attention_mask.ne(0).cpu()
-    if bool((is_answer & ~real).any()):
+def _check_packed(given: dict, samples: list[tuple[int, int]], position_ids: torch.Tensor | None) -> None:
+    """What a collator says about packed samples beside position_ids must agree with them."""
+    for name, value in given.items():
+        if value is None:
+            continue
+        if position_ids is None:
+            raise ValueError(f"position_ids: expected positions that say where samples begin with {name}, got None")
+        if name.startswith("cu_seq_lens"):
+            tokens = {t for first, length in samples for t in range(first, first + length)}
+            found, starts = sorted(tokens.intersection(value.flatten().tolist())), [first for first, _ in samples]
+            if found != starts:
+                raise ValueError(f"{name}: expected samples at tokens {starts} as position_ids say, got {found}")
+
+
+def _prompt_lengths(labels: torch.Tensor, samples: list[tuple[int, int]], packed: bool, mean: bool) -> list[int]:
+    """Prompt tokens of each sample: those before its first label that is not -100."""
+    is_answer = (labels != -100).flatten().cpu()
+    answers = [is_answer[first : first + length] for first, length in samples]
+    if sum(int(x.sum()) for x in answers) < int(is_answer.sum()):
         raise ValueError("labels: expected -100 wherever attention_mask is 0, got labels on padding")
-    empty = (~is_answer.any(1)).nonzero().flatten().tolist()
-    if empty:
+    empty = [s for s, x in enumerate(answers) if not bool(x.any())]
+    # What packs samples also truncates prompts and pads with tokens at position 0: all prompt, and no loss.
+    if empty and (not packed or (mean and len(empty) == len(samples))):
         raise ValueError(
-            f"labels: expected an answer token (a label that is not -100) in every row, rows {empty} have none"
+            f"labels: expected an answer token (a label that is not -100) in every sample, samples {empty} have none"
         )
-    first = is_answer.int().argmax(1)
-    lengths = [int(real[b, :f].sum()) for b, f in enumerate(first.tolist())]
-    whole = [b for b, n in enumerate(lengths) if n == 0]
-    if whole:
+    lengths = [int(x.int().argmax()) if bool(x.any()) else len(x) for x in answers]
+    short = [s for s, n in enumerate(lengths) if n < 1 + packed and s not in empty]
+    if short and packed:
         raise ValueError(
-            f"labels: expected -100 on the prompt, got a label on the first token of rows {whole}; mask the prompt "
-            "(completion-only loss), since Bitune needs to know where it ends"
+            f"labels: expected -100 on the prompt, got a label on one of the first two tokens of the packed samples "
+            f"{short}. Collators that pack write -100 over the first label, so these samples are cut inside their "
+            "answer (TRL's packing_strategy 'bfd_split') or were packed without completion-only loss; if their "
+            "prompts are one token long, give prompt_lengths"
+        )
+    if short:
+        raise ValueError(
+            f"labels: expected -100 on the prompt, got a label on the first token of samples {short}; mask the prompt "
+            "(completion-only loss) and cut no sample inside its answer (TRL's packing_strategy 'wrapped'), since "
+            "Bitune needs to know where the prompt ends"
         )
     return lengths

@@ -38,7 +38,7 @@ def _piqa(row):
 
 def _siqa(row):
     texts = [row["answerA"], row["answerB"], row["answerC"]]
-    answer = {"1": "A", "2": "B", "3": "C"}.get(str(row["label"]))
+    answer = {"1": "A", "2": "B", "3": "C"}.get(str(row["label"]).strip())  # lines of a file, newline included
     return _options(f"{row['context']} {row['question']}", ["A", "B", "C"], texts, answer)
 
 
@@ -72,7 +72,8 @@ def tokenize_row(row: dict[str, Any], tokenizer, prompt="{prompt}", completion="
     """``(prompt ids, answer ids)`` of one row; the answer is empty where the row has none.
 
     A row with ``messages`` goes through the tokenizer's chat template: its last message, by the assistant, is the
-    answer, and all before it the prompt. Any other row is ``TEMPLATE``, a space, the answer and the end token.
+    answer, and all before it, earlier answers included, the prompt. Any other row is ``TEMPLATE``, a space, the answer
+    and the end token.
 
     Args:
         prompt, completion: format strings over the columns.
