@@ -39,7 +39,7 @@ def run(place, *options, output="run", recipe=RECIPES / "gsm8k.yaml"):
 
 
 def test_a_whole_run(place):
-    assert run(place, "--theta-lr", "1e-2", "--backend=sdpa") == 0
+    assert run(place, "--theta-lr", "1e-2", "--backend=sdpa", "--gradient-checkpointing", "selective") == 0
     folder = place / "run"
     with (folder / "alpha.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from bitune_kernels.training import AlphaCallback, alpha_history, parameter_groups, plot_alpha, write_alpha_csv
+from bitune_kernels.training import (
+    AlphaCallback,
+    alpha_history,
+    parameter_groups,
+    plot_alpha,
+    selective_checkpointing,
+    write_alpha_csv,
+)
 from tests.test_trainers import arguments, collate, hf_trainer, losses, sft_trainer, tokenized
 from tests.tiny import bitune_model, ragged_batch
 
@@ -126,3 +135,33 @@ def test_two_hundred_steps_by_both_schedules_coincide(tmp_path):
         curves.append(losses(trainer))
     assert len(curves[0]) == 200 and curves[0][-1] < curves[0][0] - 0.2
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+
+
+class Called(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.operators = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operators[func] += 1
+        return func(*args, **kwargs or {})
+
+
+def test_selective_checkpointing_repeats_neither_products_nor_attention():
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    products = [torch.ops.bitune.segment_lora.default, attention]
+    repeated, gradients = {}, {}
+    for mode in ("none", "selective", "full"):
+        model, (ids, mask, labels) = bitune_model(backend="sdpa").train(), ragged_batch()
+        if mode != "none":
+            kwargs = selective_checkpointing() if mode == "selective" else {"use_reentrant": False}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        with Called() as called:
+            loss.backward()
+        repeated[mode] = [called.operators[op] for op in (*products, torch.ops.aten.silu.default)]
+        gradients[mode] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    # of 3 layers the last is trimmed and keeps its activations; 3 prompts with rows attend twice, 4 answers once
+    assert repeated == {"none": [0, 0, 0], "selective": [0, 0, 2], "full": [14, 20, 2]}
+    for name, gradient in gradients["none"].items():
+        assert torch.equal(gradients["selective"][name], gradient) and torch.equal(gradients["full"][name], gradient)

@@ -12,7 +12,6 @@ autocast in its dtype.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -38,14 +37,12 @@ class Adapter(NamedTuple):
     dropout: float = 0.0
 
 
-@cache
+# A CPU with AVX2 alone has no bfloat16 or float16 products: PyTorch's loops are several times slower than float32.
+_EMULATES = torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 def _emulated(device_type: str, dtype: torch.dtype) -> bool:
-    # A CPU with AVX2 alone has no bfloat16 or float16 products: PyTorch's loops are several times slower than float32.
-    return (
-        device_type == "cpu"
-        and dtype in (torch.bfloat16, torch.float16)
-        and torch.backends.cpu.get_cpu_capability() == "AVX2"
-    )
+    return _EMULATES and device_type == "cpu" and dtype in (torch.bfloat16, torch.float16)
 
 
 def _product_dtype(x: torch.Tensor) -> torch.dtype:

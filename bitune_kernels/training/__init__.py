@@ -1,6 +1,15 @@
-"""Training a Bitune model with transformers' Trainer: learning rates, logs of alpha, data and recipes."""
+"""Training a Bitune model with transformers' Trainer: learning rates, logs of alpha, checkpointing, data
+and recipes."""
 
 from .alpha import AlphaCallback, alpha_history, plot_alpha, write_alpha_csv
+from .checkpointing import selective_checkpointing
 from .optim import parameter_groups
 
-__all__ = ["AlphaCallback", "alpha_history", "parameter_groups", "plot_alpha", "write_alpha_csv"]
+__all__ = [
+    "AlphaCallback",
+    "alpha_history",
+    "parameter_groups",
+    "plot_alpha",
+    "selective_checkpointing",
+    "write_alpha_csv",
+]

@@ -22,7 +22,8 @@ class Recipe:
     lora_alpha, target_modules as in PEFT's LoraConfig; variant .. loss as in ``BituneConfig``; dtype of the base model;
     lr of the adapters, theta_lr of the thetas (None: lr); warmup, a share of the steps (below 1) or their number;
     batch_size samples per pass, accumulation passes per update, max_steps updates; clip, the largest gradient norm
-    (0: none); report_to, as in transformers ("wandb", "tensorboard", "none").
+    (0: none); gradient_checkpointing false, true or "selective" (``selective_checkpointing``); report_to, as in
+    transformers ("wandb", "tensorboard", "none").
 
     Raises:
         ValueError, TypeError: naming the field, what was expected and what came.
@@ -59,7 +60,7 @@ class Recipe:
     max_steps: int = 3000
     batch_size: int = 1
     accumulation: int = 10
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | str = False
     logging_steps: int = 10
     save_steps: int = 500
     save_total_limit: int = 2
@@ -75,6 +76,10 @@ class Recipe:
             raise ValueError(f"reader: expected one of {', '.join(READERS)}, got {self.reader!r}")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {self.dtype!r}")
+        if self.gradient_checkpointing not in (True, False, "selective"):
+            raise ValueError(
+                f"gradient_checkpointing: expected true, false or 'selective', got {self.gradient_checkpointing!r}"
+            )
         self.betas = [0.9, 0.999] if self.betas is None else self.betas
         if len(self.betas) != 2:
             raise ValueError(f"betas: expected two numbers, got {self.betas}")

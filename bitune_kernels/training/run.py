@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from .alpha import AlphaCallback, alpha_history, plot_alpha, write_alpha_csv
+from .checkpointing import selective_checkpointing
 from .data import load_rows, tokenize
 from .optim import parameter_groups
 from .recipe import Recipe
@@ -92,7 +93,10 @@ def train(recipe: Recipe, model: str, output: str | Path, resume: bool = False) 
         max_steps=recipe.max_steps,
         per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.accumulation,
-        gradient_checkpointing=recipe.gradient_checkpointing,
+        gradient_checkpointing=recipe.gradient_checkpointing is not False,
+        gradient_checkpointing_kwargs=selective_checkpointing()
+        if recipe.gradient_checkpointing == "selective"
+        else {"use_reentrant": False},
         learning_rate=recipe.lr,
         lr_scheduler_type=recipe.schedule,
         warmup_steps=recipe.warmup,
