@@ -132,6 +132,7 @@ def quantized(kind: str, folder) -> nn.Module:
     from transformers import BitsAndBytesConfig, LlamaForCausalLM, TorchAoConfig
 
     if kind == "torchao int8":
+        pytest.importorskip("torchao")  # not installed for the tests: it makes transformers talk at every import
         from torchao.quantization import Int8WeightOnlyConfig
 
         settings = TorchAoConfig(Int8WeightOnlyConfig())

@@ -63,7 +63,7 @@ class SegmentLora(_SegmentLayer):
         if variants:
             dora = all(type(v) is DoraLinearVariant for v in variants) and not any(a.dropout for a in adapters)
             if not (dora and plain):
-                return _by_blocks(self, super(_SegmentLayer, self).forward, x, n)
+                return by_blocks(self, super(_SegmentLayer, self).forward, x, n)
             y = segment_lora_linear(x, base.weight, None, n, bidir, causal)
             factors = [
                 self.lora_magnitude_vector[name].weight / adapted_row_norms(base.weight, adapter)
@@ -110,7 +110,8 @@ def _segment_class(layer: type) -> type | None:
     return None
 
 
-def _by_blocks(module, forward, x: torch.Tensor, n: int) -> torch.Tensor:
+def by_blocks(module, forward, x: torch.Tensor, n: int) -> torch.Tensor:
+    """``forward``, of a tuner layer, on each block of rows with its own adapter."""
     with _using(module, BIDIR):
         bidir = forward(x[:n])
     with _using(module, CAUSAL):
