@@ -26,7 +26,7 @@ from bitune_kernels.modeling.adapters import BIDIR, CAUSAL, by_blocks
 from bitune_kernels.testing.timing import interleaved, provenance
 
 EXPLANATION = """\
-base: the linear layer without adapters, forward and the gradient of its input. floor: the FLOPs of base and adapters over
+base: the linear layer without adapters, forward and the gradient of its input. floor: FLOPs of base and adapters over
 those of base. speedup: over peft, PEFT's own layer on each block of rows.
 """
 PROVIDERS = ("peft", "segment", "base")
