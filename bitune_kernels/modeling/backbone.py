@@ -103,8 +103,6 @@ class BackboneHooks:
     @contextmanager
     def merged(self, merge: CausalMerge):
         """Inside, the adapter "causal" is merged into the base weights, except during passes over a prompt."""
-        if self.merge is not None:
-            raise ValueError("merged_decoding: expected to be entered once, got a model that is inside of it")
         try:
             merge.apply()
             self.merge = merge
@@ -167,7 +165,12 @@ class BackboneHooks:
             self.merge.undo()
         self._refuse(tokens, kwargs)
         batch, positions = tokens.shape[0], kwargs.get("position_ids")
-        positions = None if positions is None else positions.expand(tokens.shape[:2])
+        if positions is not None:
+            if tuple(positions.shape) not in ((1, tokens.shape[1]), tuple(tokens.shape[:2])):
+                raise ValueError(
+                    f"position_ids: expected shape {list(tokens.shape[:2])} as the tokens, got {list(positions.shape)}"
+                )
+            positions = positions.expand(tokens.shape[:2])
         call.request = request
         if request is None:
             tokens, positions = self._take_prompts(backbone, call, tokens, positions, kwargs.get("attention_mask"))

@@ -90,6 +90,11 @@ def prepare(structure: Structure, defaults, inputs, generation_config, kwargs: d
         if x.ndim < 2 or not x.shape[0] or not x.shape[1]:
             raise ValueError(f"{name}: expected [batch, seq] with at least one token per prompt, got {list(x.shape)}")
         width = x.shape[1]
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.shape != x.shape[:2]:
+            raise ValueError(
+                f"attention_mask: expected shape {list(x.shape[:2])} as the tokens, got {list(mask.shape)}"
+            )
     _refuse_cache(kwargs.get("past_key_values"), config)
     _refuse_length(structure, kwargs, config, width)
     return Generation(prompt_width=width if assisted else None)
