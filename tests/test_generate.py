@@ -317,6 +317,24 @@ def test_compiled_decoding_is_one_graph_for_all_steps_prompts_and_caches():
     assert len(graphs) == 1
 
 
+class Unread(torch.Tensor):
+    def __int__(self):
+        raise AssertionError("a decoding step waited for the length of its cache")
+
+    __bool__ = __index__ = __int__
+
+
+class UnreadCache(StaticCache):
+    def get_seq_length(self, layer_idx=0):
+        length = super().get_seq_length(layer_idx)
+        return length.as_subclass(Unread) if isinstance(length, torch.Tensor) else length
+
+
+def test_decoding_steps_never_read_the_length_of_a_static_cache(tiny):
+    cache = UnreadCache(config=tiny.config, max_cache_len=16)
+    assert torch.equal(tiny.generate(IDS, past_key_values=cache, **TINY), tiny.generate(IDS, **TINY))
+
+
 MERGED = {
     "lora": {},
     "dora": dict(peft=lora(use_dora=True)),

@@ -138,10 +138,8 @@ class BackboneHooks:
         """Whether a call with this cache continues an answer: an ordinary step with the causal adapter."""
         if past is None:
             return False
-        filled = None if self.generation is None else self.generation.filled
-        # A static cache keeps its length on the device, so asking for it would wait there once per token. Compiled
-        # calls see whether there was a prompt, not which cache it filled, or they would compile again for every cache.
-        if filled is not None and (torch.compiler.is_compiling() or past is filled):
+        # A static cache keeps its length on the device: reading it there would wait once per token.
+        if self.generation is not None and past is self.generation.filled:
             return True
         return int(past.get_seq_length()) > 0
 

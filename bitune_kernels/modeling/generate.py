@@ -119,19 +119,20 @@ def _refuse_length(structure: Structure, kwargs: dict, config, width: int) -> No
         new = config.max_length - width
     else:  # transformers' default ends where the positions end
         return
-    mask, cache, limit = kwargs.get("attention_mask"), kwargs.get("past_key_values"), structure.max_positions
-    last = new - 1  # the last token is returned and never read
-    longest = width if mask is None else int(mask.ne(0).sum(1).max())
-    if limit is not None and longest + last > limit:
+    read = width + new - 1  # the last token is returned and never read
+    limit, room = structure.max_positions, _room(kwargs.get("past_key_values"))
+    if limit is not None:
+        mask = kwargs.get("attention_mask")
+        padding = 0 if mask is None else width - int(mask.ne(0).sum(1).max())
+        if read - padding > limit:
+            raise ValueError(
+                f"max_new_tokens: expected a prompt and an answer (less one token) of at most {limit} tokens, for which "
+                f"the model has learned positions, got {width - padding} and {new}"
+            )
+    if room is not None and read > room:
         raise ValueError(
-            f"max_new_tokens: expected at most {max(limit - longest + 1, 0)} after a prompt of {longest} tokens, since "
-            f"the model has learned {limit} positions, got {new}"
-        )
-    room = _room(cache)
-    if room is not None and width + last > room:
-        raise ValueError(
-            f"past_key_values: expected a cache with room for {width + last} tokens (the prompt and {new} new ones, "
-            f"less one), got {room}"
+            f"past_key_values: expected a cache with room for {read} tokens (the prompt and {new} new ones, less one), "
+            f"got {room}"
         )
 
 
