@@ -493,7 +493,7 @@ def test_continuous_batching_and_other_adapters_are_refused(tiny):
 def test_only_learned_positions_end(name):
     model = attach(BY_ID[name], True).eval()  # of max_position_embeddings 64
     ids = torch.randint(1, VOCAB, (1, 65), generator=torch.Generator().manual_seed(3))
-    ended = pytest.raises(ValueError, match="at most 64 tokens.*learned") if name != "llama" else nullcontext()
+    ended = pytest.raises(ValueError, match=r"at most 64 tokens.*learned") if name != "llama" else nullcontext()
     assert model.generate(ids[:, :60], max_new_tokens=5, pad_token_id=0).shape[1] == 65
     with ended:
         model.generate(ids[:, :60], max_new_tokens=6, pad_token_id=0)

@@ -126,8 +126,8 @@ def _refuse_length(structure: Structure, kwargs: dict, config, width: int) -> No
         padding = 0 if mask is None else width - int(mask.ne(0).sum(1).max())
         if read - padding > limit:
             raise ValueError(
-                f"max_new_tokens: expected prompt and answer, less one token, to be at most {limit} tokens, for which the "
-                f"model has learned positions, got {width - padding} and {new}"
+                f"max_new_tokens: expected prompt and answer, less one token, to be at most {limit} tokens, for which "
+                f"the model has learned positions, got {width - padding} and {new}"
             )
     if room is not None and read > room:
         raise ValueError(
