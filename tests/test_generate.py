@@ -478,12 +478,20 @@ def test_options_are_refused_from_every_source(tiny, option):
         tiny.generation_config = before
 
 
-def test_continuous_batching_and_other_adapters_are_refused(tiny):
+def test_other_calls_are_refused_too(tiny):
     for call in (tiny.generate_batch, tiny.init_continuous_batching, tiny.continuous_batching_context_manager):
         with pytest.raises(ValueError, match="generate_batch: expected generate"):
             call(IDS.tolist())
     with pytest.raises(ValueError, match="adapter_names"):
         tiny(input_ids=IDS, adapter_names=["causal"] * 2)
+    for options, match in (
+        (dict(past_key_values=filled(tiny), prompt_lengths=[3, 3]), "past_key_values: expected an empty cache"),
+        (dict(past_key_values=((IDS, IDS),)), "past_key_values: expected a Cache"),
+        (dict(attention_mask=torch.ones(3, 6)), "attention_mask: expected shape"),
+        (dict(position_ids=torch.arange(5)[None]), "position_ids: expected shape"),
+    ):
+        with torch.no_grad(), pytest.raises((ValueError, TypeError), match=match):
+            tiny(input_ids=IDS, **options)
     with pytest.raises(ValueError, match="adapter_name: expected 'causal'"):
         tiny.set_adapter("nobody")
 

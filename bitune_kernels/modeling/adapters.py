@@ -170,7 +170,9 @@ class CausalMerge:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Merge; what fails on the way leaves the base weights as they were."""
+        """Merge, unless they are merged; what fails on the way leaves the base weights as they were."""
+        if self._kept:
+            return
         try:
             for module in self._layers:
                 self._kept += [(p, p.detach().clone()) for p in module.get_base_layer().parameters()]

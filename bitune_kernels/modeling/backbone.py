@@ -138,6 +138,8 @@ class BackboneHooks:
         """Whether a call with this cache continues an answer: an ordinary step with the causal adapter."""
         if past is None:
             return False
+        if not hasattr(past, "get_seq_length"):
+            raise TypeError(f"past_key_values: expected a Cache of transformers, got {type(past).__name__}")
         # A static cache keeps its length on the device: reading it there would wait once per token.
         if self.generation is not None and past is self.generation.filled:
             return True
@@ -201,6 +203,10 @@ class BackboneHooks:
             )
         if not (mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)):
             mask = _padding(positions)
+        if mask is not None and mask.shape != tokens.shape[:2]:
+            raise ValueError(
+                f"attention_mask: expected shape {list(tokens.shape[:2])} as the tokens, got {list(mask.shape)}"
+            )
         if self.generation is not None and mask is not None and not bool(mask[:, -1].all()):
             rows = (mask[:, -1] == 0).nonzero().flatten().tolist()
             raise ValueError(
@@ -318,7 +324,7 @@ class BackboneHooks:
         return output
 
     def _begin_answer(self, cache) -> None:
-        if self.generation is not None:
+        if self.generation is not None and self.generation.filled is None:
             self.generation.filled = cache
         if self.merge is not None:
             self.merge.apply()

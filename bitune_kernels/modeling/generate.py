@@ -35,7 +35,7 @@ class Generation:
     Attributes:
         prompt_width: columns of the prompt where its first call may bring candidates for the answer with it (assisted
             decoding); None: all it brings is prompt.
-        filled: the cache that a prompt was last written to.
+        filled: the first cache that a prompt was written to.
     """
 
     prompt_width: int | None = None
@@ -146,10 +146,10 @@ def check_cache(cache, structure: Structure, batch: int, width: int) -> None:
     """Refuse a cache that the keys and values of ``batch`` prompts of ``width`` tokens don't fit.
 
     Raises:
-        TypeError, ValueError: before anything is written to it.
+        ValueError: before anything is written to it.
     """
-    if not hasattr(cache, "layers"):
-        raise TypeError(f"past_key_values: expected a Cache of transformers, got {type(cache).__name__}")
+    if int(cache.get_seq_length()):
+        raise ValueError(f"past_key_values: expected an empty cache, got one of {int(cache.get_seq_length())} tokens")
     # early exit, a kind of assisted decoding, runs fewer layers for its candidates
     running = getattr(structure.backbone.config, "num_hidden_layers", structure.num_layers)
     own = [layer for layer, source in enumerate(structure.kv_layers[:running]) if layer == source]
