@@ -420,6 +420,7 @@ BAD = {
     "output_hidden_states: expected False": lambda model: dict(output_hidden_states=True),
     "use_mtp: expected False": lambda model: dict(use_mtp=True),
     "speculation_type: expected None": lambda model: dict(speculation_type="dflash"),
+    "token_healing: expected False": lambda model: dict(token_healing=True),
     "adapter_names: expected None": lambda model: dict(adapter_names=["nobody"] * 2),
     "got contrastive_search": lambda model: PENALTY,
     "got dola_generation": lambda model: dict(dola_layers="high"),

@@ -23,6 +23,11 @@ _REFUSED = {
     "output_hidden_states": (bool, False, _HAS_NO_STATES),
     "use_mtp": (bool, False, f"{_HAS_NO_STATES}, whose hidden states it needs"),
     "speculation_type": (lambda x: x is not None, None, f"{_HAS_NO_STATES}, whose hidden states it needs"),
+    "token_healing": (
+        bool,
+        False,
+        "since transformers pads the prompt anew for it, other than its attention_mask says",
+    ),
     "adapter_names": (lambda x: x is not None, None, "since each stream has its own adapter"),
 }
 _MODES = ("greedy_search", "sample", "beam_search", "beam_sample", "assisted_generation")
