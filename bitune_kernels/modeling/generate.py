@@ -23,11 +23,7 @@ _REFUSED = {
     "output_hidden_states": (bool, False, _HAS_NO_STATES),
     "use_mtp": (bool, False, f"{_HAS_NO_STATES}, whose hidden states it needs"),
     "speculation_type": (lambda x: x is not None, None, f"{_HAS_NO_STATES}, whose hidden states it needs"),
-    "token_healing": (
-        bool,
-        False,
-        "since transformers pads the prompt anew for it, other than its attention_mask says",
-    ),
+    "token_healing": (bool, False, "since transformers pads the prompt anew, other than its attention_mask says"),
     "adapter_names": (lambda x: x is not None, None, "since each stream has its own adapter"),
 }
 _MODES = ("greedy_search", "sample", "beam_search", "beam_sample", "assisted_generation")
@@ -55,15 +51,15 @@ def prepare(structure: Structure, defaults, inputs, generation_config, kwargs: d
         inputs, generation_config, kwargs: the arguments of ``generate()``.
 
     Raises:
-        ValueError: naming the option, what was expected and what came.
+        ValueError, TypeError: naming the option, what was expected and what came.
     """
     from transformers import GenerationConfig
 
-    given = None if generation_config is None else vars(generation_config)
-    sources = [x for x in (kwargs, given, vars(defaults)) if x is not None]
+    given = {} if generation_config is None else vars(generation_config)
 
     def option(name: str):
-        return next((x[name] for x in sources if x.get(name) is not None), None)
+        values = (source.get(name) for source in (kwargs, given, vars(defaults)))
+        return next((x for x in values if x is not None), None)
 
     for name, (refused, expected, reason) in _REFUSED.items():
         if refused(option(name)):
@@ -71,38 +67,41 @@ def prepare(structure: Structure, defaults, inputs, generation_config, kwargs: d
     config = GenerationConfig()
     for name in vars(config):
         setattr(config, name, option(name))
-    mode = config.get_generation_mode(option("assistant_model")).value
+    mode = config.get_generation_mode(kwargs.get("assistant_model")).value
     if mode not in _MODES:
         raise ValueError(
             f"generation_config: expected a mode of {', '.join(_MODES)}, got {mode}, which runs code from "
             "elsewhere that may run the prompt again"
         )
     assisted = mode == "assisted_generation"
-    guidance = option("guidance_scale")
-    if assisted and guidance not in (None, 1):
+    if assisted and config.guidance_scale not in (None, 1):
         raise ValueError(
-            f"guidance_scale: expected None in assisted decoding, whose rejected candidates would stay in the cache of "
-            f"the negative prompt, got {guidance}"
+            "guidance_scale: expected None in assisted decoding, whose rejected candidates would stay in the cache of "
+            f"the negative prompt, got {config.guidance_scale}"
         )
     prompts = {"inputs_embeds": kwargs.get("inputs_embeds"), "inputs": inputs, "input_ids": kwargs.get("input_ids")}
     prompts = {name: x for name, x in prompts.items() if x is not None}
     if assisted and len(prompts) > 1:
         raise ValueError(f"input_ids: expected one prompt in assisted decoding, got {' and '.join(prompts)}")
     width = 1  # transformers begins with the bos token
-    for name, x in list(prompts.items())[:1]:
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name}: expected a tensor [batch, seq], got {type(x).__name__}")
-        if x.ndim < 2 or not x.shape[0] or not x.shape[1]:
-            raise ValueError(f"{name}: expected [batch, seq] with at least one token per prompt, got {list(x.shape)}")
-        width = x.shape[1]
-        mask = kwargs.get("attention_mask")
-        if mask is not None and mask.shape != x.shape[:2]:
-            raise ValueError(
-                f"attention_mask: expected shape {list(x.shape[:2])} as the tokens, got {list(mask.shape)}"
-            )
+    if prompts:
+        width = _width(*next(iter(prompts.items())), kwargs.get("attention_mask"))
     _refuse_cache(kwargs.get("past_key_values"), config)
     _refuse_length(structure, kwargs, config, width)
     return Generation(prompt_width=width if assisted else None)
+
+
+def _width(name: str, tokens, mask) -> int:
+    """The columns of the prompts, of token ids [batch, seq] or their embeddings [batch, seq, hidden]."""
+    if not isinstance(tokens, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor [batch, seq], got {type(tokens).__name__}")
+    if tokens.ndim < 2 or not tokens.shape[0] or not tokens.shape[1]:
+        raise ValueError(f"{name}: expected [batch, seq] with at least one token per prompt, got {list(tokens.shape)}")
+    if mask is not None and mask.shape != tokens.shape[:2]:
+        raise ValueError(
+            f"attention_mask: expected shape {list(tokens.shape[:2])} as the tokens, got {list(mask.shape)}"
+        )
+    return tokens.shape[1]
 
 
 def _refuse_cache(cache, config) -> None:
