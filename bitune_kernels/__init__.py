@@ -9,9 +9,10 @@ from .mixing import MixingCoefficients
 from .ops import bitune_attention, bitune_prefill, mix_kv
 from .plan import SegmentPlan
 
-_MODELING = ("BituneModel", "get_bitune_model", "load_official_checkpoint")
+_MODELING = ("BituneChat", "BituneModel", "get_bitune_model", "load_official_checkpoint")
 
 __all__ = [
+    "BituneChat",
     "BituneConfig",
     "BituneModel",
     "MixingCoefficients",

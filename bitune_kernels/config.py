@@ -12,6 +12,7 @@ CONFIG_NAME = "bitune_config.json"
 MIXINGS = ("abs", "relu")
 GRANULARITIES = ("layer", "head", "global")
 LOSSES = ("token", "sample")
+TURNS = ("one", "recompute", "alternating")
 
 
 class Variant(NamedTuple):
@@ -56,6 +57,10 @@ class BituneConfig:
         backend: attention backend of the fused pass, see ``bitune_kernels.backends``.
         loss: "token", transformers' mean over the answer tokens of a batch; or "sample", the paper's mean over samples
             of each sample's mean over its answer tokens.
+        turns: what labels with -100 between them mean, as in a conversation. "one": nothing, the prompt ends at the
+            first label and the rest is answer. "recompute": each answer has all that stands before it as its prompt.
+            "alternating" (one pass alone): each turn's prompt is read by both streams over the mixed prompts and the
+            answers before it.
         loss_chunk_rows: in training, compute logits and loss for this many answer tokens at a time and their logits
             once more in the backward pass; the output then has no logits. None: all at once.
 
@@ -72,6 +77,7 @@ class BituneConfig:
     use_fused: bool = True
     backend: str = "auto"
     loss: str = "token"
+    turns: str = "one"
     loss_chunk_rows: int | None = None
 
     def __post_init__(self):
@@ -82,6 +88,7 @@ class BituneConfig:
             ("mixing", MIXINGS),
             ("mixing_granularity", GRANULARITIES),
             ("loss", LOSSES),
+            ("turns", TURNS),
             ("backend", ("auto", *BACKENDS)),
         ):
             value = getattr(self, name)

@@ -84,6 +84,40 @@ def find_samples(
     return list(zip(starts.tolist(), sample.bincount(minlength=len(starts)).tolist(), strict=True))
 
 
+def find_turns(
+    labels: torch.Tensor, samples: Sequence[tuple[int, int]], prompt_lengths: Sequence[int]
+) -> tuple[list[tuple[int, int]], list[int], list[int]]:
+    """The turns of conversations: each a prompt, whose labels are -100, and an answer, whose labels are not.
+
+    Tokens behind a conversation's last answer belong to no turn; one without any answer is a prompt alone.
+
+    Args:
+        labels: int64 [batch, seq].
+        samples: the conversations, as ``find_samples`` returns them.
+        prompt_lengths: tokens before the first answer of each.
+
+    Returns:
+        ``(first token, number of tokens)`` of each turn, its prompt tokens, and how many tokens of the same
+        conversation stand before it.
+    """
+    is_answer = (labels != -100).flatten().cpu()
+    turns, prompts, history = [], [], []
+    for (first, length), n in zip(samples, _ints("prompt_lengths", prompt_lengths, len(samples)), strict=True):
+        answered = is_answer[first : first + length].clone()
+        answered[:n] = False
+        before, after = (
+            torch.cat(x) for x in ((answered[:1] & False, answered[:-1]), (answered[1:], answered[:1] & False))
+        )
+        begins, ends = ((answered & ~beside).nonzero()[:, 0].tolist() for beside in (before, after))
+        start = 0
+        for begin, end in zip(begins, ends, strict=True) if begins else [(length, length - 1)]:
+            turns.append((first + start, end + 1 - start))
+            prompts.append(begin - start)
+            history.append(start)
+            start = end + 1
+    return turns, prompts, history
+
+
 @dataclass(frozen=True, eq=False)
 class SegmentPlan:
     """Lengths of one packed batch, and the maps between [batch, seq] tokens and packed rows.
@@ -94,6 +128,8 @@ class SegmentPlan:
         num_streams: how often the prompt rows stand in the layout: 2 or 1.
         cu_prompt, cu_answer: int32 [batch + 1], cumulative lengths, on the device of the batch.
         prefix_lengths, cu_prefix: rows of an already cached past per sample, or None.
+        prefix_index: int64 [num_prefix], where that past is other rows of the plan (earlier turns of a conversation):
+            rows of [mixed prompts | answers], so 0 .. N + A. None: it is given from outside.
         token_index: int64 [N + A], the place of each prompt and answer row in the flattened [batch * seq] tokens,
             or None for a plan made from lengths alone.
         padded_shape: (batch, seq) that ``token_index`` refers to; a row may hold several samples.
@@ -110,6 +146,7 @@ class SegmentPlan:
     cu_answer: torch.Tensor
     prefix_lengths: tuple[int, ...] | None = None
     cu_prefix: torch.Tensor | None = None
+    prefix_index: torch.Tensor | None = None
     token_index: torch.Tensor | None = None
     padded_shape: tuple[int, int] | None = None
     num_prefix: int = field(init=False)
@@ -197,16 +234,71 @@ class SegmentPlan:
         prompts = [length for _, length in samples]
         if prompt_lengths is not None:
             prompts = _ints("prompt_lengths", prompt_lengths, len(samples))
-        for s, (p, (_, length)) in enumerate(zip(prompts, samples, strict=True)):
+        return cls.from_samples(shape, samples, prompts, num_streams=num_streams, device=device)
+
+    @classmethod
+    def from_samples(
+        cls,
+        shape: tuple[int, int],
+        samples: Sequence[tuple[int, int]],
+        prompt_lengths: Sequence[int],
+        *,
+        prefix_lengths: Sequence[int] | None = None,
+        num_streams: int = 2,
+        device: torch.device | str | None = None,
+    ) -> SegmentPlan:
+        """A plan for runs of tokens, which may overlap.
+
+        Args:
+            shape: (batch, seq) of the tokens.
+            samples: (first token, number of tokens) of each in the flattened [batch * seq] tokens.
+            prompt_lengths: prompt tokens of each, 1 .. its number of tokens.
+            prefix_lengths: rows of an already cached past per sample.
+            num_streams, device: as in ``from_batch``.
+
+        Raises:
+            ValueError: a length out of range.
+        """
+        for s, (p, (_, length)) in enumerate(zip(prompt_lengths, samples, strict=True)):
             if not 1 <= p <= length:
                 raise ValueError(f"prompt_lengths: expected 1 to {length} (tokens of sample {s}), got {p}")
-
-        rows = [p - 1 for p in prompts]
+        rows = [p - 1 for p in prompt_lengths]
         answers = [length - n for (_, length), n in zip(samples, rows, strict=True)]
-        plan = cls.from_lengths(rows, answers, num_streams=num_streams, device=device)
+        plan = cls.from_lengths(rows, answers, num_streams=num_streams, prefix_lengths=prefix_lengths, device=device)
         index = [torch.arange(first, first + n) for (first, _), n in zip(samples, rows, strict=True)]
         index += [torch.arange(first + n, first + length) for (first, length), n in zip(samples, rows, strict=True)]
         return replace(plan, token_index=torch.cat(index).to(device), padded_shape=tuple(shape))
+
+    @classmethod
+    def from_turns(
+        cls,
+        shape: tuple[int, int],
+        turns: Sequence[tuple[int, int]],
+        prompt_lengths: Sequence[int],
+        history: Sequence[int],
+        *,
+        num_streams: int = 2,
+        device: torch.device | str | None = None,
+    ) -> SegmentPlan:
+        """A plan for conversations whose turns attend to the mixed prompts and the answers of the turns before.
+
+        Args:
+            shape, turns, prompt_lengths: as ``samples`` in ``from_samples``, without overlaps.
+            history: tokens of earlier turns of each one's conversation, which stand right before it.
+            num_streams, device: as in ``from_batch``.
+        """
+        options = dict(prefix_lengths=history, num_streams=num_streams, device=device)
+        plan = cls.from_samples(shape, turns, prompt_lengths, **options)
+        row = torch.empty(shape[0] * shape[1], dtype=torch.int64)  # of each token
+        row[plan.token_index.cpu()] = torch.arange(plan.num_prompt + plan.num_answer)
+        past = [torch.arange(first - m, first) for (first, _), m in zip(turns, history, strict=True)]
+        return replace(plan, prefix_index=row[torch.cat(past)].to(device))
+
+    def with_prefix(self, length: int) -> SegmentPlan:
+        """The plan of one sample whose cached past is of another length, as in a layer with a sliding window."""
+        if self.prefix_lengths == (length,):
+            return self
+        return replace(self, prefix_lengths=(length,), cu_prefix=_cumulative((length,), self.cu_prompt.device))
 
     @classmethod
     def from_cu_seqlens(

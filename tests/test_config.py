@@ -92,6 +92,7 @@ def test_skip_bidir_beyond_the_layers_is_refused(skip):
         ("loss_chunk_rows", 0, ValueError),
         ("loss_chunk_rows", True, TypeError),
         ("loss_chunk_rows", 8.0, TypeError),
+        ("turns", "all", ValueError),
         ("peft", {"r": 8}, TypeError),
     ],
 )
@@ -110,6 +111,7 @@ def test_json_round_trip(tmp_path, peft):
         "skip_bidir": -2,
         "use_fused": False,
         "backend": "reference",
+        "turns": "recompute",
         "loss": "token",  # the other one goes without chunks
         "loss_chunk_rows": 256,
     }

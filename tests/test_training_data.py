@@ -109,6 +109,24 @@ def test_messages_go_through_the_chat_template():
     assert tok.decode(sample["input_ids"][n:]) == "blue</s>"
 
 
+def test_every_answer_of_a_conversation_can_be_trained():
+    tok = byte_tokenizer()
+    tok.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    said = [("user", "hi"), ("assistant", "hello"), ("user", "sky?"), ("assistant", "blue"), ("user", "bye")]
+    messages = [{"role": role, "content": text} for role, text in said]
+    (sample,) = tokenize([{"messages": messages}, {"messages": messages[:1]}], tok, turns="alternating")
+    text = "<user>hi</s>\n<assistant>hello</s>\n<user>sky?</s>\n<assistant>blue</s>"
+    assert tok.decode(sample["input_ids"]) == text
+    trained = tok.decode([t for t in sample["labels"] if t != -100])
+    assert trained == "hello</s>blue</s>" and len(sample["labels"]) == len(sample["input_ids"])
+    tok.chat_template = tok.chat_template.replace("messages %}", "messages[-1:] %}")
+    with pytest.raises(ValueError, match="messages: expected a chat template that leaves earlier turns"):
+        tokenize([{"messages": messages}], tok, turns="recompute")
+
+
 def test_what_is_skipped_is_counted_once(caplog):
     rows = [{"prompt": "a", "completion": c} for c in ("yes", "", None, "x" * 50, "no")]
     with caplog.at_level(logging.WARNING):

@@ -18,7 +18,7 @@ from ..plan import SegmentPlan
 from .adapters import BIDIR, CausalMerge
 from .generate import Generation, check_cache
 from .one_pass import OnePass, TrimHooks
-from .passes import current
+from .passes import Past, current
 from .structure import Structure, refuse_partitioned
 from .three_pass import ThreePass
 
@@ -54,7 +54,7 @@ class _Call:
     def __init__(self):
         self.scope = ExitStack()
         self.request: Request | None = None
-        self.plan = self.one_pass = self.three_pass = self.answer_pass = self.cache = self.copies = None
+        self.plan = self.one_pass = self.three_pass = self.answer_pass = self.cache = self.copies = self.past = None
 
 
 class BackboneHooks:
@@ -66,6 +66,7 @@ class BackboneHooks:
         self.enabled = True
         self.trims = True
         self.generation: Generation | None = None
+        self.turn = None  # a cache over which the next call reads a prompt
         self.merge: CausalMerge | None = None
         self._request: Request | None = None
         self._calls: list[_Call | None] = []
@@ -102,6 +103,15 @@ class BackboneHooks:
             yield
         finally:
             self.generation = outer
+
+    @contextmanager
+    def turn_over(self, cache):
+        """Inside, the first call with this cache, which may hold earlier turns of one conversation, reads a prompt."""
+        self.turn = cache
+        try:
+            yield
+        finally:
+            self.turn = None
 
     @contextmanager
     def merged(self, merge: CausalMerge):
@@ -146,6 +156,9 @@ class BackboneHooks:
         # A static cache keeps its length on the device: reading it there would wait once per token.
         if self.generation is not None and past is self.generation.filled:
             return True
+        if past is self.turn:
+            self.turn = None
+            return False
         return int(past.get_seq_length()) > 0
 
     def _before(self, backbone, args, kwargs):
@@ -176,7 +189,8 @@ class BackboneHooks:
             positions = positions.expand(tokens.shape[:2])
         call.request = request
         if request is None:
-            tokens, positions = self._take_prompts(backbone, call, tokens, positions, kwargs.get("attention_mask"))
+            mask = kwargs.get("attention_mask")
+            tokens, positions = self._take_prompts(backbone, call, tokens, positions, mask, past)
         else:
             call.plan = request.plan
         self._refuse_positions(positions, call.plan)
@@ -191,7 +205,7 @@ class BackboneHooks:
             )
         call.cache = self._cache(backbone, kwargs, request is not None)
         if past is not None:
-            check_cache(past, self.structure, batch, tokens.shape[1])
+            check_cache(past, self.structure, batch, tokens.shape[1], empty=call.past is None)
         if self.config.use_fused:
             kwargs |= self._fused(call, tokens, name)
         else:
@@ -200,7 +214,7 @@ class BackboneHooks:
         kwargs.pop("cache_position", None)
         return (), kwargs
 
-    def _take_prompts(self, backbone, call: _Call, tokens, positions, mask):
+    def _take_prompts(self, backbone, call: _Call, tokens, positions, mask, past):
         """Plan a call whose tokens are prompts; returns the tokens and positions of the distinct ones."""
         if backbone.training and torch.is_grad_enabled():
             raise ValueError(
@@ -208,10 +222,21 @@ class BackboneHooks:
             )
         if not (mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)):
             mask = _padding(positions)
-        if mask is not None and mask.shape != tokens.shape[:2]:
-            raise ValueError(
-                f"attention_mask: expected shape {list(tokens.shape[:2])} as the tokens, got {list(mask.shape)}"
+        held = 0 if past is None else int(past.get_seq_length())
+        shape = [tokens.shape[0], held + tokens.shape[1]]
+        if mask is not None and list(mask.shape) != shape:
+            raise ValueError(f"attention_mask: expected shape {shape} as the tokens, got {list(mask.shape)}")
+        if held:  # a turn of one conversation over those before
+            call.plan = SegmentPlan.from_samples(
+                tuple(tokens.shape[:2]),
+                [(0, tokens.shape[1])],
+                [tokens.shape[1]],
+                prefix_lengths=[held],
+                num_streams=self.config.num_streams,
+                device=tokens.device,
             )
+            call.past = Past(past, self.structure)
+            return tokens, positions
         if self.generation is not None and mask is not None and not bool(mask[:, -1].all()):
             rows = (mask[:, -1] == 0).nonzero().flatten().tolist()
             raise ValueError(
@@ -255,7 +280,8 @@ class BackboneHooks:
                     "row need labels or prompt_lengths), got others"
                 )
         limit = self.structure.max_positions
-        longest = max(map(sum, zip(plan.prompt_lengths, plan.answer_lengths, strict=True)))
+        past = plan.prefix_lengths or (0,) * plan.batch_size
+        longest = max(map(sum, zip(past, plan.prompt_lengths, plan.answer_lengths, strict=True)))
         if limit is not None and longest > limit:
             raise ValueError(
                 f"input_ids: expected at most {limit} tokens per row, for which the model has learned positions, got "
@@ -291,13 +317,14 @@ class BackboneHooks:
             backend=self.config.backend,
             keep_cache=call.cache is not None,
             trims=self.trims,
+            past=call.past,
         )
         call.scope.enter_context(p.active())
         call.scope.enter_context(p.checkpointing())
         return {name: plan.pack(tokens)[None], "position_ids": plan.positions[None], "attention_mask": p.mask}
 
     def _three(self, call: _Call, tokens, name: str, kwargs: dict) -> dict:
-        schedule = call.three_pass = ThreePass(self.structure, call.plan, self.mixing, self.stream_masks)
+        schedule = call.three_pass = ThreePass(self.structure, call.plan, self.mixing, self.stream_masks, call.past)
         inner = {k: v for k, v in kwargs.items() if k not in (*_UNDERSTOOD, "past_key_values")} | {"use_cache": False}
         adapter = BIDIR if self.config.separate_adapters else None
         p = call.answer_pass = schedule.prompts(tokens, name, inner, adapter)

@@ -43,12 +43,13 @@ class Generation:
     filled: object = None
 
 
-def prepare(structure: Structure, defaults, inputs, generation_config, kwargs: dict) -> Generation:
+def prepare(structure: Structure, defaults, inputs, generation_config, kwargs: dict, turn=None) -> Generation:
     """Refuse what can't be right, before any work.
 
     Args:
         defaults: the model's own GenerationConfig.
         inputs, generation_config, kwargs: the arguments of ``generate()``.
+        turn: a cache that may hold earlier turns of a conversation, over which a prompt is read.
 
     Raises:
         ValueError, TypeError: naming the option, what was expected and what came.
@@ -86,7 +87,10 @@ def prepare(structure: Structure, defaults, inputs, generation_config, kwargs: d
     width = 1  # transformers begins with the bos token
     if prompts:
         width = _width(*next(iter(prompts.items())), kwargs.get("attention_mask"))
-    _refuse_cache(kwargs.get("past_key_values"), config)
+    if turn is None or turn is not kwargs.get("past_key_values"):
+        _refuse_cache(kwargs.get("past_key_values"), config)
+    elif assisted:
+        raise ValueError("generation_config: expected no assisted decoding in a turn over earlier ones, got it")
     _refuse_length(structure, kwargs, config, width)
     return Generation(prompt_width=width if assisted else None)
 
@@ -146,13 +150,20 @@ def _room(cache) -> int | None:
     return min((n for n in (layer.get_max_length() for layer in layers) if n >= 0), default=None)
 
 
-def check_cache(cache, structure: Structure, batch: int, width: int) -> None:
+def check_cache(cache, structure: Structure, batch: int, width: int, empty: bool = True) -> None:
     """Refuse a cache that the keys and values of ``batch`` prompts of ``width`` tokens don't fit.
+
+    Args:
+        empty: whether it must hold nothing yet.
 
     Raises:
         ValueError: before anything is written to it.
     """
-    if int(cache.get_seq_length()):
+    if not empty:
+        kind = next((type(x).__name__ for x in cache.layers if not type(x).__name__.startswith("Dynamic")), None)
+        if kind is not None:
+            raise ValueError(f"past_key_values: expected a DynamicCache of earlier turns, got {kind}")
+    elif int(cache.get_seq_length()):
         raise ValueError(f"past_key_values: expected an empty cache, got one of {int(cache.get_seq_length())} tokens")
     # early exit, a kind of assisted decoding, runs fewer layers for its candidates
     running = getattr(structure.backbone.config, "num_hidden_layers", structure.num_layers)

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..config import CONFIG_NAME, BituneConfig
 from ..mixing import MixingCoefficients
-from ..plan import SegmentPlan, find_samples
+from ..plan import SegmentPlan, find_samples, find_turns
 from .adapters import BIDIR, CAUSAL, CausalMerge, adapter_configs, base_module, route_rows
 from .backbone import PACKED, BackboneHooks
 from .generate import prepare
@@ -294,14 +294,17 @@ class BituneModel(PeftModelForCausalLM):
             mean = self.bitune_config.loss == "token" and kwargs.get("num_items_in_batch") is None
             mean = mean and not kwargs.get("fused_lm_head")
             prompt_lengths = _prompt_lengths(labels, samples, packed=position_ids is not None, mean=mean)
-        plan = SegmentPlan.from_batch(
-            shape,
-            attention_mask,
-            prompt_lengths,
-            position_ids=position_ids,
-            num_streams=self.bitune_config.num_streams,
-            device=tokens.device,
-        )
+        options = dict(num_streams=self.bitune_config.num_streams, device=tokens.device)
+        if labels is None or self.bitune_config.turns == "one":
+            plan = SegmentPlan.from_batch(shape, attention_mask, prompt_lengths, position_ids=position_ids, **options)
+        else:
+            turns, prompts, history = find_turns(labels, samples, prompt_lengths)
+            if self.bitune_config.turns == "recompute":
+                whole = [(first - m, length + m) for (first, length), m in zip(turns, history, strict=True)]
+                prompts = [n + m for n, m in zip(prompts, history, strict=True)]
+                plan = SegmentPlan.from_samples(shape, whole, prompts, **options)
+            else:
+                plan = SegmentPlan.from_turns(shape, turns, prompts, history, **options)
         if labels is not None:
             labels = plan.pack_answers(labels)
             labels[plan.cu_answer[:-1].long()] = -100  # the last prompt token is not predicted
@@ -361,7 +364,8 @@ class BituneModel(PeftModelForCausalLM):
         kwargs |= {name: x for name, x in arguments.items() if x is not None}
         if not self._hooks.enabled:
             return super().generate(**kwargs)
-        run = prepare(self._hooks.structure, self.generation_config, inputs, generation_config, kwargs)
+        turn = self._hooks.turn
+        run = prepare(self._hooks.structure, self.generation_config, inputs, generation_config, kwargs, turn)
         with self._hooks.generating(run):
             return super().generate(**kwargs)
 

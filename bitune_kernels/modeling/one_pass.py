@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from ..mixing import MixingCoefficients
+from ..mixing import MixingCoefficients, mix
 from ..ops import bitune_attention, bitune_prefill
 from ..plan import SegmentPlan
 from .adapters import base_module
-from .passes import Pass, current
+from .passes import Pass, Past, current
 from .structure import Structure
 
 
@@ -26,8 +26,10 @@ class OnePass(Pass):
         backend: str,
         keep_cache: bool,
         trims: bool,
+        past: Past | None = None,
     ):
         super().__init__(structure, plan.cu_prompt.device)
+        self.past = past
         self.plan, self.mixing, self.stream_masks, self.backend = plan, mixing, stream_masks, backend
         self.shared = () if mixing is None else mixing.alphas()
         self.separate_adapters = separate_adapters
@@ -66,6 +68,11 @@ class OnePass(Pass):
             stream_mask=self.stream_masks[layer],
             backend=self.backend,
         )
+        if self.past is not None:
+            k_past, v_past = (x[0].transpose(0, 1) for x in self.past.rows(layer))
+            plan, options["prefix"] = plan.with_prefix(k_past.shape[0]), (k_past, v_past)
+        elif plan.prefix_index is not None:
+            options["prefix"] = self._earlier_turns(k, alpha_k), self._earlier_turns(v, alpha_v)
         if self.caches is None:
             out, _, _ = bitune_attention(q, k, v, alpha_k, alpha_v, plan, **options)
         else:
@@ -87,6 +94,12 @@ class OnePass(Pass):
         if last:  # attention must return as many rows as it was given; the module behind it drops these again
             out = pad(out, (0, 0, 0, 0, plan.answer_start, 0))
         return out[None]
+
+    def _earlier_turns(self, x: torch.Tensor, alpha: torch.Tensor | None) -> torch.Tensor:
+        # x [T, heads, dim], the keys or values -> [num_prefix, heads, dim]: mixed prompts and answers, turn by turn
+        plan = self.plan
+        prompts = x[: plan.num_prompt] if alpha is None else mix(*reversed(x[: plan.answer_start].chunk(2)), alpha)
+        return torch.cat([prompts, x[plan.answer_start :]]).index_select(0, plan.prefix_index)
 
 
 class TrimHooks:

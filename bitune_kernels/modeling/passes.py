@@ -21,6 +21,18 @@ def current() -> Pass | None:
     return getattr(_state, "current", None)
 
 
+class Past:
+    """What a user's cache holds of earlier turns, for a turn that is read by both streams over it."""
+
+    def __init__(self, cache, structure: Structure):
+        self.cache, self.structure = cache, structure
+
+    def rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """k, v [1, num_heads_kv, m, head_dim] of one of the model's layers; m is less behind a sliding window."""
+        kept = self.cache.layers[self.structure.cache_index(self.structure.kv_layers[layer])]
+        return kept.keys, kept.values
+
+
 class Pass:
     """One run of the backbone over packed rows. Subclasses say what attention does.
 

@@ -14,7 +14,7 @@ import torch
 from ..masks import visible_to_answer, visible_to_prompt
 from ..mixing import MixingCoefficients, mix
 from ..plan import SegmentPlan
-from .passes import Pass
+from .passes import Pass, Past
 from .structure import Structure
 
 
@@ -29,21 +29,32 @@ def _sharded(module) -> bool:
 class PaddedPass(Pass):
     """A call of the backbone over [batch, width] rows of one segment, padded on the right, that records k and v."""
 
-    def __init__(self, structure: Structure, plan: SegmentPlan, implementations: list[str], adapter: str | None):
+    def __init__(
+        self,
+        structure: Structure,
+        plan: SegmentPlan,
+        implementations: list[str],
+        adapter: str | None,
+        past: Past | None,
+    ):
         super().__init__(structure, plan.cu_prompt.device)
-        self.plan, self.adapter, self.implementation = plan, adapter, implementations[0]
+        self.plan, self.adapter, self.implementation, self.past = plan, adapter, implementations[0], past
         self.recorded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # [batch, num_heads_kv, width, head_dim]
         self._masks: dict = {}
 
-    def seen(self, layer: int, window: int | None) -> torch.Tensor | str | None:
-        """The visibility of one layer: None (everything), "causal", or bool [batch, 1, queries, keys]."""
+    def seen(self, layer: int, window: int | None, m: int) -> torch.Tensor | str | None:
+        """The visibility of one layer: None (everything), "causal", or bool [batch, 1, queries, m + keys]."""
         raise NotImplementedError
 
     def attend(self, module, query, key, value, scaling, softcap, sinks):
         layer = self.structure.layer_index(module)
         self.recorded[layer] = key, value
-        key, value = self.with_past(layer, key, value)
-        see = self.seen(layer, self.structure.windows[layer])
+        key, value = self.with_prompts(layer, key, value)
+        m = 0
+        if self.past is not None:
+            k_past, v_past = self.past.rows(layer)
+            m, key, value = k_past.shape[2], torch.cat([k_past, key], dim=2), torch.cat([v_past, value], dim=2)
+        see = self.seen(layer, self.structure.windows[layer], m)
         function = self._function(module, softcap, sinks)
         if isinstance(see, torch.Tensor) and function is not self._registered("sdpa"):
             see = torch.zeros(see.shape, dtype=query.dtype, device=see.device).masked_fill(
@@ -57,7 +68,7 @@ class PaddedPass(Pass):
         options = {k: v for k, v in (("softcap", softcap), ("s_aux", sinks)) if v is not None}
         return function(module, query, key, value, see, scaling=scaling, dropout=0.0, is_causal=causal, **options)[0]
 
-    def with_past(self, layer: int, key: torch.Tensor, value: torch.Tensor):
+    def with_prompts(self, layer: int, key: torch.Tensor, value: torch.Tensor):
         return key, value
 
     @staticmethod
@@ -83,65 +94,76 @@ class PaddedPass(Pass):
 class PromptPass(PaddedPass):
     """One stream over the prompts."""
 
-    def __init__(self, structure, plan, implementations, adapter, stream_masks: tuple[str, ...]):
-        super().__init__(structure, plan, implementations, adapter)
+    def __init__(self, structure, plan, implementations, adapter, past, stream_masks: tuple[str, ...]):
+        super().__init__(structure, plan, implementations, adapter, past)
         self.stream_masks = stream_masks
 
-    def seen(self, layer, window):
+    def seen(self, layer, window, m):
         mask, plan, width = self.stream_masks[layer], self.plan, self.plan.max_prompt
-        if window is not None and window >= width:
+        if window is not None and window >= m + width:
             window = None
-        if window is None and mask == "causal":
+        if window is None and mask == "causal" and not m:
             return "causal"  # padding on the right is never seen by a real token
         if window is None and mask == "full" and min(plan.prompt_lengths) == width:
             return None
 
         def build(b):
-            see = visible_to_prompt(mask, width, 0, window, self.mask.device)
+            see = visible_to_prompt(mask, width, m, window, self.mask.device)
             # padding sees itself, so that no row is empty
-            real = torch.arange(width, device=self.mask.device) < plan.prompt_lengths[b]
-            return (see & real[None]) | torch.eye(width, dtype=torch.bool, device=self.mask.device)
+            column = torch.arange(-m, width, device=self.mask.device)
+            itself = column == torch.arange(width, device=self.mask.device)[:, None]
+            return (see & (column < plan.prompt_lengths[b])) | itself
 
-        return self._cached_mask((mask, window), build)
+        return self._cached_mask((mask, window, m), build)
 
 
 class AnswerPass(PaddedPass):
     """The answers over the mixed cache of the prompts."""
 
-    def __init__(self, structure, plan, implementations, mixed):
-        super().__init__(structure, plan, implementations, None)
+    def __init__(self, structure, plan, implementations, past, mixed):
+        super().__init__(structure, plan, implementations, None, past)
         self.mixed = mixed  # per layer k, v [batch, num_heads_kv, max_prompt, head_dim], or None without prompt rows
 
-    def with_past(self, layer, key, value):
+    def with_prompts(self, layer, key, value):
         if self.mixed is None:
             return key, value
         k_mixed, v_mixed = self.mixed[layer]
         return torch.cat([k_mixed, key], dim=2), torch.cat([v_mixed, value], dim=2)
 
-    def seen(self, layer, window):
+    def seen(self, layer, window, m):
         plan, n, a = self.plan, self.plan.max_prompt, self.plan.max_answer
-        if window is not None and window >= n + a:
+        if window is not None and window >= m + n + a:
             window = None
         equal = min(plan.prompt_lengths) == n
         if window is None and equal and a == 1:
             return None
-        if window is None and n == 0:
+        if window is None and n == 0 and not m:
             return "causal"
 
-        def build(b):  # columns: n prompt places, of which the sample fills some, then a answer places
-            m = plan.prompt_lengths[b]
-            see = visible_to_answer(a, m, window, self.mask.device)
-            hidden = torch.zeros(a, n - m, dtype=torch.bool, device=self.mask.device)
-            return torch.cat([see[:, :m], hidden, see[:, m:]], dim=1)
+        def build(b):  # columns: the past, n prompt places, of which the sample fills some, then a answer places
+            before = m + plan.prompt_lengths[b]
+            see = visible_to_answer(a, before, window, self.mask.device)
+            hidden = torch.zeros(a, m + n - before, dtype=torch.bool, device=self.mask.device)
+            return torch.cat([see[:, :before], hidden, see[:, before:]], dim=1)
 
-        return self._cached_mask(window, build)
+        return self._cached_mask((window, m), build)
 
 
 class ThreePass:
     """Runs the prompt passes of a batch and prepares the answer pass."""
 
-    def __init__(self, structure: Structure, plan: SegmentPlan, mixing: MixingCoefficients | None, stream_masks):
+    def __init__(
+        self,
+        structure: Structure,
+        plan: SegmentPlan,
+        mixing: MixingCoefficients | None,
+        stream_masks: tuple[str, ...],
+        past: Past | None = None,
+    ):
+        if plan.prefix_index is not None:
+            raise ValueError("use_fused: expected True with turns='alternating', got False")
         self.structure, self.plan, self.mixing, self.stream_masks = structure, plan, mixing, stream_masks
+        self.past = past
         self.implementations = [c._attn_implementation for c in structure.configs]
         # Where a padded place lies in the flattened tokens; padding repeats a real token, whose rows are dropped again.
         index = plan.token_index.cpu()
@@ -174,15 +196,15 @@ class ThreePass:
                 "use_fused: expected True in training with FSDP, which frees a layer's weights until a gradient "
                 "reaches its output, and with three passes one reaches keys and values first; got False"
             )
-        recorded = []
+        recorded, past = [], list(plan.prefix_lengths or (0,) * plan.batch_size)
         streams = [(bidir_adapter, self.stream_masks), (None, ("causal",) * structure.num_layers)]
         for adapter, masks in streams[: plan.num_streams] if plan.num_prompt else []:
-            p = PromptPass(structure, plan, self.implementations, adapter, masks)
-            call = self._call(tokens, name, self.prompt_index, [0] * plan.batch_size, p)
+            p = PromptPass(structure, plan, self.implementations, adapter, self.past, masks)
+            call = self._call(tokens, name, self.prompt_index, past, p)
             with p.active(), p.checkpointing():
                 structure.backbone(**kwargs | call)
             recorded.append(p.recorded)
-        return AnswerPass(structure, plan, self.implementations, self._mix(recorded))
+        return AnswerPass(structure, plan, self.implementations, self.past, self._mix(recorded))
 
     def _mix(self, recorded):
         if not recorded or self.mixing is None:
@@ -197,7 +219,9 @@ class ThreePass:
 
     def answers(self, tokens: torch.Tensor, name: str, p: AnswerPass) -> dict:
         """The keyword arguments of the last call."""
-        return self._call(tokens, name, self.answer_index, list(self.plan.prompt_lengths), p)
+        past = self.plan.prefix_lengths or (0,) * self.plan.batch_size
+        first = [m + n for m, n in zip(past, self.plan.prompt_lengths, strict=True)]
+        return self._call(tokens, name, self.answer_index, first, p)
 
     def answer_rows(self, padded: torch.Tensor) -> torch.Tensor:
         """[batch, max_answer, ...] -> [A, ...]"""

@@ -115,6 +115,31 @@ def tokenize_row(row: dict[str, Any], tokenizer, prompt="{prompt}", completion="
     return first, rest if rest[-1] == end else [*rest, end]
 
 
+def tokenize_conversation(messages: list[dict[str, Any]], tokenizer) -> tuple[list[int], list[int]]:
+    """``(input ids, labels)`` of a conversation through the tokenizer's chat template; every answer has labels.
+
+    What follows the last answer is left out, and so are labels of the white space behind an answer's end token, which
+    ``generate()`` never makes: they stand before the next turn. No answer: no ids.
+
+    Raises:
+        ValueError: a chat template that writes a turn otherwise once another one follows.
+    """
+    ids, labels = [], []
+    for i in (i for i, m in enumerate(messages) if m["role"] == "assistant" and m["content"]):
+        options = dict(tokenize=True, return_dict=True)
+        first = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True, **options)["input_ids"]
+        both = tokenizer.apply_chat_template(messages[: i + 1], **options)["input_ids"]
+        while len(both) > len(first) and not tokenizer.decode(both[-1:]).strip():
+            both = both[:-1]
+        if first[: len(ids)] != ids or both[: len(first)] != first:
+            raise ValueError(
+                "messages: expected a chat template that leaves earlier turns as they are, got another one"
+            )
+        labels += [-100] * (len(first) - len(ids)) + both[len(first) :]
+        ids = both
+    return ids, labels
+
+
 def tokenize(
     rows,
     tokenizer,
@@ -124,6 +149,7 @@ def tokenize(
     reader: str | None = None,
     max_length: int = 2048,
     max_answer_length: int | None = None,
+    turns: str = "one",
 ):
     """Samples for a Trainer: a ``datasets.Dataset`` with input_ids, attention_mask and labels (-100 on the prompt).
 
@@ -134,6 +160,7 @@ def tokenize(
         rows: an iterable of dicts, a Dataset for example.
         prompt, completion, reader: as in ``tokenize_row``.
         max_length, max_answer_length: tokens of prompt and answer together, and of the answer, end token included.
+        turns: as in ``BituneConfig``. With another than "one" every answer in ``messages`` is trained.
 
     Raises:
         ValueError: no sample is left.
@@ -142,14 +169,17 @@ def tokenize(
 
     samples, skipped = [], Counter()
     for row in rows:
-        first, rest = tokenize_row(row, tokenizer, prompt, completion, reader)
-        if not rest:
+        if turns != "one" and reader is None and row.get("messages") is not None:
+            both, labels = tokenize_conversation(row["messages"], tokenizer)
+        else:
+            first, rest = tokenize_row(row, tokenizer, prompt, completion, reader)
+            both, labels = first + rest, [-100] * len(first) + rest
+        answered = sum(label != -100 for label in labels)
+        if not answered:
             skipped["without an answer"] += 1
-        elif len(first) + len(rest) > max_length or len(rest) > (max_answer_length or max_length):
+        elif len(both) > max_length or answered > (max_answer_length or max_length):
             skipped["too long"] += 1
         else:
-            both = first + rest
-            labels = [-100] * len(first) + rest
             samples.append({"input_ids": both, "attention_mask": [1] * len(both), "labels": labels})
     report = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
     if not samples:

@@ -19,7 +19,7 @@ class Recipe:
 
     Fields: data (a .json or .jsonl file, or an id of the Hub), data_name (its configuration), data_split,
     data_revision, prompt, completion, reader, max_length, max_answer_length as in ``training.data``; lora_r,
-    lora_alpha, target_modules as in PEFT's LoraConfig; variant .. loss as in ``BituneConfig``; dtype of the base model;
+    lora_alpha, target_modules as in PEFT's LoraConfig; variant .. turns as in ``BituneConfig``; dtype of the base;
     lr of the adapters, theta_lr of the thetas (None: lr); warmup, a share of the steps (below 1) or their number;
     batch_size samples per pass, accumulation passes per update, max_steps updates; clip, the largest gradient norm
     (0: none); gradient_checkpointing false, true or "selective" (``selective_checkpointing``); report_to, as in
@@ -49,6 +49,7 @@ class Recipe:
     use_fused: bool = True
     backend: str = "auto"
     loss: str = "token"
+    turns: str = "one"
     dtype: str = "bfloat16"
     lr: float = 3e-4
     theta_lr: float | None = None

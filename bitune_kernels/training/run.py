@@ -73,7 +73,7 @@ def train(recipe: Recipe, model: str, output: str | Path, resume: bool = False) 
     _check_targets(model, recipe.target_modules)
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    names = ("prompt", "completion", "reader", "max_length", "max_answer_length")
+    names = ("prompt", "completion", "reader", "max_length", "max_answer_length", "turns")
     rows = load_rows(recipe.data, recipe.data_name, recipe.data_split, recipe.data_revision)
     samples = tokenize(rows, tokenizer, **{name: getattr(recipe, name) for name in names})
     if first:

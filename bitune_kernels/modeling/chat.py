@@ -1,0 +1,158 @@
+"""Conversations over many turns, in the two ways of the paper (appendix A.8)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .model import BituneModel
+
+HISTORIES = ("recompute", "alternating")
+
+
+class BituneChat:
+    """A conversation with a Bitune model; the tokenizer's chat template says where turns begin and end.
+
+    Args:
+        model: the Bitune model.
+        tokenizer: with a chat template.
+        history: "recompute": all messages so far are the prompt, read in both directions anew; or "alternating": each
+            new turn of the user is read by both streams over the cache of what came before, mixed and appended.
+        messages: the conversation so far, as transformers' chat templates take it: {"role", "content"} with a system
+            message first, if there is one, and then user and assistant in turns.
+
+    Attributes:
+        messages: the conversation, answers included.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+
+    def __init__(
+        self, model: BituneModel, tokenizer, history: str = "recompute", messages: list[dict[str, Any]] | None = None
+    ):
+        if not isinstance(model, BituneModel):
+            raise TypeError(f"model: expected a BituneModel, got {type(model).__name__}")
+        if history not in HISTORIES:
+            raise ValueError(f"history: expected one of {', '.join(HISTORIES)}, got {history!r}")
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError("tokenizer: expected one with a chat template, got none")
+        roles = [m.get("role") for m in messages or []]
+        turns = roles[1:] if roles[:1] == ["system"] else roles
+        if turns != ["user", "assistant"] * (len(turns) // 2):
+            raise ValueError(f"messages: expected user and assistant in turns, got {', '.join(map(str, roles))}")
+        self.model, self.tokenizer, self.history = model, tokenizer, history
+        self.messages = [dict(m) for m in messages or []]
+        self._turns: list[tuple[list[int], list[int]]] = []  # tokens of each turn: the prompt's and the answer's
+        self._cache = None  # what the model has read of them, or None
+
+    def send(self, text: str, **options) -> str:
+        """The answer to what the user says.
+
+        Args:
+            text: of the user's turn.
+            options: of ``generate()``: max_new_tokens, do_sample, a streamer, ...
+
+        Raises:
+            ValueError: a turn without text, an option by which one prompt has several answers, a template that changes
+                earlier turns (alternating). The conversation then is what it was before.
+        """
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"text: expected what the user says, got {text!r}")
+        for name in ("num_return_sequences", "num_beams"):
+            if options.get(name, 1) not in (None, 1):
+                raise ValueError(f"{name}: expected 1 in a chat, got {options[name]}")
+        if options.get("past_key_values") is not None:
+            raise ValueError("past_key_values: expected None, since a chat has its own cache")
+        messages = [*self.messages, {"role": "user", "content": text}]
+        answer = (
+            self._alternate(messages, options) if self.history == "alternating" else self._recompute(messages, options)
+        )
+        content = self.tokenizer.decode(answer, skip_special_tokens=True)
+        self.messages = [*messages, {"role": "assistant", "content": content}]
+        return content
+
+    def _recompute(self, messages, options) -> list[int]:
+        return self._generate(self._tokens(self._render(messages)), options)
+
+    def _alternate(self, messages, options) -> list[int]:
+        turns = self._turns or self._split(self.messages)
+        tail = self._continuation(messages, turns[-1][1]) if turns else self._render(messages)
+        prompt, cache = self._tokens(tail), self._cache
+        self._cache = None  # what fails from here on leaves a cache that nothing can be said about
+        if cache is None:
+            cache = self._read(turns)
+        read = [t for pair in turns for part in pair for t in part]
+        if turns:
+            self._decode(read, cache)
+        with self.model._hooks.turn_over(cache):
+            answer = self._generate([*read, *prompt], options | {"past_key_values": cache})
+        self._turns, self._cache = [*turns, (prompt, answer)], cache
+        return answer
+
+    def _generate(self, tokens: list[int], options) -> list[int]:
+        ids = torch.tensor([tokens], device=self.model.device)
+        out = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+        sequences = out if isinstance(out, torch.Tensor) else out.sequences
+        return sequences[0, len(tokens) :].tolist()
+
+    def _read(self, turns):
+        """A cache of these turns: each prompt by both streams, each answer causally."""
+        from transformers import DynamicCache
+
+        cache, read = DynamicCache(config=self.model.get_base_model().config), []
+        for prompt, answer in turns:
+            with torch.no_grad(), self.model._hooks.turn_over(cache):
+                self._step(prompt, cache)
+            read += [*prompt, *answer]
+            self._decode(read, cache)
+        return cache
+
+    def _decode(self, read: list[int], cache) -> None:
+        # The last token of an answer was returned and not read yet.
+        held = int(cache.get_seq_length())
+        if held < len(read):
+            with torch.no_grad():
+                self._step(read[held:], cache)
+
+    def _step(self, tokens: list[int], cache) -> None:
+        training, ids = self.model.training, torch.tensor([tokens], device=self.model.device)
+        self.model.eval()
+        try:
+            self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        finally:
+            self.model.train(training)
+
+    def _render(self, messages, add_generation_prompt: bool = True) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _continuation(self, messages, answer: list[int]) -> str:
+        """What the template writes between the last answer and the next one."""
+        last = messages[-2]
+        asked = self._render(messages[:-2])
+        said, whole = self._render([*messages[:-2], last], add_generation_prompt=False), self._render(messages)
+        start = said.find(last["content"].strip(), len(asked))
+        if not said.startswith(asked) or start < 0 or not whole.startswith(said):
+            raise ValueError(
+                "history: expected 'recompute' for a chat template that writes earlier turns in another way once there "
+                "is a new one, got 'alternating'"
+            )
+        rest = whole[start + len(last["content"].strip()) :]
+        if answer[-1:] and answer[-1] in self.tokenizer.all_special_ids:  # it is in the cache already
+            return rest.lstrip().removeprefix(self.tokenizer.decode(answer[-1:]))
+        return rest
+
+    def _split(self, messages) -> list[tuple[list[int], list[int]]]:
+        """Prompt and answer tokens of each turn of a conversation that came with the chat."""
+        turns: list[tuple[list[int], list[int]]] = []
+        for i in (i for i, m in enumerate(messages) if m["role"] == "assistant"):
+            before = messages[:i]
+            text = self._continuation(before, turns[-1][1]) if turns else self._render(before)
+            said = self._render(messages[: i + 1], add_generation_prompt=False)
+            answer = said[len(self._render(before)) :].rstrip()
+            turns.append((self._tokens(text), self._tokens(answer)))
+        return turns
