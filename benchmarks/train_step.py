@@ -10,9 +10,6 @@ to <out>/train_step.csv, a plot of this run to <out>/train_step.png.
     lora            plain LoRA as it is used: PEFT's layers, the padded batch, the head over all rows
     lora-packed     plain LoRA as well optimised as one-pass: the same rows less one stream, attention backend, LoRA
                     layer, trimmed last layer and head over answer rows
-
---memory-only needs neither the weights nor the time: it follows the bytes of tensors that have shapes alone, written to
-<out>/train_step_memory.csv.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ import torch
 from common.floor import Dims, floor
 from common.memory import Memory
 from common.models import Models, float32_weights, scope
-from common.report import Results, finish, memory_columns, packed_unit
+from common.report import finish
 from common.run import PER_BACKEND, Case, check_setup, choose_providers, measure, parser, prepare, relative_error, title
 from common.text import Text, padded
 
@@ -107,13 +104,8 @@ def parse(argv: list[str] | None):
     )
     p.add_argument("--samples", type=int, nargs="+", metavar="B", help="default: 10; on a CPU 4")
     p.add_argument("--max-lengths", type=int, nargs="+", metavar="L", help="default: 512; on a CPU 128")
-    p.add_argument("--memory-only", action="store_true", help="peak memory of a model without weights, on a CPU")
     args = p.parse_args(argv)
-    if args.memory_only and args.device == "auto":
-        args.device = "cpu"
     setup = check_setup(p, args)
-    if args.memory_only and setup.device.type != "cpu":
-        p.error(f"--device: expected cpu with --memory-only, got {args.device}")
     on_cpu = setup.device.type == "cpu"
     args.samples = args.samples or [4 if on_cpu else 10]
     args.max_lengths = args.max_lengths or [min(128 if on_cpu else 512, setup.max_length)]
@@ -127,31 +119,14 @@ def parse(argv: list[str] | None):
     return args, setup, notes
 
 
-def study_memory(case: TrainStep, providers: list[str], results: Results, facts: dict) -> None:
-    """One row per provider with the columns on memory alone."""
-    steps = {name: case.memory(case.device, name).step for name in providers}
-    print(f"{case.label}: MiB at the peak of a step without the weights; over that of lora; of lora-packed")
-    for name in providers:
-        columns = memory_columns(name, steps, packed_unit(name, steps))
-        print("  ".join([f"    {name:<24}", *(f"{value:>9}" for value in columns.values())]))
-        results.append([facts | case.facts() | {"provider": name} | columns])
-
-
 def main(argv: list[str] | None = None) -> int:
     args, setup, notes = parse(argv)
     print(EXPLANATION)
-    name = "train_step_memory" if args.memory_only else "train_step"
-    results, facts, text, models, dims = prepare(name, args, setup, notes, TrainStep.outputs, fake=args.memory_only)
+    results, facts, text, models, dims = prepare("train_step", args, setup, notes, TrainStep.outputs)
     for model in models:
         model.train()
-    shapes = sorted({(b, n) for b in args.samples for n in args.max_lengths})
-    if args.memory_only:
-        for shape in shapes:
-            study_memory(TrainStep(models, dims, text, *shape), args.providers, results, facts)
-        print(f"\n{len(results.rows)} rows appended to {results.path}")
-        return 0
     right = measure(
-        shapes,
+        sorted({(b, n) for b in args.samples for n in args.max_lengths}),
         lambda batch, length: TrainStep(models, dims, text, batch, length),
         args.providers,
         setup,

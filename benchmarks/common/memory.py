@@ -41,7 +41,7 @@ def memory_of(device: torch.device, function: Callable[[], object]) -> Memory:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operators make inside, on any device and of fake tensors too.
+    """Counts the bytes of all storages that operators make inside, on any device.
 
     What an operator allocates and frees before it returns is not seen.
 

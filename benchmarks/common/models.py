@@ -16,7 +16,6 @@ from unittest.mock import patch
 import torch
 from peft import LoraConfig
 from peft.tuners import lora
-from torch._subclasses import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitune_kernels import BituneConfig, BituneModel, get_bitune_model
@@ -128,12 +127,9 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return min(seconds, key=seconds.get)
 
 
-def load_base(setup: Setup, *, fake: bool = False) -> torch.nn.Module:
-    """The model in its dtype on its device, random or from its folder; ``fake``: shapes without weights."""
+def load_base(setup: Setup) -> torch.nn.Module:
+    """The model in its dtype on its device, random or from its folder."""
     torch.manual_seed(0)
-    if fake:  # beside tensors of the caller, which have values: lengths and masks are read
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            return AutoModelForCausalLM.from_config(setup.config, dtype=setup.dtype).eval()
     with setup.device:
         if setup.folder is None:
             return AutoModelForCausalLM.from_config(setup.config, dtype=setup.dtype).eval()
@@ -156,7 +152,7 @@ class Models(NamedTuple):
     packed: BituneModel
 
 
-def attach(base: torch.nn.Module, *, self_test: bool = True) -> Models:
+def attach(base: torch.nn.Module) -> Models:
     """Two LoRA adapters (r=8, every linear) that differ and do something, in the dtype of the model."""
     peft = LoraConfig(r=8, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     # Prompt rows ask for the adapter "bidir", answer rows for "causal", which are the same one here: so both go through
@@ -164,11 +160,10 @@ def attach(base: torch.nn.Module, *, self_test: bool = True) -> Models:
     plain = BituneConfig(peft=peft, variant="no_mixing", skip_bidir=base.config.get_text_config().num_hidden_layers)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # names in transformers that PEFT still asks for
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         twin = copy.deepcopy(base, {id(p): p for p in base.parameters()})  # other modules, the same parameters
         models = Models(
             *(
-                get_bitune_model(m, config, self_test=self_test, autocast_adapter_dtype=False).eval()
+                get_bitune_model(m, config, autocast_adapter_dtype=False).eval()
                 for m, config in ((base, BituneConfig(peft=peft)), (twin, plain))
             )
         )

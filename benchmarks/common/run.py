@@ -169,11 +169,8 @@ def choose_providers(
     return list(dict.fromkeys(chosen)), notes
 
 
-def prepare(benchmark: str, args, setup: Setup, notes: Sequence[str], outputs: Sequence[str], *, fake: bool = False):
-    """Everything between the arguments and the first measurement, with what it says on the terminal.
-
-    ``fake``: of models without weights, as ``load_base`` has it.
-    """
+def prepare(benchmark: str, args, setup: Setup, notes: Sequence[str], outputs: Sequence[str]):
+    """Everything between the arguments and the first measurement, with what it says on the terminal."""
     facts = provenance(setup.device) | {
         "benchmark": benchmark,
         "model": setup.name,
@@ -194,9 +191,9 @@ def prepare(benchmark: str, args, setup: Setup, notes: Sequence[str], outputs: S
     for note in notes:
         print(note)
     try:
-        base = load_base(setup, fake=fake)
+        base = load_base(setup)
         dims = dims_of(base)
-        models = attach(base, self_test=not fake)
+        models = attach(base)
     except (OSError, ValueError) as e:
         raise SystemExit(f"{benchmark}.py: error: {e}") from None
     return results, facts, text, models, dims
