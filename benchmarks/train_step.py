@@ -89,7 +89,7 @@ class TrainStep(Case):
         return loss, vector
 
     def memory(self, device: torch.device, provider: str) -> Memory:
-        self.models.bitune.zero_grad(set_to_none=True)  # gradients of the last step are none of this one
+        self.models.bitune.zero_grad(set_to_none=True)  # or a GPU would count the last step's as there before
         return super().memory(device, provider)
 
     def forget_oracle(self) -> None:
