@@ -17,6 +17,7 @@ import matplotlib.figure
 import torch
 import torch._functorch.config
 from common.floor import visible_pairs
+from common.memory import memory_of
 from common.models import Machine
 from common.peers import SDPA_KERNELS, SdpaCalls
 from common.report import Results, Table, finish, milliseconds, worst_error
@@ -27,7 +28,6 @@ from common.run import (
     machine_name,
     measure,
     not_usual,
-    peak_memory_mib,
     reasons_against,
     relative_error,
 )
@@ -202,11 +202,8 @@ class Attention(Case):
         return [(slice(0, 2 * N + A), out)]
 
     def memory(self, device: torch.device, provider: str) -> float | None:
-        """MiB at the peak of one call above inputs, caches and graphs that were there before."""
-        if device.type != "cuda":
-            return None
-        before = torch.cuda.memory_allocated(device) / 2**20
-        return peak_memory_mib(device, partial(self.run, provider)) - before
+        """MiB at the peak of one call above inputs, caches and graphs that were there before; None on a CPU."""
+        return memory_of(device, partial(self.run, provider)).step if device.type == "cuda" else None
 
     # What is right
 

@@ -11,7 +11,7 @@ import time
 
 import torch
 from common.floor import Dims, floor
-from common.models import float32_inference, scope
+from common.models import Models, float32_inference, scope
 from common.report import finish
 from common.run import Case, check_setup, choose_providers, measure, parser, prepare, relative_error, title
 from common.text import Text, padded
@@ -27,11 +27,11 @@ class Prefill(Case):
 
     outputs = ("logits", "cache")
 
-    def __init__(self, model, dims: Dims, text: Text, batch: int, length: int):
-        self.model, self.batch, self.length = model, batch, length
+    def __init__(self, models: Models, dims: Dims, text: Text, batch: int, length: int):
+        self.models, self.batch, self.length = models, batch, length
         rows = text.prompts(batch, length)
         lengths = [len(row) for row in rows]
-        device = next(model.parameters()).device
+        device = next(models.bitune.parameters()).device
         self.ids, self.mask = (x.to(device) for x in padded(rows, "left"))
         self.tokens = sum(lengths)
         self.padding = 1 - self.tokens / self.ids.numel()
@@ -40,14 +40,14 @@ class Prefill(Case):
 
     @torch.no_grad()
     def run(self, provider: str):
-        with scope(self.model, provider):
-            return self.model(input_ids=self.ids, attention_mask=self.mask, use_cache=True, logits_to_keep=1)
+        with scope(self.models, provider) as model:
+            return model(input_ids=self.ids, attention_mask=self.mask, use_cache=True, logits_to_keep=1)
 
     def errors(self, provider: str) -> dict[str, float]:
-        # What LoRA computes is not Bitune: its oracle is itself in float32.
-        oracle = "lora" if provider == "lora" else "one-pass[reference]"
+        # What LoRA computes is not Bitune: its oracle is PEFT's in float32.
+        oracle = "lora" if provider.startswith("lora") else "one-pass[reference]"
         if oracle not in self.oracle:
-            with float32_inference(self.model):
+            with float32_inference(self.models.bitune):
                 self.oracle[oracle] = self._outputs(oracle)
         expected, found = self.oracle[oracle], self._outputs(provider)
         return {
@@ -72,7 +72,8 @@ class Prefill(Case):
 def parse(argv: list[str] | None):
     p = parser(
         __doc__.partition("\n")[0],
-        "three-pass, one-pass (the usual backends), one-pass[BACKEND], lora; default: three-pass one-pass lora",
+        "three-pass, one-pass, one-pass+peft, lora-packed (the usual backends, or with [BACKEND]), lora; "
+        "default: three-pass one-pass lora",
     )
     p.add_argument("--batch-sizes", type=int, nargs="+", metavar="B", help="default: 1 4")
     p.add_argument("--lengths", type=int, nargs="+", metavar="P", help="default: 64 256, on a GPU up to 2048")
@@ -105,11 +106,11 @@ def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     args, setup, notes = parse(argv)
     print(EXPLANATION)
-    results, facts, text, model, dims = prepare("prefill", args, setup, notes, Prefill.outputs)
+    results, facts, text, models, dims = prepare("prefill", args, setup, notes, Prefill.outputs)
     shapes = sorted({(b, n) for b in args.batch_sizes for n in args.lengths})
     right = measure(
         shapes,
-        lambda batch, length: Prefill(model, dims, text, batch, length),
+        lambda batch, length: Prefill(models, dims, text, batch, length),
         args.providers,
         setup,
         args,

@@ -2,8 +2,14 @@
 
 A step is forward and backward, without an optimizer. The default on a GPU is the paper's update: 10 samples of up
 to 512 tokens; prompts are instructions, answers cuts of other instructions. A provider whose loss or gradients
-disagree with the reference backend in float32 is not timed. Rows go to <out>/train_step.csv, a plot of this run to
-<out>/train_step.png.
+disagree with the reference backend in float32 (those of LoRA: with PEFT's over the padded batch) is not timed. Rows go
+to <out>/train_step.csv, a plot of this run to <out>/train_step.png.
+
+    three-pass      the paper's schedule over the padded batch, authors-schedule: sample by sample
+    one-pass        this package; one-pass+peft: with PEFT's own LoRA layers, once per adapter's block of rows
+    lora            plain LoRA as it is used: PEFT's layers, the padded batch, the head over all rows
+    lora-packed     plain LoRA as well optimised as one-pass: the same rows less one stream, attention backend, LoRA
+                    layer, trimmed last layer and head over answer rows
 """
 
 from __future__ import annotations
@@ -12,14 +18,15 @@ import sys
 
 import torch
 from common.floor import Dims, floor
-from common.models import float32_weights, scope
+from common.memory import Memory
+from common.models import Models, float32_weights, scope
 from common.report import finish
-from common.run import Case, check_setup, choose_providers, measure, parser, prepare, relative_error, title
+from common.run import PER_BACKEND, Case, check_setup, choose_providers, measure, parser, prepare, relative_error, title
 from common.text import Text, padded
 
 EXPLANATION = """\
 One update's forward and backward passes: authors-schedule runs three passes sample by sample, three-pass the padded
-batch, one-pass[backend] the rows of all samples at once. The unit of cost is lora, one plain LoRA step.
+batch, one-pass the rows of all samples at once. Units of cost: lora, plain LoRA as it is used; lora-packed, optimised.
 """
 
 
@@ -28,12 +35,12 @@ class TrainStep(Case):
 
     outputs = ("loss", "gradient")
 
-    def __init__(self, model, dims: Dims, text: Text, batch: int, length: int):
-        self.model, self.batch, self.length = model, batch, length
+    def __init__(self, models: Models, dims: Dims, text: Text, batch: int, length: int):
+        self.models, self.batch, self.length = models, batch, length
         samples = text.samples(batch, length)
         rows = [prompt + answer for prompt, answer in samples]
         labels = [[-100] * len(prompt) + answer for prompt, answer in samples]
-        self.device = next(model.parameters()).device
+        self.device = next(models.bitune.parameters()).device
         self.ids, self.mask = (x.to(self.device) for x in padded(rows, "right"))
         self.labels = padded(labels, "right", fill=-100)[0].to(self.device)
         self.lengths = [len(row) for row in rows]
@@ -45,26 +52,26 @@ class TrainStep(Case):
         self.oracle = {}
 
     def run(self, provider: str) -> torch.Tensor:
-        self.model.zero_grad(set_to_none=True)
-        with scope(self.model, provider):
+        self.models.bitune.zero_grad(set_to_none=True)
+        with scope(self.models, provider) as model:
             if provider != "authors-schedule":
-                return self._step(self.ids, self.mask, self.labels)
+                return self._step(model, self.ids, self.mask, self.labels)
             losses = []
             for b, (length, weight) in enumerate(zip(self.lengths, self.weights, strict=True)):
                 sample = slice(b, b + 1), slice(0, length)
-                losses.append(self._step(self.ids[sample], None, self.labels[sample], weight))
+                losses.append(self._step(model, self.ids[sample], None, self.labels[sample], weight))
             return torch.stack(losses).sum()
 
-    def _step(self, ids, mask, labels, weight: float = 1.0) -> torch.Tensor:
-        loss = self.model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss * weight
+    def _step(self, model, ids, mask, labels, weight: float = 1.0) -> torch.Tensor:
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss * weight
         loss.backward()
         return loss.detach()
 
     def errors(self, provider: str) -> dict[str, float]:
-        # What LoRA learns is not what Bitune learns: its oracle is itself in float32.
-        oracle = "lora" if provider == "lora" else "one-pass[reference]"
+        # What LoRA learns is not what Bitune learns: its oracle is PEFT's over the padded batch in float32.
+        oracle = "lora" if provider.startswith("lora") else "one-pass[reference]"
         if oracle not in self.oracle:
-            with float32_weights(self.model):
+            with float32_weights(self.models.bitune):
                 self.oracle[oracle] = self._outputs(oracle)
         (loss, gradient), (found_loss, found_gradient) = self.oracle[oracle], self._outputs(provider)
         return {
@@ -75,11 +82,15 @@ class TrainStep(Case):
     def _outputs(self, provider: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss, and all gradients as one vector; 0 where a provider has none."""
         loss = self.run(provider).float()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained = [p for p in self.models.bitune.parameters() if p.requires_grad]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
         vector = torch.cat([g.float().flatten() for g in gradients])
-        self.model.zero_grad(set_to_none=True)
+        self.models.bitune.zero_grad(set_to_none=True)
         return loss, vector
+
+    def memory(self, device: torch.device, provider: str) -> Memory:
+        self.models.bitune.zero_grad(set_to_none=True)  # or a GPU would count the last step's as there before
+        return super().memory(device, provider)
 
     def forget_oracle(self) -> None:
         self.oracle = {}
@@ -88,7 +99,8 @@ class TrainStep(Case):
 def parse(argv: list[str] | None):
     p = parser(
         __doc__.partition("\n")[0],
-        "authors-schedule, three-pass, one-pass (the usual backends), one-pass[BACKEND], lora; default: all of these",
+        "authors-schedule, three-pass, one-pass, one-pass+peft, lora-packed (the usual backends, or with [BACKEND]), "
+        "lora; default: all of these",
     )
     p.add_argument("--samples", type=int, nargs="+", metavar="B", help="default: 10; on a CPU 4")
     p.add_argument("--max-lengths", type=int, nargs="+", metavar="L", help="default: 512; on a CPU 128")
@@ -101,7 +113,7 @@ def parse(argv: list[str] | None):
         p.error(f"--samples: expected numbers >= 1, got {bad[0]}")
     if bad := [n for n in args.max_lengths if not 4 <= n <= setup.max_length]:
         p.error(f"--max-lengths: expected 4 to {setup.max_length} tokens ({setup.name}), got {bad[0]}")
-    names = args.providers or ["authors-schedule", "three-pass", "one-pass", "lora"]
+    names = args.providers or ["authors-schedule", "three-pass", *PER_BACKEND, "lora"]
     extra = ("authors-schedule",)
     args.providers, notes = choose_providers(p, setup, names, extra=extra, training=True)
     return args, setup, notes
@@ -110,11 +122,12 @@ def parse(argv: list[str] | None):
 def main(argv: list[str] | None = None) -> int:
     args, setup, notes = parse(argv)
     print(EXPLANATION)
-    results, facts, text, model, dims = prepare("train_step", args, setup, notes, TrainStep.outputs)
-    model.train()
+    results, facts, text, models, dims = prepare("train_step", args, setup, notes, TrainStep.outputs)
+    for model in models:
+        model.train()
     right = measure(
         sorted({(b, n) for b in args.samples for n in args.max_lengths}),
-        lambda batch, length: TrainStep(model, dims, text, batch, length),
+        lambda batch, length: TrainStep(models, dims, text, batch, length),
         args.providers,
         setup,
         args,

@@ -7,10 +7,12 @@ import importlib
 import subprocess
 import sys
 from contextlib import nullcontext
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners import lora
 from torch.utils.flop_counter import FlopCounterMode
 
 from bitune_kernels import backends, masks
@@ -22,8 +24,8 @@ for _needed in ("matplotlib", "tokenizers", "tqdm"):
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-common_floor, common_models, common_run, common_text = (
-    importlib.import_module(f"common.{name}") for name in ("floor", "models", "run", "text")
+common_floor, common_memory, common_models, common_report, common_run, common_text = (
+    importlib.import_module(f"common.{name}") for name in ("floor", "memory", "models", "report", "run", "text")
 )
 attention, prefill, train_step = (importlib.import_module(name) for name in ("attention", "prefill", "train_step"))
 gpu_check = importlib.import_module("gpu_check")
@@ -37,6 +39,7 @@ SHAPES = {
 PROVENANCE = "timestamp_utc bitune_kernels git_sha git_dirty torch triton transformers peft python cpu threads".split()
 PROVENANCE += ["gpu", "driver", "cuda"]
 SCRIPTS = {"prefill": prefill, "train_step": train_step}
+PACKED = ["one-pass+peft[sdpa]", "lora-packed[sdpa]"]
 
 
 # The attention operator alone: no model.
@@ -73,6 +76,19 @@ def text():
     return common_text.Text(BENCHMARKS / "instructions.jsonl", 512)
 
 
+@pytest.fixture
+def step(text):
+    """The training step that ``SHAPES`` asks for."""
+    p = common_run.parser("", "")
+    setup = common_run.check_setup(p, p.parse_args(["--model", "tiny", "--dtype", "float32", "--device", "cpu"]))
+    base = common_models.load_base(setup)
+    dims = common_floor.dims_of(base)
+    models = common_models.attach(base)
+    for model in models:
+        model.train()
+    return train_step.TrainStep(models, dims, text, 3, 24)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_run_leaves_a_table_rows_and_a_plot(name, dtype, tmp_path, capsys):
@@ -82,7 +98,9 @@ def test_a_run_leaves_a_table_rows_and_a_plot(name, dtype, tmp_path, capsys):
     assert printed.startswith(SCRIPTS[name].EXPLANATION)
     assert "BPE" in printed and "instructions.jsonl" in printed
     rows = rows_of(tmp_path / f"{name}.csv")
-    expected = {"three-pass", "one-pass[sdpa]", "lora"} | ({"authors-schedule"} if name == "train_step" else set())
+    expected = {"three-pass", "one-pass[sdpa]", "lora"}
+    if name == "train_step":
+        expected |= {"authors-schedule", *PACKED}
     assert {row["provider"] for row in rows} == expected
     for row in rows:
         assert row["provider"] in printed
@@ -98,16 +116,20 @@ def test_a_run_leaves_a_table_rows_and_a_plot(name, dtype, tmp_path, capsys):
         if row["provider"] == "three-pass":
             assert float(row["speedup_over_three_pass"]) == 1
         if row["provider"] == "lora":
-            assert float(row["cost_in_lora_passes"]) == 1
+            assert float(row["cost_in_lora_passes"]) == float(row["memory_over_lora"]) == 1
+        if row["provider"] == "lora-packed[sdpa]":
+            assert float(row["cost_in_lora_packed_passes"]) == float(row["memory_over_lora_packed"]) == 1
+        assert float(row["step_mib"]) > 0 and row["peak_mib"] == ""  # which a CPU's allocator doesn't count
+        assert bool(row["cost_in_lora_packed_passes"]) == bool(row["memory_over_lora_packed"]) == (name == "train_step")
     assert (tmp_path / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert [line for line in printed.splitlines() if line.split()[:2] == ["batch", "length"]]
 
 
 def test_rows_are_appended_and_other_columns_are_refused(tmp_path):
-    lora = ["--providers", "lora"]
+    lora = ["--providers", "lora", *PACKED]
     assert run("prefill", tmp_path, *lora) == 0 and run("prefill", tmp_path, *lora) == 0
     rows = rows_of(tmp_path / "prefill.csv")
-    assert len(rows) == 4
+    assert len(rows) == 12 and {row["provider"] for row in rows} == {"lora", *PACKED}
     assert {row["speedup_over_three_pass"] for row in rows} == {""}
     (tmp_path / "prefill.csv").write_text("a,b\n1,2\n")
     with pytest.raises(SystemExit, match="other columns"):
@@ -118,14 +140,84 @@ def test_rows_are_appended_and_other_columns_are_refused(tmp_path):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_wrong_provider_is_not_timed(name, tmp_path, capsys, monkeypatch):
     scope = common_models.scope
+    other = {"three-pass": "lora", "lora-packed[sdpa]": "one-pass[sdpa]", "one-pass+peft[sdpa]": "lora-packed[sdpa]"}
+    monkeypatch.setattr(SCRIPTS[name], "scope", lambda models, provider: scope(models, other.get(provider, provider)))
+    assert run(name, tmp_path, "--providers", *other, "lora", "one-pass") == 1
+    printed = capsys.readouterr().out
+    assert all(f"not timed: {provider} differs from the oracle" in printed for provider in other)
+    assert {row["provider"] for row in rows_of(tmp_path / f"{name}.csv")} == {"lora", "one-pass[sdpa]"}
 
-    def three_pass_without_its_bidirectional_stream(model, provider):
-        return model.disable_bitune() if provider == "three-pass" else scope(model, provider)
 
-    monkeypatch.setattr(SCRIPTS[name], "scope", three_pass_without_its_bidirectional_stream)
-    assert run(name, tmp_path) == 1
-    assert "not timed: three-pass differs from the oracle" in capsys.readouterr().out
-    assert "three-pass" not in {row["provider"] for row in rows_of(tmp_path / f"{name}.csv")}
+def test_committed_rows_have_the_columns_of_this_version():
+    for name in SCRIPTS:
+        header = list(rows_of(BENCHMARKS / "results" / f"{name}.csv")[0])
+        shared = header[header.index("batch") : header.index("error") + 1]
+        assert shared == [*common_report.CASE_FIELDS, *common_report.TIME_FIELDS]
+
+
+@pytest.mark.parametrize("name", ["authors-schedule", "three-pass", "one-pass[sdpa]", *PACKED, "lora"])
+def test_memory_against_the_allocator(name, step):
+    found = step.memory(step.device, name)
+    assert step.memory(step.device, name) == found
+    step.models.bitune.zero_grad()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
+        step.run(name)
+    events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
+    allocated = accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    assert found.step == pytest.approx(max(allocated) / 2**20, rel=0.01) and found.peak is None
+
+
+def test_packed_lora_has_the_rows_and_the_layer_of_one_pass(step, monkeypatch):
+    layer = common_models.SegmentLoraLinear
+    blocks, found = set(), {}
+    right = layer.forward
+
+    def forward(self, x, *args, **kwargs):
+        p = common_models.current()
+        blocks.add(None if p is None else p.split(x))
+        return right(self, x, *args, **kwargs)
+
+    def count(module, args):
+        found[name] += args[0].numel() // args[0].shape[-1] * getattr(module, "base_layer", module).weight.numel()
+
+    monkeypatch.setattr(layer, "forward", forward)
+    for model in step.models:
+        for module in [*model.modules()]:
+            if isinstance(module, lora.Linear) or module is model.get_output_embeddings():
+                module.register_forward_pre_hook(count)
+    N = sum(int(x) for x in (step.labels == -100).sum(1) - (step.mask == 0).sum(1) - 1)
+    A = step.tokens - N
+    for name, expected in (
+        ("one-pass[sdpa]", {(1, N), None}),
+        ("one-pass+peft[sdpa]", set()),  # our layer is not called
+        ("lora-packed[sdpa]", {(1, N), None}),
+        ("lora", {None}),
+    ):
+        blocks.clear()
+        found[name] = 0
+        step.run(name)
+        assert blocks == expected, name
+    # The floor has no queries of the prompt in the last layer; a pass drops their rows behind the projection.
+    queries = step.models.bitune.get_base_model().model.layers[-1].self_attn.q_proj.base_layer.weight.numel()
+    one_pass = found["one-pass[sdpa]"] - queries * 2 * N
+    assert found["one-pass+peft[sdpa]"] == found["one-pass[sdpa]"]
+    assert one_pass / found["lora"] == pytest.approx(step.floor.linear)
+    assert one_pass / (found["lora-packed[sdpa]"] - queries * N) == pytest.approx(step.floor.packed_linear)
+    assert step.floor.rows == pytest.approx((2 * N + A) / (N + A))
+
+
+def test_costs_are_set_against_packed_lora_on_the_same_backend():
+    costs = {"lora": 5.0, "lora-packed[sdpa]": 3.0, "lora-packed[triton]": 2.0, "lora-packed[cuda]": 4.0}
+    for name, unit in (
+        ("one-pass[sdpa]", "sdpa"),
+        ("one-pass+peft[cuda]", "cuda"),
+        ("lora-packed[cuda]", "cuda"),
+        ("one-pass[flash]", "triton"),
+        ("three-pass", "triton"),
+        ("lora", "triton"),
+    ):
+        assert common_report.packed_unit(name, costs) == f"lora-packed[{unit}]"
+    assert common_report.packed_unit("lora", {"lora": 5.0}) is None
 
 
 ATTENTION = ["--lengths", "12", "--batch-sizes", "3"]
@@ -586,6 +678,9 @@ def test_a_time_limit_leaves_out_the_larger_shapes(tmp_path, capsys):
         ("prefill", ["--device", "cuda:99"], "--device: cuda:99 asked for"),
         ("prefill", ["--providers", "two-pass"], "--providers: expected names of three-pass, lora, one-pass"),
         ("prefill", ["--providers", "one-pass[sparse]"], "--providers: expected names of"),
+        ("prefill", ["--providers", "authors-schedule"], "--providers: expected names of"),
+        ("train_step", ["--providers", "lora-packed[sdpa"], "--providers: expected names of"),
+        ("train_step", ["--providers", "lora-packed[flex]"], "lora-packed[flex] can't run here: FlexAttention has no"),
         ("prefill", ["--instructions", "nowhere.jsonl"], "--instructions: nowhere.jsonl is not a file"),
         ("prefill", ["--out", str(BENCHMARKS / "prefill.py")], "--out: expected a folder"),
         ("prefill", ["--dtype", "int8"], "--dtype: invalid choice"),
@@ -669,12 +764,22 @@ def test_floor_against_a_count_by_hand():
     assert found.rows == pytest.approx(7 / 4)
     assert found.linear == pytest.approx(one_pass / lora)
     assert found.attention == pytest.approx((one_pass + attention[0]) / (lora + attention[1]))
+    packed = 2 * (2 * 100 * (3 + 1) + 20 * (3 + 1) + 80 * 1 + 50 * 1)
+    packed_attention = 4 * 2 * 4 * (2 * (1 + 2 + 3 + 4) + 4)
+    assert found.packed_linear == pytest.approx(one_pass / packed)
+    assert found.packed_attention == pytest.approx((one_pass + attention[0]) / (packed + packed_attention))
 
     # Two samples, of which the second is padded from 2 to 6 places in the LoRA step; its loss needs every row's logits.
     found = common_floor.floor(dims, [3, 0], [3, 2], training=True)
     one_pass = 2 * (2 * 100 * (9 + 2) + 20 * (9 + 2) + 80 * (3 + 2) + 50 * (3 + 2))
     assert found.rows == pytest.approx((9 + 2) / (6 + 2))
     assert found.linear == pytest.approx(one_pass / (2 * (3 * 100 * 12 + 50 * 12)))
+    packed = 2 * (2 * 100 * (6 + 2) + 20 * (6 + 2) + 80 * (3 + 2) + 50 * (3 + 2))
+    answer = (1 + 2 + 3 + 3 * 3) + (1 + 2)
+    pairs, packed_pairs = 3 * 3 + (1 + 2 + 3) + answer, (1 + 2 + 3) + answer
+    attention, packed_attention = (4 * 2 * 4 * (2 * x + answer) for x in (pairs, packed_pairs))
+    assert found.packed_linear == pytest.approx(one_pass / packed)
+    assert found.packed_attention == pytest.approx((2 * one_pass + 3 * attention) / (2 * packed + 3 * packed_attention))
 
 
 def test_dimensions_are_those_that_torch_counts(base):
@@ -703,7 +808,7 @@ def test_every_model_is_known_to_transformers(name):
 def test_the_oracle_leaves_the_weights_as_they_were(text):
     p = common_run.parser("", "")
     setup = common_run.check_setup(p, p.parse_args(["--model", "tiny", "--dtype", "bfloat16", "--device", "cpu"]))
-    model = common_models.attach(common_models.load_base(setup))
+    model = common_models.attach(common_models.load_base(setup)).bitune
     before = {name: parameter.clone() for name, parameter in model.state_dict().items()}
     ids = torch.tensor([text.prompts(1, 12)[0]])
     for inside in (common_models.float32_inference, common_models.float32_weights):

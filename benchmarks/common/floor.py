@@ -53,7 +53,7 @@ def visible_pairs(prompts: Sequence[int], answers: Sequence[int], streams: Seque
 
 @dataclass(frozen=True)
 class Floor:
-    """What one pass must compute, in units of the plain LoRA pass that is timed beside it.
+    """What one pass must compute, in units of a plain LoRA pass that is timed beside it.
 
     It bounds the time where both are bound by FLOPs; short prompts are bound by launches and by reading weights.
 
@@ -62,33 +62,40 @@ class Floor:
         linear: FLOPs of the linear layers as they have to run: the prompt's rows stop at the last layer's keys
             and values, the output matrix sees the rows it must, and the LoRA pass computes its padding.
         attention: the same with the attention's FLOPs, the pairs that the masks show.
+        packed_linear, packed_attention: the same in units of a LoRA pass over packed rows, which has no padding, stops
+            the prompt's rows at the same place and has the same rows in its output matrix.
     """
 
     rows: float
     linear: float
     attention: float
+    packed_linear: float
+    packed_attention: float
 
 
 def floor(dims: Dims, prompts: Sequence[int], answers: Sequence[int], *, training: bool) -> Floor:
     """The floor of a batch of n prompt rows per stream and a answer rows per sample.
 
     Per sample one pass has 2n + a rows in every layer, of which the 2n prompt rows end at the last layer's keys
-    and values; ``visible_pairs`` counts the attention. In prefill a = 1, the last prompt token. The LoRA pass has
-    batch x width rows in all layers; its output matrix sees every row in training and one per sample in prefill.
-    With its backward pass a step has twice the FLOPs of frozen linears (gradients of the input only) and three
-    times those of attention.
+    and values; ``visible_pairs`` counts the attention. In prefill a = 1, the last prompt token. The padded LoRA pass
+    has batch x width rows in all layers; its output matrix sees every row in training and one per sample in prefill.
+    The packed one has n + a rows per sample and is otherwise as the one pass, less a stream. With its backward pass a
+    step has twice the FLOPs of frozen linears (gradients of the input only) and three times those of attention.
     """
     samples = list(zip(prompts, answers, strict=True))
     batch, width = len(samples), max(n + a for n, a in samples)
-    answer_pairs = visible_pairs(prompts, answers, streams=())
-    one_pass = _flops(
-        dims,
-        rows=sum(2 * n + a for n, a in samples),
-        last_rows=sum(answers),
-        pairs=visible_pairs(prompts, answers),
-        last_pairs=answer_pairs,
-        head_rows=sum(answers),
-    )
+
+    def packed_flops(streams: Sequence[str]) -> tuple[int, int]:
+        return _flops(
+            dims,
+            rows=len(streams) * sum(prompts) + sum(answers),
+            last_rows=sum(answers),
+            pairs=visible_pairs(prompts, answers, streams),
+            last_pairs=visible_pairs(prompts, answers, streams=()),
+            head_rows=sum(answers),
+        )
+
+    one_pass, packed = packed_flops(("bidir", "causal")), packed_flops(("causal",))
     causal = batch * width * (width + 1) // 2
     lora = _flops(
         dims,
@@ -99,11 +106,13 @@ def floor(dims: Dims, prompts: Sequence[int], answers: Sequence[int], *, trainin
         head_rows=batch * width if training else batch,
     )
     linear, attention = (2, 3) if training else (1, 1)
-    totals = [linear * flops[0] + attention * flops[1] for flops in (one_pass, lora)]
+    total, total_lora, total_packed = (linear * f[0] + attention * f[1] for f in (one_pass, lora, packed))
     return Floor(
         rows=sum(2 * n + a for n, a in samples) / sum(n + a for n, a in samples),
         linear=one_pass[0] / lora[0],
-        attention=totals[0] / totals[1],
+        attention=total / total_lora,
+        packed_linear=one_pass[0] / packed[0],
+        packed_attention=total / total_packed,
     )
 
 

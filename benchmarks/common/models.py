@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 from peft import LoraConfig
+from peft.tuners import lora
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitune_kernels import BituneConfig, BituneModel, get_bitune_model
+from bitune_kernels.modeling.adapters import SegmentLoraLinear, _by_blocks
+from bitune_kernels.modeling.passes import current
 
 
 def _decoder(kind, hidden_size, mlp, layers, heads, heads_kv, vocab_size, positions, **rest):
@@ -132,29 +139,69 @@ def load_base(setup: Setup) -> torch.nn.Module:
     return model.to(setup.device).eval()
 
 
-def attach(base: torch.nn.Module) -> BituneModel:
+class Models(NamedTuple):
+    """Two models over the same base weights: what runs beside what.
+
+    Attributes:
+        bitune: Bitune; with both streams off also plain LoRA in PEFT's own layers.
+        packed: plain LoRA through Bitune's path: one causal stream, all of whose rows have the adapter "causal" of
+            ``bitune``. The weights are those of ``bitune``, so its gradients arrive there too.
+    """
+
+    bitune: BituneModel
+    packed: BituneModel
+
+
+def attach(base: torch.nn.Module) -> Models:
     """Two LoRA adapters (r=8, every linear) that differ and do something, in the dtype of the model."""
-    lora = LoraConfig(r=8, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    with warnings.catch_warnings():  # of names in transformers that PEFT still asks for
-        warnings.simplefilter("ignore", FutureWarning)
-        model = get_bitune_model(base, BituneConfig(peft=lora), autocast_adapter_dtype=False)
+    peft = LoraConfig(r=8, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    # Prompt rows ask for the adapter "bidir", answer rows for "causal", which are the same one here: so both go through
+    # the very layer that serves Bitune's two streams.
+    plain = BituneConfig(peft=peft, variant="no_mixing", skip_bidir=base.config.get_text_config().num_hidden_layers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # names in transformers that PEFT still asks for
+        twin = copy.deepcopy(base, {id(p): p for p in base.parameters()})  # other modules, the same parameters
+        models = Models(
+            *(
+                get_bitune_model(m, config, autocast_adapter_dtype=False).eval()
+                for m, config in ((base, BituneConfig(peft=peft)), (twin, plain))
+            )
+        )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in models.bitune.named_parameters():
             if "lora_B" in name:  # PEFT starts them at zero, where a lost adapter would go unnoticed
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
             elif "theta" in name:
                 parameter.copy_(torch.rand(parameter.shape, generator=generator) * 0.03 + 0.002)
-    return model.eval()
+    for name, module in list(models.packed.named_modules()):
+        if isinstance(module, lora.Linear):
+            original = models.bitune.get_submodule(name)
+            for own, theirs in ((module.lora_A, original.lora_A), (module.lora_B, original.lora_B)):
+                own["bidir"] = own["causal"] = theirs["causal"]
+    return models
 
 
-def scope(model: BituneModel, provider: str):
-    """The context in which a call of the model is what the provider's name says."""
-    if provider == "lora":
-        return model.disable_bitune()
-    if provider.startswith("one-pass["):
-        return model.use_schedule(use_fused=True, backend=provider[len("one-pass[") : -1])
-    return model.use_schedule(use_fused=False)
+@contextmanager
+def scope(models: Models, provider: str):
+    """Yields the model whose calls, inside, are what the provider's name says."""
+    name, _, backend = provider.removesuffix("]").partition("[")
+    model = models.packed if name == "lora-packed" else models.bitune
+    schedule = model.use_schedule(use_fused=bool(backend), backend=backend or None)
+    layers = patch.object(SegmentLoraLinear, "forward", _peft_forward) if name == "one-pass+peft" else nullcontext()
+    with model.disable_bitune() if name == "lora" else schedule, layers:
+        yield model
+
+
+def _peft_forward(module: SegmentLoraLinear, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    # What a pass costs without a LoRA layer of its own: PEFT's, once for each adapter's block of rows.
+    forward = partial(lora.Linear.forward, module)
+    p = current()
+    block = None if p is None else p.split(x)
+    if block is None:
+        return forward(x, *args, **kwargs)
+    y = _by_blocks(module, forward, x.reshape(-1, x.shape[-1]), block[1])
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from bitune_kernels import backends
 from bitune_kernels.testing.timing import interleaved, provenance
 
 from .floor import Floor, dims_of, head_dim_of
+from .memory import Memory, memory_of
 from .models import MODELS, Machine, Setup, attach, default_dtype, find_device, load_base, model_config
 from .report import CASE_FIELDS, TIME_FIELDS, WHOLE_MODEL, Results, Table
 from .text import Text
@@ -25,6 +27,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 # A provider may be off by twice the error of the reference backend in the same dtype, or by this much: relative,
 # norm of the difference over norm. A mask that is wrong in one layer of many shows as several percent.
 SMALLEST_BOUND = {"bfloat16": 2 * 2**-7, "float16": 2 * 2**-10, "float32": 1e-4}
+PER_BACKEND = ("one-pass", "one-pass+peft", "lora-packed")  # providers with an attention backend in brackets
 
 
 def parser(description: str, providers: str) -> argparse.ArgumentParser:
@@ -125,14 +128,14 @@ def not_usual(name: str, device: torch.device) -> str | None:
 
 
 def _usual_backends(reasons: dict[str, str | None], device: torch.device) -> tuple[list[str], list[str]]:
-    """What "one-pass" stands for, and a note on each backend that it leaves out."""
+    """Those of a name of ``PER_BACKEND`` without one, and a note on each backend that it leaves out."""
     chosen, notes = [], []
-    for name, reason in reasons.items():
-        reason = reason or not_usual(name, device)
+    for backend, reason in reasons.items():
+        reason = reason or not_usual(backend, device)
         if reason is None:
-            chosen.append(f"one-pass[{name}]")
+            chosen.append(backend)
         else:
-            notes.append(f"left out: one-pass[{name}]: {reason}")
+            notes.append(f"left out: {backend}: {reason}")
     return chosen, notes
 
 
@@ -149,19 +152,20 @@ def choose_providers(
     single = ("three-pass", "lora", *extra)
     chosen, notes = [], []
     for name in names:
-        backend = name[len("one-pass[") : -1] if name.startswith("one-pass[") and name.endswith("]") else None
-        if name == "one-pass":
+        provider, _, backend = name.partition("[")
+        backend = backend.removesuffix("]")
+        if name in PER_BACKEND:
             usual, notes = _usual_backends(reasons, setup.device)
-            chosen += usual
-        elif backend in reasons:
+            chosen += [f"{name}[{backend}]" for backend in usual]
+        elif provider in PER_BACKEND and name == f"{provider}[{backend}]" and backend in reasons:
             if reasons[backend] is not None:
                 p.error(f"--providers: {name} can't run here: {reasons[backend]}")
             chosen.append(name)
         elif name in single:
             chosen.append(name)
         else:
-            known = ", ".join([*single, "one-pass", *(f"one-pass[{b}]" for b in reasons)])
-            p.error(f"--providers: expected names of {known}; got {name!r}")
+            known = ", ".join([*single, *PER_BACKEND])
+            p.error(f"--providers: expected names of {known}, or one with [{'], ['.join(reasons)}]; got {name!r}")
     return list(dict.fromkeys(chosen)), notes
 
 
@@ -189,10 +193,10 @@ def prepare(benchmark: str, args, setup: Setup, notes: Sequence[str], outputs: S
     try:
         base = load_base(setup)
         dims = dims_of(base)
-        model = attach(base)
+        models = attach(base)
     except (OSError, ValueError) as e:
         raise SystemExit(f"{benchmark}.py: error: {e}") from None
-    return results, facts, text, model, dims
+    return results, facts, text, models, dims
 
 
 def title(setup: Setup, facts: dict) -> str:
@@ -223,17 +227,6 @@ def check_errors(provider: str, errors: dict[str, float], bounds: dict[str, floa
         raise Wrong(f"{provider} differs from the oracle by {', '.join(bad)}")
 
 
-def peak_memory_mib(device: torch.device, function) -> float | None:
-    """Peak of the allocator in one call, what was there included. None on a CPU: its allocator keeps what was freed."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    function()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() / 2**20
-
-
 class Case:
     """One shape of a benchmark: its inputs, one call per provider, and what the oracle says.
 
@@ -261,7 +254,7 @@ class Case:
 
     def facts(self) -> dict:
         """The columns ``CASE_FIELDS``."""
-        floors = (round(x, 4) for x in (self.floor.rows, self.floor.linear, self.floor.attention))
+        floors = (round(x, 4) for x in astuple(self.floor))
         values = (self.batch, self.length, self.tokens, round(self.padding, 4), *floors)
         return dict(zip(CASE_FIELDS, values, strict=True))
 
@@ -273,9 +266,9 @@ class Case:
         """One call, the one that is timed."""
         raise NotImplementedError
 
-    def memory(self, device: torch.device, provider: str) -> float | None:
-        """MiB at the peak of one call, weights included."""
-        return peak_memory_mib(device, partial(self.run, provider))
+    def memory(self, device: torch.device, provider: str) -> Memory | float | None:
+        """What one call needs at its peak, as the table of the benchmark takes it."""
+        return memory_of(device, partial(self.run, provider))
 
     def errors(self, provider: str) -> dict[str, float]:
         """Run a provider and compare each of its outputs with the oracle."""
