@@ -19,8 +19,7 @@ from peft.tuners import lora
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitune_kernels import BituneConfig, BituneModel, get_bitune_model
-from bitune_kernels.modeling.adapters import SegmentLoraLinear, _by_blocks
-from bitune_kernels.modeling.passes import current
+from bitune_kernels.modeling.adapters import SegmentLora, by_blocks
 
 
 def _decoder(kind, hidden_size, mlp, layers, heads, heads_kv, vocab_size, positions, **rest):
@@ -155,9 +154,7 @@ class Models(NamedTuple):
 def attach(base: torch.nn.Module) -> Models:
     """Two LoRA adapters (r=8, every linear) that differ and do something, in the dtype of the model."""
     peft = LoraConfig(r=8, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    # Prompt rows ask for the adapter "bidir", answer rows for "causal", which are the same one here: so both go through
-    # the very layer that serves Bitune's two streams.
-    plain = BituneConfig(peft=peft, variant="no_mixing", skip_bidir=base.config.get_text_config().num_hidden_layers)
+    plain = BituneConfig(peft=peft, variant="naive_bidir", skip_bidir=base.config.get_text_config().num_hidden_layers)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # names in transformers that PEFT still asks for
         twin = copy.deepcopy(base, {id(p): p for p in base.parameters()})  # other modules, the same parameters
@@ -178,7 +175,7 @@ def attach(base: torch.nn.Module) -> Models:
         if isinstance(module, lora.Linear):
             original = models.bitune.get_submodule(name)
             for own, theirs in ((module.lora_A, original.lora_A), (module.lora_B, original.lora_B)):
-                own["bidir"] = own["causal"] = theirs["causal"]
+                own["causal"] = theirs["causal"]
     return models
 
 
@@ -188,20 +185,14 @@ def scope(models: Models, provider: str):
     name, _, backend = provider.removesuffix("]").partition("[")
     model = models.packed if name == "lora-packed" else models.bitune
     schedule = model.use_schedule(use_fused=bool(backend), backend=backend or None)
-    layers = patch.object(SegmentLoraLinear, "forward", _peft_forward) if name == "one-pass+peft" else nullcontext()
+    layers = patch.object(SegmentLora, "_rows", _peft_rows) if name == "one-pass+peft" else nullcontext()
     with model.disable_bitune() if name == "lora" else schedule, layers:
         yield model
 
 
-def _peft_forward(module: SegmentLoraLinear, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+def _peft_rows(module: SegmentLora, x: torch.Tensor, n: int) -> torch.Tensor:
     # What a pass costs without a LoRA layer of its own: PEFT's, once for each adapter's block of rows.
-    forward = partial(lora.Linear.forward, module)
-    p = current()
-    block = None if p is None else p.split(x)
-    if block is None:
-        return forward(x, *args, **kwargs)
-    y = _by_blocks(module, forward, x.reshape(-1, x.shape[-1]), block[1])
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return by_blocks(module, partial(lora.Linear.forward, module), x, n)
 
 
 @contextmanager

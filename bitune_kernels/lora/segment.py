@@ -41,6 +41,9 @@ class Adapter(NamedTuple):
 _EMULATES = torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
+_NO_ADAPTER = Adapter(None, None)  # of no row
+
+
 def _emulated(device_type: str, dtype: torch.dtype) -> bool:
     return _EMULATES and device_type == "cpu" and dtype in (torch.bfloat16, torch.float16)
 
@@ -90,9 +93,10 @@ def _segment_lora(start, weight, bias, h_bidir, b_bidir, scale_bidir, bias_bidir
         (y[:n], h_bidir, b_bidir, scale_bidir, bias_bidir),
         (y[n:], h_causal, b_causal, scale_causal, bias_causal),
     ):
-        rows.addmm_(h, b.T, alpha=scale)
-        if adapter_bias is not None:
-            rows.add_(adapter_bias, alpha=scale)
+        if h.shape[0]:
+            rows.addmm_(h, b.T, alpha=scale)
+            if adapter_bias is not None:
+                rows.add_(adapter_bias, alpha=scale)
     return y
 
 
@@ -112,6 +116,10 @@ class _SegmentLora(torch.autograd.Function):
         with _without_autocast(x):
             x_, start, weight_, bias_ = _cast(dtype, x, product, weight, bias)
             for rows, adapter in ((x_[:n], bidir), (x_[n:], causal)):
+                if adapter.a is None:
+                    operands += [x_.new_empty(0, 1), x_.new_empty(0, 1), 1.0, None]
+                    saved += [None] * 4
+                    continue
                 a, b, adapter_bias = _cast(dtype, adapter.a, adapter.b, adapter.bias)
                 mask = None
                 if adapter.dropout:
@@ -137,6 +145,9 @@ class _SegmentLora(torch.autograd.Function):
             grads = []
             for i, rows in enumerate((slice(0, n), slice(n, None))):
                 a, b, h, mask = saved[4 * i : 4 * i + 4]
+                if a is None:
+                    grads += [None] * 5
+                    continue
                 need_a, need_b, _, need_bias, _ = ctx.needs_input_grad[5 * i + 5 : 5 * i + 10]
                 scale, keep = ctx.scales[i], ctx.keeps[i]
                 dh = (dy[rows] @ b.to(dtype)) * scale
@@ -153,7 +164,7 @@ class _SegmentLora(torch.autograd.Function):
 
 
 def segment_lora_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, n: int, bidir: Adapter, causal: Adapter
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, n: int, bidir: Adapter | None, causal: Adapter
 ) -> torch.Tensor:
     """A linear layer with two LoRA adapters, each serving one block of rows.
 
@@ -163,16 +174,19 @@ def segment_lora_linear(
         x: [T, in_features], floating.
         weight, bias: frozen, [out_features, in_features] and [out_features] or None.
         n: rows [0, n) use ``bidir``, rows [n, T) use ``causal``.
+        bidir: None where n is 0.
 
     Returns:
         [T, out_features] in x's dtype, under autocast in its dtype. Differentiable once in x and the adapters.
     """
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("weight, bias: expected a frozen base layer, got requires_grad=True")
-    return _SegmentLora.apply(_autocast(x), None, weight, bias, n, *bidir, *causal)
+    return _SegmentLora.apply(_autocast(x), None, weight, bias, n, *(bidir or _NO_ADAPTER), *causal)
 
 
-def segment_lora_add(product: torch.Tensor, x: torch.Tensor, n: int, bidir: Adapter, causal: Adapter) -> torch.Tensor:
+def segment_lora_add(
+    product: torch.Tensor, x: torch.Tensor, n: int, bidir: Adapter | None, causal: Adapter
+) -> torch.Tensor:
     """``segment_lora_linear`` over a base product that another layer computed: one of quantized weights, for example.
 
     Args:
@@ -182,7 +196,7 @@ def segment_lora_add(product: torch.Tensor, x: torch.Tensor, n: int, bidir: Adap
     Returns:
         [T, out_features] in the product's dtype. Differentiable once in product, x and the adapters.
     """
-    return _SegmentLora.apply(_autocast(x), product, None, None, n, *bidir, *causal)
+    return _SegmentLora.apply(_autocast(x), product, None, None, n, *(bidir or _NO_ADAPTER), *causal)
 
 
 class _SegmentScale(torch.autograd.Function):
@@ -191,7 +205,8 @@ class _SegmentScale(torch.autograd.Function):
         ctx.save_for_backward(x, bidir, causal)
         ctx.n = n
         y = torch.empty_like(x)
-        torch.mul(x[:n], bidir, out=y[:n])
+        if n:
+            torch.mul(x[:n], bidir, out=y[:n])
         torch.mul(x[n:], causal, out=y[n:])
         return y if bias is None else y.add_(bias)
 
@@ -205,6 +220,9 @@ class _SegmentScale(torch.autograd.Function):
             (slice(0, ctx.n), bidir, ctx.needs_input_grad[2]),
             (slice(ctx.n, None), causal, ctx.needs_input_grad[3]),
         ):
+            if factor is None:
+                grads.append(None)
+                continue
             if dx is not None:
                 torch.mul(dy[rows], factor, out=dx[rows])
             wide = torch.promote_types(factor.dtype, torch.float32)
@@ -213,14 +231,14 @@ class _SegmentScale(torch.autograd.Function):
 
 
 def segment_scale(
-    x: torch.Tensor, n: int, bidir: torch.Tensor, causal: torch.Tensor, bias: torch.Tensor | None = None
+    x: torch.Tensor, n: int, bidir: torch.Tensor | None, causal: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Every row times the factors of its adapter, plus a bias.
 
     Args:
         x: [T, features].
         n: rows [0, n) use ``bidir``, rows [n, T) use ``causal``.
-        bidir, causal: [features].
+        bidir, causal: [features]; ``bidir`` None where n is 0.
         bias: frozen, [features] or None.
 
     Returns:

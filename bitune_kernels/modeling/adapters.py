@@ -41,11 +41,10 @@ class _SegmentLayer:
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         p = current()
-        block = None if p is None or self.disable_adapters else p.split(x)
-        if block is None:
+        if p is None or not p.packed or self.disable_adapters:
             return super().forward(x, *args, **kwargs)
-        rows = x.reshape(-1, x.shape[-1])
-        y = self._rows(rows, block[1])
+        block = p.split(x)
+        y = self._rows(x.reshape(-1, x.shape[-1]), 0 if block is None else block[1])
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _rows(self, x: torch.Tensor, n: int) -> torch.Tensor:
@@ -57,23 +56,25 @@ class SegmentLora(_SegmentLayer):
     """Before a LoRA layer of PEFT over a linear one, plain or quantized."""
 
     def _rows(self, x, n):
-        bidir, causal = adapters = [self._adapter(name) for name in (BIDIR, CAUSAL)]
-        variants = [self.lora_variant[name] for name in (BIDIR, CAUSAL) if name in self.lora_variant]
+        names = (BIDIR, CAUSAL) if n else (CAUSAL,)
+        adapters = [self._adapter(name) for name in names]
+        variants = [self.lora_variant[name] for name in names if name in self.lora_variant]
+        both = adapters if n else [None, *adapters]
         base = self.base_layer
         plain = _is_plain(base, x)
         if variants:
             dora = all(type(v) is DoraLinearVariant for v in variants) and not any(a.dropout for a in adapters)
             if not (dora and plain):
                 return by_blocks(self, super(_SegmentLayer, self).forward, x, n)
-            y = segment_lora_linear(x, base.weight, None, n, bidir, causal)
+            y = segment_lora_linear(x, base.weight, None, n, *both)
             factors = [
                 self.lora_magnitude_vector[name].weight / adapted_row_norms(base.weight, adapter)
-                for name, adapter in ((BIDIR, bidir), (CAUSAL, causal))
+                for name, adapter in zip(names, adapters, strict=True)
             ]
-            return segment_scale(y, n, *factors, base.bias)
+            return segment_scale(y, n, *(factors if n else [None, *factors]), base.bias)
         if plain:
-            return segment_lora_linear(x, base.weight, base.bias, n, bidir, causal)
-        return segment_lora_add(base(x), x, n, bidir, causal)  # the library that owns the weights multiplies by them
+            return segment_lora_linear(x, base.weight, base.bias, n, *both)
+        return segment_lora_add(base(x), x, n, *both)  # the library that owns the weights multiplies by them
 
     def _adapter(self, name: str) -> Adapter:
         a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
@@ -85,7 +86,7 @@ class SegmentIA3(_SegmentLayer):
     """Before an IA3 layer of PEFT over a linear one."""
 
     def _rows(self, x, n):
-        bidir, causal = (self.ia3_l[name].flatten() for name in (BIDIR, CAUSAL))
+        bidir, causal = self.ia3_l[BIDIR].flatten() if n else None, self.ia3_l[CAUSAL].flatten()
         if self.is_feedforward:
             return self.base_layer(segment_scale(x, n, bidir, causal))
         return segment_scale(self.base_layer(x), n, bidir, causal)
@@ -113,10 +114,12 @@ def _segment_class(layer: type) -> type | None:
 
 def by_blocks(module, forward, x: torch.Tensor, n: int) -> torch.Tensor:
     """``forward``, of a tuner layer, on each block of rows with its own adapter."""
-    with _using(module, BIDIR):
-        bidir = forward(x[:n])
-    with _using(module, CAUSAL):
-        return torch.cat([bidir, forward(x[n:])])
+    blocks = []
+    for name, rows in ((BIDIR, x[:n]), (CAUSAL, x[n:])):
+        if n or name == CAUSAL:
+            with _using(module, name):
+                blocks.append(forward(rows))
+    return torch.cat(blocks) if n else blocks[0]
 
 
 def _before(module, args):

@@ -16,6 +16,8 @@ from .structure import Structure
 class OnePass(Pass):
     """One run over all rows of a plan. With ``caches`` attention also writes the keys and values to keep."""
 
+    packed = True
+
     def __init__(
         self,
         structure: Structure,

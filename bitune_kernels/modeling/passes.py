@@ -39,6 +39,7 @@ class Pass:
     Attributes:
         num_rows: rows of every linear's input (T), of which the first ``bidir_rows`` use the adapter "bidir".
         answer_rows: rows after the last layer's trimming; they all use the adapter "causal".
+        packed: whether the rows are those of all streams and segments, without padding.
         adapter: the adapter that serves all rows, where that isn't the active one ("causal"); else None.
         shared: trained tensors that several layers read. Layers recomputed in the backward pass get them as arguments:
             each one's gradient then ends there, and what the tensors were made from gets one gradient per step, which
@@ -47,6 +48,7 @@ class Pass:
             pass is the one it is called for, and a 4-D mask makes transformers build none of its own.
     """
 
+    packed = False
     adapter: str | None = None
     shared: tuple[torch.Tensor, ...] = ()
     trims = False
