@@ -363,6 +363,14 @@ def test_merged_adapters_are_refused_where_two_are_needed(fused):
     torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_the_one_adapter_of_a_variant_may_be_merged():
+    model, (ids, mask, labels) = bitune_model(variant="naive_bidir").eval(), ragged_batch()
+    expected = model(input_ids=ids, attention_mask=mask, labels=labels).logits
+    model.merge_adapter()
+    torch.testing.assert_close(model(input_ids=ids, attention_mask=mask, labels=labels).logits, expected)
+
+
 def test_theta_that_is_not_finite_is_refused(tmp_path):
     model = bitune_model()
     with torch.no_grad():

@@ -41,7 +41,7 @@ class _SegmentLayer:
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         p = current()
-        if p is None or not p.packed or self.disable_adapters:
+        if p is None or not p.packed or self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         block = p.split(x)
         y = self._rows(x.reshape(-1, x.shape[-1]), 0 if block is None else block[1])
