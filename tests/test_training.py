@@ -19,7 +19,7 @@ from bitune_kernels.training import (
     write_alpha_csv,
 )
 from tests.test_trainers import arguments, collate, hf_trainer, losses, sft_trainer, tokenized
-from tests.tiny import bitune_model, ragged_batch
+from tests.tiny import base_model, bitune_model, ragged_batch
 
 
 def test_parameter_groups_cover_what_is_trained_once():
@@ -135,6 +135,20 @@ def test_two_hundred_steps_by_both_schedules_coincide(tmp_path):
         curves.append(losses(trainer))
     assert len(curves[0]) == 200 and curves[0][-1] < curves[0][0] - 0.2
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+
+
+def test_bfloat16_curves_differ_less_than_seeds_do(tmp_path):
+    curves = []
+    for fused, seed in ((True, 3), (False, 3), (False, 4)):
+        base = base_model(dtype=torch.bfloat16)
+        model = bitune_model(seed, base=base, use_fused=fused, theta_init=0.01)
+        changes = dict(max_steps=200, learning_rate=1e-3, save_strategy="no", seed=seed)
+        trainer = hf_trainer(model, tmp_path / f"{fused}{seed}", **changes)
+        trainer.train()
+        curves.append(torch.tensor(losses(trainer)))
+    one_pass, three_passes, another_seed = curves
+    noise = (three_passes - another_seed).abs().mean()
+    assert (one_pass - three_passes).abs().mean() < noise / 2 and one_pass[-1] < one_pass[0] - 0.2
 
 
 class Called(TorchDispatchMode):
