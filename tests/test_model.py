@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PromptTuningConfig
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache
 
 from bitune_kernels import BituneConfig, BituneModel, get_bitune_model
 from tests.tiny import VOCAB, base_model, bitune_model, lora, ragged_batch
@@ -242,31 +242,6 @@ def test_a_copy_is_independent():
         assert not torch.equal(other(input_ids=ids, attention_mask=mask, labels=labels).loss, before)
 
 
-def test_generation_samples_and_batches():
-    model = bitune_model().eval()
-    ids, mask, _ = ragged_batch("left", answers=(0, 0, 0, 0))
-    options = dict(max_new_tokens=6, eos_token_id=None, pad_token_id=0)
-    greedy = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, **options)
-    for b in range(len(ids)):
-        alone = ids[b : b + 1, mask[b].bool()]
-        one = model.generate(input_ids=alone, attention_mask=torch.ones_like(alone), do_sample=False, **options)
-        assert one[0, -6:].tolist() == greedy[b, -6:].tolist()
-    static = model.generate(input_ids=ids, attention_mask=mask, cache_implementation="static", num_beams=2, **options)
-    dynamic = model.generate(input_ids=ids, attention_mask=mask, num_beams=2, **options)
-    assert torch.equal(static, dynamic)
-    torch.manual_seed(0)
-    sampled = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=3.0, **options)
-    assert sampled.shape == greedy.shape and not torch.equal(sampled, greedy)
-
-
-def test_a_cache_of_the_user_is_filled():
-    model = bitune_model().eval()
-    ids, cache = torch.randint(3, VOCAB, (1, 6)), DynamicCache()
-    with torch.no_grad():
-        out = model(input_ids=ids, past_key_values=cache)
-    assert out.past_key_values is cache and cache.get_seq_length() == 6
-
-
 BAD_CALLS = {
     "prompt_lengths: expected 1 to": lambda i, m, y: dict(input_ids=i, attention_mask=m, prompt_lengths=[5, 0, 9, 2]),
     "prompt_lengths: expected one length": lambda i, m, y: dict(input_ids=i, attention_mask=m, prompt_lengths=[5]),
@@ -307,17 +282,6 @@ def test_training_without_labels_is_refused():
     model = bitune_model().train()
     with pytest.raises(ValueError, match="labels: expected labels"):
         model(input_ids=torch.ones(1, 4, dtype=torch.long))
-
-
-@pytest.mark.parametrize("option", [{"prefill_chunk_size": 2}, {"use_cache": False}])
-def test_generation_that_would_be_wrong_is_refused(option):
-    model = bitune_model().eval()
-    ids = torch.ones(1, 4, dtype=torch.long)
-    (name,) = option
-    with pytest.raises(ValueError, match=name):
-        model.generate(input_ids=ids, **option)
-    with pytest.raises(ValueError, match=name):
-        model.generate(input_ids=ids, generation_config=GenerationConfig(**option))
 
 
 def untouched(base, before):

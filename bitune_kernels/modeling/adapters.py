@@ -8,6 +8,7 @@ which hooks let run once per block of rows with that block's adapter: exact for 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from contextlib import contextmanager
 from functools import cache
 
@@ -172,3 +173,57 @@ def route_rows(model: nn.Module) -> list[nn.Module]:
             module.register_forward_pre_hook(_before)
             module.register_forward_hook(_after)
     return adapted
+
+
+class CausalMerge:
+    """The adapter "causal" added to the base weights, and taken out again to the bit.
+
+    Subtracting what was added would leave the rounding of both steps in the base weights. They are kept beside the
+    merged ones instead, which costs the memory of every adapted weight once more.
+
+    Raises:
+        ValueError: base weights that can't be merged and restored: quantized, sharded, or used elsewhere unadapted.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+        self._kept: list[tuple[nn.Parameter, torch.Tensor]] = []
+        names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+        for module in self._layers:
+            if module.merged:
+                raise ValueError(f"merged_decoding: expected unmerged adapters, got {module.merged_adapters} merged")
+            for name, p in module.get_base_layer().named_parameters():
+                kind = type(module.get_base_layer()).__name__
+                if type(p) is not nn.Parameter or not p.is_floating_point():
+                    raise ValueError(
+                        f"merged_decoding: expected whole floating-point base weights, got the {name} of a {kind} as "
+                        f"{type(p).__name__} of {p.dtype}"
+                    )
+                if names[id(p)] > 1:
+                    raise ValueError(
+                        f"merged_decoding: expected base weights of one module each, got the {name} of a {kind}, which "
+                        "is tied to a module without this adapter"
+                    )
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Merge; what fails on the way leaves the base weights as they were."""
+        try:
+            for module in self._layers:
+                self._kept += [(p, p.detach().clone()) for p in module.get_base_layer().parameters()]
+                module.merge(adapter_names=[CAUSAL])
+        except Exception:
+            self.undo()
+            raise
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Put the base weights back, if they are merged."""
+        if not self._kept:
+            return
+        for module in self._layers:
+            if module.merged:
+                module.unmerge()
+        for p, kept in self._kept:
+            p.copy_(kept)
+        self._kept.clear()

@@ -15,7 +15,8 @@ import torch
 from ..config import BituneConfig
 from ..mixing import MixingCoefficients
 from ..plan import SegmentPlan
-from .adapters import BIDIR
+from .adapters import BIDIR, CausalMerge
+from .generate import Generation, check_cache
 from .one_pass import OnePass, TrimHooks
 from .passes import current
 from .structure import Structure, refuse_partitioned
@@ -44,12 +45,16 @@ class Request:
 
 
 class _Call:
-    """One call of the backbone on its way through the hooks."""
+    """One call of the backbone on its way through the hooks.
+
+    Attributes:
+        copies: int64 [batch], which of the distinct prompts in the plan each row is; None: every row its own.
+    """
 
     def __init__(self):
         self.scope = ExitStack()
         self.request: Request | None = None
-        self.plan = self.one_pass = self.three_pass = self.answer_pass = self.cache = None
+        self.plan = self.one_pass = self.three_pass = self.answer_pass = self.cache = self.copies = None
 
 
 class BackboneHooks:
@@ -60,9 +65,10 @@ class BackboneHooks:
         self.stream_masks = config.stream_masks(structure.num_layers)
         self.enabled = True
         self.trims = True
-        self.padding_mask = None  # generate() records the 2-D mask here, since static caches get a 4-D one
+        self.generation: Generation | None = None
+        self.merge: CausalMerge | None = None
         self._request: Request | None = None
-        self._calls: list[_Call] = []
+        self._calls: list[_Call | None] = []
         backbone = structure.backbone
         self._names = list(inspect.signature(backbone.forward).parameters)  # of positional arguments
         self._handles = [
@@ -89,6 +95,40 @@ class BackboneHooks:
             self._request = None
 
     @contextmanager
+    def generating(self, generation: Generation):
+        """Inside, prompts are those of this run of generate()."""
+        outer, self.generation = self.generation, generation
+        try:
+            yield
+        finally:
+            self.generation = outer
+
+    @contextmanager
+    def merged(self, merge: CausalMerge):
+        """Inside, the adapter "causal" is merged into the base weights, except during passes over a prompt."""
+        try:
+            merge.apply()
+            self.merge = merge
+            yield
+        finally:
+            self.merge = None
+            merge.undo()
+
+    @contextmanager
+    def unmerged(self):
+        """Inside, the base weights are their own."""
+        merge, self.merge = self.merge, None
+        if merge is None:
+            yield
+            return
+        merge.undo()
+        try:
+            yield
+        finally:
+            merge.apply()
+            self.merge = merge
+
+    @contextmanager
     def disabled(self):
         """Inside, the backbone is a plain causal decoder."""
         enabled, self.enabled = self.enabled, False
@@ -97,23 +137,49 @@ class BackboneHooks:
         finally:
             self.enabled = enabled
 
+    def _decodes(self, past) -> bool:
+        """Whether a call with this cache continues an answer: an ordinary step with the causal adapter."""
+        if past is None:
+            return False
+        # A static cache keeps its length on the device: reading it there would wait once per token.
+        if self.generation is not None and past is self.generation.filled:
+            return True
+        return int(past.get_seq_length()) > 0
+
     def _before(self, backbone, args, kwargs):
-        call = _Call()
-        self._calls.append(call)
         if not self.enabled or current() is not None:
+            self._calls.append(None)
             return None
-        refuse_partitioned([("a weight", next(backbone.parameters()))])  # DeepSpeed partitions after the attach
         kwargs = kwargs | dict(zip(self._names, args, strict=False))
+        past, request = kwargs.get("past_key_values"), self._request
+        if request is None and self._decodes(past):
+            self._calls.append(None)
+            return None
+        call, self._request = _Call(), None
+        self._calls.append(call)
+        refuse_partitioned([("a weight", next(backbone.parameters()))])  # DeepSpeed partitions after the attach
         name = "inputs_embeds" if kwargs.get("inputs_embeds") is not None else "input_ids"
-        tokens, past = kwargs.get(name), kwargs.get("past_key_values")
-        request, self._request = self._request, None
-        if request is None and past is not None and int(past.get_seq_length()) > 0:
-            return None  # decoding: an ordinary step with the causal adapter
+        tokens = kwargs.get(name)
         if tokens is None:
             raise ValueError("input_ids: expected token ids [batch, seq] (or inputs_embeds), got None")
+        if self.merge is not None:
+            self.merge.undo()
+        self._refuse(tokens, kwargs)
+        batch, positions = tokens.shape[0], kwargs.get("position_ids")
+        if positions is not None:
+            if tuple(positions.shape) not in ((1, tokens.shape[1]), tuple(tokens.shape[:2])):
+                raise ValueError(
+                    f"position_ids: expected shape {list(tokens.shape[:2])} as the tokens, got {list(positions.shape)}"
+                )
+            positions = positions.expand(tokens.shape[:2])
         call.request = request
-        call.plan = self._prompt_plan(backbone, tokens, kwargs) if request is None else request.plan
-        self._refuse(tokens, kwargs, call.plan)
+        if request is None:
+            tokens, positions = self._take_prompts(backbone, call, tokens, positions, kwargs.get("attention_mask"))
+        else:
+            call.plan = request.plan
+            if call.plan.batch_size > batch and (kwargs.get("use_cache") or past is not None):
+                raise ValueError("use_cache: expected False with packed samples, whose cache nothing can go on from")
+        self._refuse_positions(positions, call.plan)
         kwargs.pop("logits_to_keep", None)  # the caller keeps its rows itself, once they are back in their places
         shared = self.structure.kv_layers != list(range(self.structure.num_layers))
         if shared and self.structure.checkpoints_reentrantly:
@@ -122,6 +188,8 @@ class BackboneHooks:
                 "and need gradient_checkpointing_kwargs={'use_reentrant': False}, got use_reentrant=True"
             )
         call.cache = self._cache(backbone, kwargs, request is not None)
+        if past is not None:
+            check_cache(past, self.structure, batch, tokens.shape[1])
         if self.config.use_fused:
             kwargs |= self._fused(call, tokens, name)
         else:
@@ -130,20 +198,32 @@ class BackboneHooks:
         kwargs.pop("cache_position", None)
         return (), kwargs
 
-    def _prompt_plan(self, backbone, tokens, kwargs) -> SegmentPlan:
+    def _take_prompts(self, backbone, call: _Call, tokens, positions, mask):
+        """Plan a call whose tokens are prompts; returns the tokens and positions of the distinct ones."""
         if backbone.training and torch.is_grad_enabled():
             raise ValueError(
                 "labels: expected labels (or prompt_lengths) in training, to know where the prompt ends; got neither"
             )
-        mask = kwargs.get("attention_mask")
         if not (mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)):
-            mask = self.padding_mask
-            if mask is not None and mask.shape[0] < tokens.shape[0]:  # beams and returned sequences repeat the rows
-                mask = mask.repeat_interleave(tokens.shape[0] // mask.shape[0], dim=0)
-        shape = tuple(tokens.shape[:2])
-        return SegmentPlan.from_batch(shape, mask, num_streams=self.config.num_streams, device=tokens.device)
+            mask = _padding(positions)
+        if self.generation is not None and mask is not None and not bool(mask[:, -1].all()):
+            rows = (mask[:, -1] == 0).nonzero().flatten().tolist()
+            raise ValueError(
+                "attention_mask: expected padding on the left in generate(), since answers are appended to the last "
+                f"column, got padding there in rows {rows}"
+            )
+        # beams and returned sequences repeat each prompt, and some trainers do
+        first, call.copies = _repeats(tokens, mask, positions)
+        tokens, mask, positions = (x if x is None or first is None else x[first] for x in (tokens, mask, positions))
+        lengths, width = None, None if self.generation is None else self.generation.prompt_width
+        if width is not None and width < tokens.shape[1]:  # candidates for the answer came with the prompt
+            lengths = [width] * tokens.shape[0] if mask is None else mask[:, :width].ne(0).sum(1)
+        call.plan = SegmentPlan.from_batch(
+            tuple(tokens.shape[:2]), mask, lengths, num_streams=self.config.num_streams, device=tokens.device
+        )
+        return tokens, positions
 
-    def _refuse(self, tokens, kwargs, plan: SegmentPlan) -> None:
+    def _refuse(self, tokens, kwargs) -> None:
         if self.config.separate_adapters and any(getattr(m, "merged", False) for m in self.structure.adapted):
             raise ValueError(
                 "adapters: expected unmerged ones to run both streams (call unmerge_adapter()), got merged weights"
@@ -154,21 +234,27 @@ class BackboneHooks:
         given = [name for name in PACKED if kwargs.get(name) is not None]
         if given:
             raise ValueError(f"{given[0]}: expected packed samples in training alone, with labels; got neither")
-        if plan.batch_size > len(tokens) and (kwargs.get("use_cache") or kwargs.get("past_key_values") is not None):
-            raise ValueError("use_cache: expected False with packed samples, whose cache nothing can go on from")
         for name, x in kwargs.items():
             per_token = isinstance(x, torch.Tensor) and x.shape[:2] == tokens.shape[:2]
             if per_token and name not in _UNDERSTOOD:
                 raise ValueError(f"{name}: expected no further input per token with Bitune, got {list(x.shape)}")
-        positions = kwargs.get("position_ids")
+
+    def _refuse_positions(self, positions, plan: SegmentPlan) -> None:
         if positions is not None:
-            found = positions.expand(tokens.shape[:2]).flatten()[plan.token_index]
+            found = positions.flatten()[plan.token_index]
             expected = plan.positions[-plan.num_prompt - plan.num_answer :]
             if not torch.equal(found.cpu(), expected.cpu()):
                 raise ValueError(
                     "position_ids: expected 0, 1, 2, ... from the first real token of each row (several samples in one "
                     "row need labels or prompt_lengths), got others"
                 )
+        limit = self.structure.max_positions
+        longest = max(map(sum, zip(plan.prompt_lengths, plan.answer_lengths, strict=True)))
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"input_ids: expected at most {limit} tokens per row, for which the model has learned positions, got "
+                f"{longest}"
+            )
 
     def _cache(self, backbone, kwargs, packed: bool):
         past, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
@@ -215,8 +301,10 @@ class BackboneHooks:
 
     def _after(self, backbone, args, kwargs, output):
         call = self._calls.pop()
+        if call is None:
+            return None
         call.scope.close()
-        if call.plan is None or output is None:  # not a pass of ours, or an exception is on its way
+        if call.plan is None or output is None:  # an exception is on its way
             return None
         rows, plan = output.last_hidden_state, call.plan
         if call.one_pass is not None:
@@ -224,14 +312,57 @@ class BackboneHooks:
         else:
             rows = call.three_pass.answer_rows(rows)
             caches = None if call.cache is None else call.three_pass.caches(call.answer_pass)
-        output.last_hidden_state = rows[None] if call.request is not None else plan.unpack_answers(rows)
+        output.last_hidden_state = rows[None] if call.request is not None else _each(plan.unpack_answers(rows), call)
         if call.cache is not None:
             for layer, (k, v) in sorted(caches.items()):
-                if self.structure.kv_layers[layer] != layer:
-                    continue
-                call.cache.update(k, v, getattr(self.structure.attentions[layer], "layer_idx", layer))
+                if self.structure.kv_layers[layer] == layer:
+                    call.cache.update(_each(k, call), _each(v, call), self.structure.cache_index(layer))
             output.past_key_values = call.cache
+            if call.request is None:
+                self._begin_answer(call.cache)
         if call.request is not None and call.request.holds:
             call.request.output = output
             output = type(output)(**{**output, "last_hidden_state": rows[None, :1]})
         return output
+
+    def _begin_answer(self, cache) -> None:
+        if self.generation is not None:
+            self.generation.filled = cache
+        if self.merge is not None:
+            self.merge.apply()
+
+
+def _each(x: torch.Tensor, call: _Call) -> torch.Tensor:
+    """[distinct prompts, ...] -> [batch, ...]"""
+    return x if call.copies is None else x.index_select(0, call.copies)
+
+
+def _repeats(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Rows that equal the row before them in every tensor [batch, ...].
+
+    Returns bool [batch], the first row of each run of equal ones, and int64 [batch], the run that each row belongs to;
+    None and None if all rows differ.
+    """
+    tensors = [x for x in tensors if x is not None]
+    if tensors[0].shape[0] == 1:
+        return None, None
+    same = torch.stack([(x[1:] == x[:-1]).flatten(1).all(1) for x in tensors]).all(0)
+    if not bool(same.any()):
+        return None, None
+    first = torch.nn.functional.pad(~same, (1, 0), value=True)
+    return first, first.cumsum(0) - 1
+
+
+def _padding(positions: torch.Tensor | None) -> torch.Tensor:
+    """The 2-D mask bool [batch, seq] of left padding, where transformers has turned it into another form.
+
+    It does so for static caches. Positions are 0 at padding and count from 0 at the first real token.
+    """
+    if positions is None:
+        raise ValueError("attention_mask: expected one of shape [batch, seq], got another one and no position_ids")
+    column = torch.arange(positions.shape[1], device=positions.device)
+    start = torch.where(positions == 0, column, -1).amax(1, keepdim=True)
+    mask = column >= start
+    if bool((positions * ~mask).any()):
+        raise ValueError("attention_mask: expected padding on the left and positions that are 0 there, got others")
+    return mask

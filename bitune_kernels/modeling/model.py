@@ -18,8 +18,9 @@ from torch import nn
 from ..config import CONFIG_NAME, BituneConfig
 from ..mixing import MixingCoefficients
 from ..plan import SegmentPlan, find_samples
-from .adapters import BIDIR, CAUSAL, adapter_configs, base_module, route_rows
+from .adapters import BIDIR, CAUSAL, CausalMerge, adapter_configs, base_module, route_rows
 from .backbone import PACKED, BackboneHooks
+from .generate import prepare
 from .loss import chunked_loss
 from .probe import find_structure
 from .self_test import check_chunked_loss, check_one_pass
@@ -199,7 +200,7 @@ class BituneModel(PeftModelForCausalLM):
     @contextmanager
     def disable_adapter(self):
         """Inside, the model is the base model: one causal stream, no adapter (a reference model, for example)."""
-        with super().disable_adapter(), self._hooks.disabled():
+        with self._hooks.unmerged(), super().disable_adapter(), self._hooks.disabled():
             yield
 
     @contextmanager
@@ -269,6 +270,10 @@ class BituneModel(PeftModelForCausalLM):
         Raises:
             ValueError: naming the argument, what was expected and what came, before anything is computed.
         """
+        if kwargs.get("adapter_names") is not None and self._hooks.enabled:
+            raise ValueError(
+                f"adapter_names: expected None, since each stream has its own adapter, got {kwargs['adapter_names']}"
+            )
         common = dict(attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         if (labels is None and prompt_lengths is None) or not self._hooks.enabled:
             return super().forward(input_ids, labels=labels, return_dict=return_dict, **common)
@@ -342,25 +347,47 @@ class BituneModel(PeftModelForCausalLM):
         )
         return type(out)(**{**out, "loss": loss, "logits": None})
 
-    def generate(self, *args, **kwargs):
-        """``generate()`` of transformers: both streams prefill the prompt, answers are decoded causally."""
-        generation_config = kwargs.get("generation_config")
-        for source in (kwargs, vars(generation_config) if generation_config is not None else {}):
-            if source.get("prefill_chunk_size") is not None:
-                raise ValueError(
-                    "prefill_chunk_size: expected None, since bidirectional attention needs the whole prompt at once, "
-                    f"got {source['prefill_chunk_size']}"
-                )
-            if source.get("use_cache") is False:
-                raise ValueError(
-                    "use_cache: expected True, since without the mixed cache each step would read the answer so far as "
-                    "a part of the prompt, got False"
-                )
-        self._hooks.padding_mask = kwargs.get("attention_mask")
-        try:
-            return super().generate(*args, **kwargs)
-        finally:
-            self._hooks.padding_mask = None
+    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs):
+        """``generate()`` of transformers: both streams prefill the prompt, answers are decoded causally.
+
+        Prompts that repeat, as those of beams and returned sequences do, are prefilled once. See ``merged_decoding``
+        for decoding without the cost of the adapter.
+
+        Raises:
+            ValueError: for what can't be right, before any work: a prompt in chunks or without a cache, modes that may
+                run the prompt again, a cache that holds tokens already or can't hold these, padding on the right.
+        """
+        arguments = {"inputs": inputs, "generation_config": generation_config}
+        kwargs |= {name: x for name, x in arguments.items() if x is not None}
+        if not self._hooks.enabled:
+            return super().generate(**kwargs)
+        run = prepare(self._hooks.structure, self.generation_config, inputs, generation_config, kwargs)
+        with self._hooks.generating(run):
+            return super().generate(**kwargs)
+
+    def generate_batch(self, *args, **kwargs):
+        """Continuous batching is refused: it computes prompts in parts, and packed with other requests."""
+        raise ValueError(
+            "generate_batch: expected generate(), since continuous batching runs prompts in parts and bidirectional "
+            "attention needs the whole prompt at once"
+        )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+    @contextmanager
+    def merged_decoding(self):
+        """Inside, answers are decoded with the adapter "causal" merged into the base weights: at the speed of a model
+        without adapters.
+
+        Prompts are still run with both adapters: each pass over prompts takes the merge back and makes it again. The
+        base weights are kept meanwhile, which costs the memory of every adapted weight once more, and are the same to
+        the bit afterwards. Tokens are those of unmerged decoding up to the rounding of the merged weights.
+
+        Raises:
+            ValueError: base weights that are quantized, sharded or tied to a module without the adapter.
+        """
+        with self._hooks.merged(CausalMerge(self)):
+            yield
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
         """Write both adapters (as PEFT does, a folder each), the mixing coefficients and the config.

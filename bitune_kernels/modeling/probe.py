@@ -163,10 +163,19 @@ def find_structure(model: nn.Module) -> Structure:
         configs=configs,
         windows=[window for _, _, window in probe.calls],
         num_heads_kv=[key.shape[1] for _, key, _ in probe.calls],
+        head_dims=[key.shape[3] for _, key, _ in probe.calls],
         kv_layers=[keys.index(key) for key in keys],
         trim=None if layer is None else _find_trim(layer, last, probe),
+        max_positions=_max_positions(model, backbone),
         unused_bidir=_unused(model, layer, last, probe),
     )
+
+
+def _max_positions(model: nn.Module, backbone: nn.Module) -> int | None:
+    limit = getattr(backbone.config, "max_position_embeddings", None)
+    tables = (m for m in backbone.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings())
+    # some tables begin with rows that no position uses
+    return limit if any(m.num_embeddings - getattr(m, "offset", 0) == limit for m in tables) else None
 
 
 def _find_trim(layer: nn.Module, attention: nn.Module, probe: _Probe) -> Trim | None:

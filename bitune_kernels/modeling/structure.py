@@ -30,10 +30,12 @@ class Structure:
         configs: the config objects whose attention implementation the attentions follow.
         windows: the sliding window of each layer, or None.
         num_heads_kv: key/value heads of each layer.
+        head_dims: the size of a key of each layer.
         kv_layers: the layer whose keys and values each layer attends to: itself, or an earlier one that it shares
             them with. They are mixed once, so both layers use the first one's coefficients and cache.
         trim: how to trim the last layer, or None where that isn't possible.
         adapted: the PEFT layers, once there are adapters.
+        max_positions: how many tokens of a row the backbone has learned positions for, or None if it has learned none.
         unused_bidir: modules behind the keys and values of the last layer, where the bidirectional stream ends.
     """
 
@@ -43,8 +45,10 @@ class Structure:
     configs: list
     windows: list[int | None]
     num_heads_kv: list[int]
+    head_dims: list[int]
     kv_layers: list[int]
     trim: Trim | None
+    max_positions: int | None
     unused_bidir: set[nn.Module]
     adapted: list[nn.Module] = field(default_factory=list)
 
@@ -74,6 +78,10 @@ class Structure:
 
     def layer_index(self, attention: nn.Module) -> int:
         return self._index[id(attention)]
+
+    def cache_index(self, layer: int) -> int:
+        """The layer of a transformers cache that belongs to one of the model's."""
+        return getattr(self.attentions[layer], "layer_idx", layer)
 
 
 def refuse_packed(model: nn.Module) -> None:
