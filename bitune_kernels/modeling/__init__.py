@@ -2,5 +2,6 @@
 
 from .model import BituneModel, get_bitune_model
 from .official import load_official_checkpoint
+from .streams import stream_attention, stream_distance
 
-__all__ = ["BituneModel", "get_bitune_model", "load_official_checkpoint"]
+__all__ = ["BituneModel", "get_bitune_model", "load_official_checkpoint", "stream_attention", "stream_distance"]

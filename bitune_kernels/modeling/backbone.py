@@ -17,7 +17,7 @@ from ..mixing import MixingCoefficients
 from ..plan import SegmentPlan
 from .adapters import BIDIR, CausalMerge
 from .generate import Generation, check_cache
-from .one_pass import OnePass, TrimHooks
+from .one_pass import Observer, OnePass, TrimHooks
 from .passes import current
 from .structure import Structure, refuse_partitioned
 from .three_pass import ThreePass
@@ -67,6 +67,7 @@ class BackboneHooks:
         self.trims = True
         self.generation: Generation | None = None
         self.merge: CausalMerge | None = None
+        self.observer: Observer | None = None
         self._request: Request | None = None
         self._calls: list[_Call | None] = []
         backbone = structure.backbone
@@ -136,6 +137,15 @@ class BackboneHooks:
             yield
         finally:
             self.enabled = enabled
+
+    @contextmanager
+    def observing(self, observer: Observer):
+        """Inside, the one-pass schedule shows ``observer`` each layer's queries, keys and values."""
+        self.observer = observer
+        try:
+            yield
+        finally:
+            self.observer = None
 
     def _decodes(self, past) -> bool:
         """Whether a call with this cache continues an answer: an ordinary step with the causal adapter."""
@@ -285,6 +295,7 @@ class BackboneHooks:
             backend=self.config.backend,
             keep_cache=call.cache is not None,
             trims=self.trims,
+            observer=self.observer,
         )
         call.scope.enter_context(p.active())
         call.scope.enter_context(p.checkpointing())
