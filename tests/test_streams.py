@@ -1,4 +1,4 @@
-"""Attention matrices and distances of the two streams, against PEFT's own model of each adapter with a mask as tensor."""
+"""Attention matrices and distances of the two streams, against PEFT's model of each adapter with a mask as tensor."""
 
 from __future__ import annotations
 
