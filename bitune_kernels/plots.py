@@ -35,6 +35,7 @@ def plot_mixing(
             over_layers.plot(values.mean(1), marker="o")
             layers = "one for all layers" if mixing.granularity == "global" else "layer"
             over_layers.set(xlabel=layers, ylabel=label, ylim=(0, 1) if row == 0 else (0, None))
+            over_layers.xaxis.get_major_locator().set_params(integer=True)
     if rows:
         from .training.alpha import draw_alpha_over_steps
 
@@ -78,5 +79,6 @@ def plot_distance(distance: dict[str, torch.Tensor], path: str | Path) -> None:
     for name, label in (("k", "keys"), ("v", "values")):
         axes.plot(distance[name], marker="o", label=label)
     axes.set(xlabel="layer", ylabel="|bidir - causal| / |causal|", ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -62,12 +62,13 @@ def adapter_folder(folder: str) -> Path:
     """The folder with adapters: ``folder`` itself, or ``final`` in a run of ``bitune train``."""
     from ..config import CONFIG_NAME
 
-    found = [p for p in (Path(folder), Path(folder, "final")) if Path(p, CONFIG_NAME).is_file()]
+    names = (CONFIG_NAME, "causal")
+    found = [p for p in (Path(folder), Path(folder, "final")) if all(Path(p, name).exists() for name in names)]
     if not found:
-        what = "which has none" if Path(folder).is_dir() else "which is no folder"
+        what = f"got {folder}, which has none" if Path(folder).is_dir() else f"got {folder}, which is no folder"
         raise FileNotFoundError(
-            f"--adapter: expected a folder with {CONFIG_NAME}, written by BituneModel.save_pretrained or bitune train, "
-            f"got {folder}, {what}"
+            f"--adapter: expected a folder with {' and '.join(names)}, of BituneModel.save_pretrained or bitune "
+            f"train, {what}"
         )
     return found[0]
 

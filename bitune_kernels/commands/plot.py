@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from importlib.util import find_spec
 from pathlib import Path
 
 from .load import (
@@ -132,6 +133,8 @@ def _tensor(tokens: list[int], model):
 
 
 def _check_output(path: str) -> None:
+    if find_spec("matplotlib") is None:
+        raise ValueError("bitune plot: expected matplotlib, got none; pip install 'bitune-kernels[train]' brings it")
     if Path(path).suffix not in _FORMATS:
         raise ValueError(f"--output: expected a file that ends in {', '.join(_FORMATS)}, got {path}")
     if not Path(path).absolute().parent.is_dir():
