@@ -1,4 +1,4 @@
-"""The command ``bitune``: train a model, let it answer, look inside it, and see what is installed."""
+"""The command bitune: train a model, let it answer, look inside it, and see what is installed."""
 
 from __future__ import annotations
 

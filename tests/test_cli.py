@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, set_seed
 
 from bitune_kernels import BituneConfig, BituneModel
 from bitune_kernels.cli import main
@@ -141,7 +141,7 @@ def test_the_commands_of_the_readme_run(place, monkeypatch, capsys):
     assert {command for _, command, *_ in commands} == {"train", "generate", "plot", "env"}
 
 
-PROMPTS = ["1 + 1?", "Is the sky blue, and the sea?", "why"]
+PROMPTS = ["1 + 1?", "Is the sky blue,\u2028and the sea?", "why"]
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def greedy(model, tokens: list[int], count: int) -> list[int]:
 
 
 def lines(capsys) -> list[dict]:
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    return [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
 
 
 def test_answers_are_those_of_three_passes_one_by_one(place, trained, capsys):
@@ -176,12 +176,12 @@ def test_answers_are_those_of_three_passes_one_by_one(place, trained, capsys):
     tokenizer = AutoTokenizer.from_pretrained(place / "model")
     expected = [row[: next((i + 1 for i, token in enumerate(row) if token in (end, last)), 9)] for row in free]
     assert (expected[1][-1], expected[2][-1]) == (end, last) and end != last and len(expected[0]) == 9
-    (place / "prompts.jsonl").write_text("\n\n".join(json.dumps({"prompt": p}) for p in PROMPTS))
+    (place / "prompts.jsonl").write_text("\n\n".join(json.dumps({"prompt": p}, ensure_ascii=False) for p in PROMPTS))
     several = ["generate", *options, "--file", str(place / "prompts.jsonl"), "--max-new-tokens", "9"]
     assert main([*several, "--batch-size", "2", "--json"]) == 0
     for row, prompt, tokens in zip(lines(capsys), PROMPTS, expected, strict=True):
         text = tokenizer.decode(tokens, skip_special_tokens=True)
-        counts = {"prompt_tokens": len(prompt), "completion_tokens": len(tokens)}
+        counts = {"prompt_tokens": len(prompt.encode()), "completion_tokens": len(tokens)}
         assert row == {"prompt": prompt, "completion": text} | counts
     assert main([*several, "--batch-size", "3"]) == 0
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in expected]
@@ -191,8 +191,9 @@ def test_answers_are_those_of_three_passes_one_by_one(place, trained, capsys):
 
 
 def test_formats_and_sampling(place, trained, capsys):
-    options, _ = trained
+    options, model = trained
     template = (
+        "{% if messages[0].role == 'bot' %}{{ raise_exception('no bots') }}{% endif %}"
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
     )
     byte_tokenizer(chat_template=template).save_pretrained(place / "model")
@@ -209,8 +210,15 @@ def test_formats_and_sampling(place, trained, capsys):
     assert answer("--prompt", "why", "--format", "question") == answer("--prompt", TEMPLATE.format(x="why")) != plain
     chat = answer("--prompt", "[user]why[a]")
     assert answer("--prompt", "why", "--format", "chat") == answer("--file", str(place / "chat.jsonl")) == chat != plain
+    (place / "chat.jsonl").write_text(json.dumps({"messages": [{"role": "bot", "content": "why"}]}))
+    assert main([*command, "--file", str(place / "chat.jsonl")]) == 2
+    assert "line 1: expected messages as the chat template takes them; no bots" in capsys.readouterr().err
     seeds = [answer("--prompt", "why", "--temperature", "2", "--seed", seed) for seed in "112"]
     assert seeds[0] == seeds[1] != seeds[2] and plain not in seeds
+    ids = torch.tensor([byte_tokenizer()("why")["input_ids"]])
+    set_seed(1)
+    sampled = model.generate(input_ids=ids, do_sample=True, temperature=2.0, top_k=0, max_new_tokens=8, pad_token_id=0)
+    assert seeds[0][0] == byte_tokenizer().decode(sampled[0, 3:], skip_special_tokens=True)
     assert answer("--prompt", "why", "--top-p", "1e-6") == plain, "the likeliest token alone"
 
 
@@ -310,12 +318,13 @@ def test_in_a_terminal(place, trained, capsys):
     command = [*options, "--max-new-tokens", "6"]
     assert main(["generate", *command, "--prompt", "why"]) == 0
     environment = os.environ | {"PYTHONIOENCODING": "utf-8"}
-    cli = dict(args=[sys.executable, "-m", "bitune_kernels.cli", "generate", *command], capture_output=True, text=True)
-    answered = subprocess.run(**cli, input="why\n", env=environment, encoding="utf-8")
+    cli = [sys.executable, "-m", "bitune_kernels.cli", "generate", *command]
+    pipes = dict(input="why\n", capture_output=True, encoding="utf-8", env=environment)
+    answered = subprocess.run(cli, **pipes)
     assert (answered.returncode, answered.stdout) == (0, capsys.readouterr().out), answered.stderr
-    refused = subprocess.run(**cli, input="", env=environment)
+    refused = subprocess.run([*cli, "--top-p", "2"], **pipes)
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr == "bitune: stdin: expected some text, got an empty prompt\n"
+    assert refused.stderr == "bitune: --top-p: expected a number in (0, 1], got '2'\n"
 
 
 def test_env(capsys):

@@ -11,7 +11,7 @@ from peft import PeftModel
 from bitune_kernels.modeling import stream_attention, stream_distance
 from tests.families import BY_ID
 from tests.test_families import attach
-from tests.tiny import VOCAB, base_model, bitune_model
+from tests.tiny import VOCAB, base_model, bitune_model, lora
 
 P = 11
 
@@ -36,7 +36,7 @@ def plain(folder, ids, causal: bool, seed: int = 0):
 
 
 def test_each_stream_against_a_plain_model_of_its_adapter(tmp_path):
-    model = bitune_model(use_fused=False).train()
+    model = bitune_model(peft=lora(lora_dropout=0.5), use_fused=False).train()
     model.save_pretrained(tmp_path)
     ids = prompt()
     found, distance = stream_attention(model, ids), stream_distance(model, ids)

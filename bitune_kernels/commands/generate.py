@@ -48,6 +48,25 @@ def _run(given) -> None:
         raise ValueError(f"--seed: expected --temperature or --top-p with it (decoding is greedy), got {given.seed}")
     prompts = _read(given)
     tokenizer = load_tokenizer(given)
+    rows = _encode(prompts, tokenizer, given)
+    model = load_model(given)
+
+    from transformers import TextStreamer, set_seed
+
+    # Every field that the model's own generation_config may say otherwise.
+    options = dict(do_sample=sampled, temperature=given.temperature or 1.0, top_p=given.top_p or 1.0)
+    options |= dict(top_k=0 if sampled else 50, max_new_tokens=given.max_new_tokens)
+    options |= dict(eos_token_id=_end_tokens(model, tokenizer) or None)
+    if given.seed is not None:
+        set_seed(given.seed)
+    if given.file is None and not given.json:
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        _answer(model, tokenizer, rows, options | {"streamer": streamer})
+    else:
+        _write_answers(model, tokenizer, [prompt for _, prompt in prompts], rows, options, given)
+
+
+def _encode(prompts: list[tuple[str, str | list]], tokenizer, given) -> list[list[int]]:
     limit, rows = max_tokens(given), []
     for place, prompt in prompts:
         try:
@@ -59,30 +78,22 @@ def _run(given) -> None:
                 f"{place}: expected prompt and --max-new-tokens to be at most the {limit} tokens of the model, got "
                 f"{len(rows[-1])} and {given.max_new_tokens}"
             )
-    from tqdm import tqdm
-    from transformers import TextStreamer, set_seed
+    return rows
 
-    model = load_model(given)
-    ends = _end_tokens(model, tokenizer)
-    # every field that the model's own generation_config might say otherwise
-    options = dict(do_sample=sampled, temperature=given.temperature or 1.0, top_p=given.top_p or 1.0)
-    options |= dict(top_k=0 if sampled else 50, max_new_tokens=given.max_new_tokens, eos_token_id=ends or None)
-    if given.seed is not None:
-        set_seed(given.seed)
-    if given.file is None and not given.json:
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        _answer(model, tokenizer, rows, options | {"streamer": streamer})
-        return
+
+def _write_answers(model, tokenizer, prompts, rows, options, given) -> None:
+    from tqdm import tqdm
+
     with tqdm(total=len(rows), unit="prompt", disable=None if given.file else True) as bar:
         for first in range(0, len(rows), given.batch_size):
             batch = rows[first : first + given.batch_size]
             for i, answer in enumerate(_answer(model, tokenizer, batch, options), start=first):
-                text, prompt = tokenizer.decode(answer, skip_special_tokens=True), prompts[i][1]
+                text = tokenizer.decode(answer, skip_special_tokens=True)
                 if given.json:
-                    line = {"prompt" if isinstance(prompt, str) else "messages": prompt, "completion": text}
+                    line = {"prompt" if isinstance(prompts[i], str) else "messages": prompts[i], "completion": text}
                     line |= {"prompt_tokens": len(rows[i]), "completion_tokens": len(answer)}
                     text = json.dumps(line, ensure_ascii=False)
-                tqdm.write(text, file=sys.stdout)
+                tqdm.write(text, file=sys.stdout)  # print would tear the bar
             sys.stdout.flush()
             bar.update(len(batch))
 
@@ -98,9 +109,10 @@ def _read(given) -> list[tuple[str, str | list]]:
     if not Path(given.file).is_file():
         raise FileNotFoundError(f"--file: expected a file of JSON lines, got {given.file}, which does not exist")
     prompts = []
-    for number_of_line, line in enumerate(Path(given.file).read_text(encoding="utf-8").splitlines(), start=1):
+    # not splitlines(), which also splits at separators inside of a text
+    for i, line in enumerate(Path(given.file).read_text(encoding="utf-8").split("\n"), start=1):
         if line.strip():
-            place = f"--file {given.file}, line {number_of_line}"
+            place = f"--file {given.file}, line {i}"
             prompts.append((place, _prompt(line, place)))
     if not prompts:
         raise ValueError(f"--file: expected at least one line with a prompt, got {given.file}, which is empty")

@@ -120,19 +120,24 @@ def encode(prompt: str | list[dict[str, str]], tokenizer, kind: str) -> list[int
     """Token ids of a prompt. A list of messages is a conversation for the chat template, whatever the format.
 
     Raises:
-        ValueError: no text; no chat template.
+        ValueError: no text; no chat template, or one that refuses the messages.
     """
     if isinstance(prompt, str) and not prompt.strip():
         raise ValueError("expected some text, got an empty prompt")
     if kind == "chat" or not isinstance(prompt, str):
         if not tokenizer.chat_template:
             raise ValueError("expected a tokenizer with a chat template, got one without")
+        from jinja2 import TemplateError
+
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
-        return tokens["input_ids"]
+        options = dict(add_generation_prompt=True, tokenize=True, return_dict=True)
+        try:
+            return tokenizer.apply_chat_template(messages, **options)["input_ids"]
+        except TemplateError as error:
+            raise ValueError(f"expected messages as the chat template takes them; {error}") from None
     if kind == "question":
         from ..training.data import TEMPLATE
 
         prompt = TEMPLATE.format(x=prompt)
     tokens = tokenizer(prompt)["input_ids"]
-    return tokens[:-1] if tokens[-1] == tokenizer.eos_token_id else tokens  # a tokenizer that ends every text
+    return tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens  # a tokenizer that ends every text

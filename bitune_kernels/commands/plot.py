@@ -21,7 +21,13 @@ _FORMATS = (".png", ".pdf", ".svg")
 
 
 def add(commands) -> None:
-    parser = commands.add_parser("plot", help="draw mixing coefficients, attention or the streams' distance")
+    parser = commands.add_parser(
+        "plot",
+        help="draw mixing coefficients, attention or the streams' distance",
+        description="Figures of a trained model, into one file each.",
+        epilog="example: bitune plot alpha --adapter runs/answers --output alpha.png",
+        allow_abbrev=False,
+    )
     figures = parser.add_subparsers(dest="figure", required=True)
     alpha = figures.add_parser(
         "alpha",
@@ -87,6 +93,8 @@ def _load_mixing(folder: Path):
     if not (folder / MIXING_NAME).is_file():
         raise FileNotFoundError(f"--adapter: expected {MIXING_NAME} in {folder}, got none")
     state = load_file(folder / MIXING_NAME)
+    if sorted(state) != ["theta_k", "theta_v"]:
+        raise ValueError(f"--adapter: expected theta_k and theta_v in {folder / MIXING_NAME}, got {sorted(state)}")
     layers, heads = (*state["theta_k"].shape, 1)[:2]
     options = dict(mixing=config.mixing, granularity=config.mixing_granularity, theta_init=config.theta_init)
     mixing = MixingCoefficients(layers, heads, **options)
