@@ -1,60 +1,51 @@
-"""The command ``bitune``: ``bitune train --recipe recipes/gsm8k.yaml --model FOLDER_OR_ID --output FOLDER``."""
+"""The command bitune: train a model, let it answer, look inside it, and see what is installed."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import fields
-from pathlib import Path
+
+from .commands import generate, plot, train
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(message.removeprefix("argument "))
+
+
+def _add_env(commands) -> None:
+    parser = commands.add_parser(
+        "env",
+        help="what is installed and what can run here",
+        description="What is installed and what can run here, for bug reports.",
+        epilog="example: bitune env --json",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.set_defaults(run=_env)
+
+
+def _env(given) -> None:
+    from . import env
+
+    env.main(["--json"] if given.json else [])
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0, or 2 after an error in what was asked for, which goes to stderr in one line."""
-    parser = argparse.ArgumentParser(prog="bitune", description=__doc__)
+    parser = _Parser(prog="bitune", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser(
-        "train",
-        help="train adapters and mixing coefficients",
-        description="Each field of a recipe is an option too: --lr 1e-3 --max-steps 20 --data local.jsonl",
-        allow_abbrev=False,
-    )
-    train.add_argument("--recipe", required=True, help="yaml file, recipes/paper.yaml for example")
-    train.add_argument("--model", required=True, help="folder or id of a causal language model")
-    train.add_argument("--output", required=True, help="folder of the run")
-    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
-    given, overrides = parser.parse_known_args(arguments)
+    for command in (train, generate, plot):
+        command.add(commands)
+    _add_env(commands)
     try:
-        return _train(given, overrides)
-    except (FileNotFoundError, ValueError, TypeError, FloatingPointError) as error:
-        print(f"bitune: {error}", file=sys.stderr)
+        given, given.fields = parser.parse_known_args(arguments)
+        if given.fields and given.command != "train":
+            raise ValueError(f"{given.fields[0]}: expected an option of bitune {given.command}, got an unknown one")
+        given.run(given)
+    except (OSError, ValueError, TypeError, FloatingPointError) as error:
+        print("bitune:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-
-
-def _train(given, overrides: list[str]) -> int:
-    import yaml
-
-    from .training.recipe import Recipe, load_recipe
-
-    known, changes, left = {f.name: f.type for f in fields(Recipe)}, {}, list(overrides)
-    while left:
-        option = left.pop(0)
-        name, equals, value = option.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        if not option.startswith("--") or name not in known:
-            raise ValueError(f"{option}: expected an option of the recipe ({', '.join(known)}), got an unknown one")
-        if not equals:
-            if not left:
-                raise ValueError(f"{option}: expected a value, got none")
-            value = left.pop(0)
-        # A text field keeps what was typed: a prompt with braces or a model named 7 are no yaml.
-        changes[name] = value if known[name] in ("str", "str | None") else yaml.safe_load(value)
-    recipe = load_recipe(given.recipe, changes)
-    if recipe.data.endswith((".json", ".jsonl")) and not Path(recipe.data).is_file():
-        raise FileNotFoundError(f"data: expected a file, got {recipe.data}, which does not exist")
-
-    from .training.run import train  # transformers takes seconds
-
-    print(train(recipe, given.model, given.output, given.resume))
     return 0
 
 

@@ -1,22 +1,28 @@
-"""bitune train on a tiny model and local files: a whole run, resuming, and what is refused by name."""
+"""bitune on a tiny model and local files: a run and its resuming, answers, figures, and what is refused by name."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer, set_seed
 
-from bitune_kernels import BituneModel
+from bitune_kernels import BituneConfig, BituneModel
 from bitune_kernels.cli import main
+from bitune_kernels.modeling import stream_attention, stream_distance
+from bitune_kernels.training.data import TEMPLATE
 from bitune_kernels.training.run import _last_checkpoint
 from tests.test_training_data import byte_tokenizer
-from tests.tiny import base_model
+from tests.tiny import base_model, bitune_model
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 VOCAB = 272  # one token per byte and the special ones
@@ -116,14 +122,213 @@ def test_the_command_loads_nothing_heavy_to_print_its_help():
     subprocess.run([sys.executable, "-m", "bitune_kernels.cli", "train", "--help"], check=True, capture_output=True)
 
 
-def test_the_command_of_the_readme_runs(place, monkeypatch):
+def test_the_commands_of_the_readme_run(place, monkeypatch, capsys):
     readme = (RECIPES.parent / "README.md").read_text()
-    command = re.search(r"```sh\n(.*?)```", readme, re.DOTALL)[1].split()
-    assert command[0] == "bitune"
+    commands = [
+        shlex.split(line) for block in re.findall(r"```sh\n(.*?)```", readme, re.DOTALL) for line in block.splitlines()
+    ]
     rows = [{"prompt": "Is the sky blue?", "completion": "yes"}] * 4
     (place / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (place / "prompts.jsonl").write_text(json.dumps({"prompt": "Is the sea?"}) + "\n")
     monkeypatch.chdir(place)
     (place / "recipes").symlink_to(RECIPES)
-    options = [{"google/gemma-2b": "model"}.get(word, word) for word in command[1:]]
-    assert main([*options, "--max-steps", "3", "--logging-steps", "1"]) == 0
+    quick = {"train": ["--max-steps", "3", "--logging-steps", "1"], "generate": ["--max-new-tokens", "4"]}
+    for program, command, *options in commands:
+        assert program == "bitune"
+        options = [{"google/gemma-2b": "model"}.get(word, word) for word in options]
+        assert main([command, *options, *quick.get(command, [])]) == 0, capsys.readouterr().err
     assert (place / "runs" / "answers" / "final" / "bitune_config.json").is_file()
+    assert {command for _, command, *_ in commands} == {"train", "generate", "plot", "env"}
+
+
+PROMPTS = ["1 + 1?", "Is the sky blue,\u2028and the sea?", "why"]
+
+
+@pytest.fixture
+def trained(place):
+    """The options that name the model, and beside it the same one in three passes, as Python users load it."""
+    bitune_model(base=base_model(vocab_size=VOCAB)).save_pretrained(place / "adapter")
+    model = BituneModel.from_pretrained(base_model(vocab_size=VOCAB), place / "adapter", use_fused=False)
+    return ["--model", str(place / "model"), "--adapter", str(place / "adapter")], model
+
+
+def greedy(model, tokens: list[int], count: int) -> list[int]:
+    ids = torch.tensor([tokens])
+    return model.generate(input_ids=ids, max_new_tokens=count, do_sample=False, pad_token_id=0)[
+        0, len(tokens) :
+    ].tolist()
+
+
+def lines(capsys) -> list[dict]:
+    return [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
+
+
+def test_answers_are_those_of_three_passes_one_by_one(place, trained, capsys):
+    options, model = trained
+    tokenizer, generation = byte_tokenizer(), model.generation_config
+    free = [greedy(model, tokenizer(p)["input_ids"], 9) for p in PROMPTS]
+    # A model that samples unless told otherwise, and whose own end token isn't the tokenizer's.
+    end, last = free[1][3], free[2][5]
+    generation.update(do_sample=True, temperature=5.0, top_k=3, eos_token_id=end)
+    generation.save_pretrained(place / "model")
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(last)
+    tokenizer.save_pretrained(place / "model")
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    expected = [row[: next((i + 1 for i, token in enumerate(row) if token in (end, last)), 9)] for row in free]
+    assert (expected[1][-1], expected[2][-1]) == (end, last) and end != last and len(expected[0]) == 9
+    (place / "prompts.jsonl").write_text("\n\n".join(json.dumps({"prompt": p}, ensure_ascii=False) for p in PROMPTS))
+    several = ["generate", *options, "--file", str(place / "prompts.jsonl"), "--max-new-tokens", "9"]
+    assert main([*several, "--batch-size", "2", "--json"]) == 0
+    for row, prompt, tokens in zip(lines(capsys), PROMPTS, expected, strict=True):
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        counts = {"prompt_tokens": len(prompt.encode()), "completion_tokens": len(tokens)}
+        assert row == {"prompt": prompt, "completion": text} | counts
+    assert main([*several, "--batch-size", "3"]) == 0
+    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in expected]
+    assert capsys.readouterr().out == "".join(f"{text}\n" for text in texts)
+    assert main(["generate", *options, "--prompt", PROMPTS[0], "--max-new-tokens", "9"]) == 0
+    assert capsys.readouterr().out == texts[0] + "\n"
+
+
+def test_formats_and_sampling(place, trained, capsys):
+    options, model = trained
+    template = (
+        "{% if messages[0].role == 'bot' %}{{ raise_exception('no bots') }}{% endif %}"
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
+    )
+    byte_tokenizer(chat_template=template).save_pretrained(place / "model")
+    messages = [{"role": "user", "content": "why"}]
+    (place / "chat.jsonl").write_text(json.dumps({"messages": messages}))
+    command = ["generate", *options, "--max-new-tokens", "8", "--json"]
+
+    def answer(*changes) -> tuple[str, int]:
+        assert main([*command, *changes]) == 0
+        (row,) = lines(capsys)
+        return row["completion"], row["prompt_tokens"]
+
+    plain = answer("--prompt", "why")
+    assert answer("--prompt", "why", "--format", "question") == answer("--prompt", TEMPLATE.format(x="why")) != plain
+    chat = answer("--prompt", "[user]why[a]")
+    assert answer("--prompt", "why", "--format", "chat") == answer("--file", str(place / "chat.jsonl")) == chat != plain
+    (place / "chat.jsonl").write_text(json.dumps({"messages": [{"role": "bot", "content": "why"}]}))
+    assert main([*command, "--file", str(place / "chat.jsonl")]) == 2
+    assert "line 1: expected messages as the chat template takes them; no bots" in capsys.readouterr().err
+    seeds = [answer("--prompt", "why", "--temperature", "2", "--seed", seed) for seed in "112"]
+    assert seeds[0] == seeds[1] != seeds[2] and plain not in seeds
+    ids = torch.tensor([byte_tokenizer()("why")["input_ids"]])
+    set_seed(1)
+    sampled = model.generate(input_ids=ids, do_sample=True, temperature=2.0, top_k=0, max_new_tokens=8, pad_token_id=0)
+    assert seeds[0][0] == byte_tokenizer().decode(sampled[0, 3:], skip_special_tokens=True)
+    assert answer("--prompt", "why", "--top-p", "1e-6") == plain, "the likeliest token alone"
+
+
+def test_figures_show_the_model(place, trained, monkeypatch, capsys):
+    from matplotlib.figure import Figure
+
+    options, model = trained
+    figures, write = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: figures.append(self) or write(self, *args, **kw))
+    (place / "run").mkdir()
+    (place / "adapter").rename(place / "run" / "final")
+    options[-1] = str(place / "run")
+    (place / "run" / "alpha.csv").write_text(
+        "step,layer,alpha_k,alpha_v\n" + "".join(f"{s},{n},0.{s},0.{n}\n" for s in (5, 9) for n in range(3))
+    )
+    for name, prompt in (("alpha", []), ("attention", ["--prompt", "a$\nbc$"]), ("streams", ["--prompt", "a$\nbc$"])):
+        given = options if prompt else options[2:]
+        assert main(["plot", name, *given, *prompt, "--output", str(place / f"{name}.png")]) == 0
+        assert (place / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.split() == [str(place / f"{n}.png") for n in ("alpha", "attention", "streams")]
+    alpha, attention, streams = figures
+
+    def curves(axes) -> torch.Tensor:
+        return torch.tensor([line.get_ydata() for line in axes.lines])
+
+    with torch.no_grad():
+        thetas = torch.stack([model.mixing.theta_k, model.mixing.theta_v]).abs()
+    torch.testing.assert_close(torch.cat([curves(a) for a in alpha.axes[:2]]).float(), thetas / (thetas + 0.01))
+    torch.testing.assert_close(torch.cat([curves(a) for a in alpha.axes[2:4]]).float(), thetas)
+    assert curves(alpha.axes[4]).tolist() == [[0.5, 0.9]] * 3
+    assert curves(alpha.axes[5]).tolist() == [[0.0, 0.0], [0.1, 0.1], [0.2, 0.2]]
+    ids = torch.tensor([byte_tokenizer()("a$\nbc$")["input_ids"]])
+    panels = {axes.get_title(): axes for axes in attention.axes if axes.images}
+    for name, layers in stream_attention(model, ids).items():
+        torch.testing.assert_close(torch.tensor(panels[name].images[0].get_array()), layers.mean(0))
+        assert [t.get_text() for t in panels[name].get_xticklabels()] == ["a", "$", "\\n", "b", "c"]
+    torch.testing.assert_close(curves(streams.axes[0]), torch.stack(list(stream_distance(model, ids).values())))
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("generate", "--prompt x --adapter none", "--adapter: expected a folder with bitune_config.json and causal"),
+        ("generate", "--prompt x --adapter none", "got none, which is no folder"),
+        ("generate", "--prompt x --adapter model", "got model, which has none"),
+        ("generate", "--prompt x --model adapter", "--model: expected a causal language model with its tokenizer"),
+        ("generate", "--prompt x --dtype int3", "--dtype: invalid choice: 'int3' (choose from"),
+        ("generate", "--prompt x --device gpu7", "--device: expected a device of torch that is there, got 'gpu7'"),
+        ("generate", "--prompt x --file y", "--file: not allowed with argument --prompt"),
+        ("generate", "--prompt x --max-new-tokens 0", "--max-new-tokens: expected a whole number > 0, got '0'"),
+        ("generate", "--prompt x --temperature 0", "--temperature: expected a number > 0 (greedy without it), got '0'"),
+        ("generate", "--prompt x --top-p 1.5", "--top-p: expected a number in (0, 1], got '1.5'"),
+        ("generate", "--prompt x --seed 1", "--seed: expected --temperature or --top-p with it"),
+        (
+            "generate",
+            "--prompt x --format chat",
+            "--prompt: expected a tokenizer with a chat template, got one without",
+        ),
+        ("generate", "--prompt x --beams 4", "--beams: expected an option of bitune generate, got an unknown one"),
+        ("generate", "--prompt ' '", "--prompt: expected some text, got an empty prompt"),
+        ("generate", "", "stdin: expected some text, got an empty prompt"),
+        ("generate", "--file none", "--file: expected a file of JSON lines, got none, which does not exist"),
+        ("generate", "--file empty", "--file: expected at least one line with a prompt"),
+        ("generate", "--file wrong", "--file wrong, line 2: expected JSON, got"),
+        ("generate", "--file rows.jsonl", "line 1: expected a text 'prompt', or 'messages' with role and content"),
+        ("generate", "--file answered", "line 1: expected messages whose last one is to be answered"),
+        ("generate", "--prompt 12345 --max-new-tokens 252", "at most the 256 tokens of the model, got 5 and 252"),
+        ("plot attention", "--prompt x --output x.png", "--prompt: expected 2 to 256 tokens, got 1"),
+        ("plot attention", "--prompt xy --output x.txt", "--output: expected a file that ends in .png, .pdf, .svg"),
+        ("plot streams", "--prompt xy --output none/x.png", "--output: expected a file in a folder that exists"),
+        ("plot alpha", "--output x.png", "--adapter: expected a variant that mixes two streams, got 'naive_bidir'"),
+        ("chat", "", "invalid choice: 'chat'"),
+    ],
+)
+def test_what_is_asked_wrongly_is_named(command, options, message, place, monkeypatch, capsys):
+    import transformers
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    monkeypatch.chdir(place)
+    Path("adapter", "causal").mkdir(parents=True)
+    BituneConfig(variant="naive_bidir").save("adapter")
+    Path("empty").write_text("\n")
+    Path("wrong").write_text('{"prompt": "x"}\n{')
+    Path("answered").write_text('{"messages": [{"role": "assistant", "content": "x"}]}')
+    usual = "--adapter adapter" if command == "plot alpha" else "--model model --adapter adapter"  # the last one counts
+    assert main(shlex.split(f"{command} {usual} {options}")) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("bitune: ") and error.count("\n") == 1
+
+
+def test_in_a_terminal(place, trained, capsys):
+    options, _ = trained
+    command = [*options, "--max-new-tokens", "6"]
+    assert main(["generate", *command, "--prompt", "why"]) == 0
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8"}
+    cli = [sys.executable, "-m", "bitune_kernels.cli", "generate", *command]
+    pipes = dict(input="why\n", capture_output=True, encoding="utf-8", env=environment)
+    answered = subprocess.run(cli, **pipes)
+    assert (answered.returncode, answered.stdout) == (0, capsys.readouterr().out), answered.stderr
+    refused = subprocess.run([*cli, "--top-p", "2"], **pipes)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == "bitune: --top-p: expected a number in (0, 1], got '2'\n"
+
+
+def test_env(capsys):
+    assert main(["env", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["torch"]["version"] == torch.__version__
+    assert main(["env"]) == 0
+    assert "native extension" in capsys.readouterr().out

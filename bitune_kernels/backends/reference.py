@@ -26,15 +26,15 @@ def unsupported(**call) -> str | None:
     return None
 
 
-def attend(q, k, v, see, softmax_scale, softcap=None, sinks=None, upcast=True):
-    """softmax(cap(scale q k^T)) v over the visible keys. A query that sees nothing gives 0.
+def attention_weights(q, k, see, softmax_scale, softcap=None, sinks=None, upcast=True):
+    """softmax(cap(scale q k^T)) over the visible keys, zero at the others. A query that sees nothing has zeros.
 
-    q [Lq, Hq, D], k [Lk, Hkv, D], v [Lk, Hkv, Dv], see bool [Lq, Lk], sinks [Hq] or None -> [Lq, Hq, Dv].
-    Query head h uses key/value head h // (Hq / Hkv). A sink is one more score per head without a value.
+    q [Lq, Hq, D], k [Lk, Hkv, D], see bool [Lq, Lk], sinks [Hq] or None -> [Hq, Lq, Lk], float32 (float64 for float64
+    input). Query head h uses key/value head h // (Hq / Hkv). A sink is one more score per head without a value, whose
+    share the rows then lack.
     """
     dtype = torch.promote_types(q.dtype, torch.float32) if upcast else q.dtype
-    group_size = q.shape[1] // k.shape[1]
-    k, v = (x.to(dtype).repeat_interleave(group_size, dim=1) for x in (k, v))
+    k = k.to(dtype).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = torch.einsum("ihd,jhd->hij", q.to(dtype), k) * softmax_scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -46,7 +46,14 @@ def attend(q, k, v, see, softmax_scale, softcap=None, sinks=None, upcast=True):
     weights = torch.exp(scores - highest.clamp_min(torch.finfo(dtype).min))
     total = weights.sum(-1, keepdim=True)
     weights = weights / torch.where(total == 0, torch.ones_like(total), total)
-    return torch.einsum("hij,jhd->ihd", weights[..., : k.shape[0]], v).to(q.dtype)
+    return weights[..., : k.shape[0]]
+
+
+def attend(q, k, v, see, softmax_scale, softcap=None, sinks=None, upcast=True):
+    """The values v [Lk, Hkv, Dv] in the proportions of ``attention_weights`` -> [Lq, Hq, Dv]."""
+    weights = attention_weights(q, k, see, softmax_scale, softcap, sinks, upcast)
+    v = v.to(weights.dtype).repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    return torch.einsum("hij,jhd->ihd", weights, v).to(q.dtype)
 
 
 def attention(

@@ -3,5 +3,13 @@
 from .chat import BituneChat
 from .model import BituneModel, get_bitune_model
 from .official import load_official_checkpoint
+from .streams import stream_attention, stream_distance
 
-__all__ = ["BituneChat", "BituneModel", "get_bitune_model", "load_official_checkpoint"]
+__all__ = [
+    "BituneChat",
+    "BituneModel",
+    "get_bitune_model",
+    "load_official_checkpoint",
+    "stream_attention",
+    "stream_distance",
+]

@@ -17,7 +17,7 @@ from ..mixing import MixingCoefficients
 from ..plan import SegmentPlan
 from .adapters import BIDIR, CausalMerge
 from .generate import Generation, check_cache
-from .one_pass import OnePass, TrimHooks
+from .one_pass import Observer, OnePass, TrimHooks
 from .passes import Past, current
 from .structure import Structure, refuse_partitioned
 from .three_pass import ThreePass
@@ -68,6 +68,7 @@ class BackboneHooks:
         self.generation: Generation | None = None
         self.turn = None  # a cache over which the next call reads a prompt
         self.merge: CausalMerge | None = None
+        self.observer: Observer | None = None
         self._request: Request | None = None
         self._calls: list[_Call | None] = []
         backbone = structure.backbone
@@ -147,6 +148,15 @@ class BackboneHooks:
         finally:
             self.enabled = enabled
 
+    @contextmanager
+    def observing(self, observer: Observer):
+        """Inside, the one-pass schedule shows ``observer`` each layer's queries, keys and values."""
+        self.observer = observer
+        try:
+            yield
+        finally:
+            self.observer = None
+
     def _decodes(self, past) -> bool:
         """Whether a call with this cache continues an answer: an ordinary step with the causal adapter."""
         if past is None:
@@ -194,7 +204,7 @@ class BackboneHooks:
         else:
             call.plan = request.plan
         self._refuse_positions(positions, call.plan)
-        if call.plan.batch_size > len(tokens) and (kwargs.get("use_cache") or past is not None):
+        if call.plan.batch_size > batch and (kwargs.get("use_cache") or past is not None):
             raise ValueError("use_cache: expected False with packed samples, whose cache nothing can go on from")
         kwargs.pop("logits_to_keep", None)  # the caller keeps its rows itself, once they are back in their places
         shared = self.structure.kv_layers != list(range(self.structure.num_layers))
@@ -318,6 +328,7 @@ class BackboneHooks:
             keep_cache=call.cache is not None,
             trims=self.trims,
             past=call.past,
+            observer=self.observer,
         )
         call.scope.enter_context(p.active())
         call.scope.enter_context(p.checkpointing())

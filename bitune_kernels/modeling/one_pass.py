@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.nn.functional import pad
 
@@ -11,6 +13,10 @@ from ..plan import SegmentPlan
 from .adapters import base_module
 from .passes import Pass, Past, current
 from .structure import Structure
+
+# Called in each layer, in order, with the plan, q, k, v [T, heads, head_dim] of all rows (positions applied) and
+# attention's options: softmax_scale, window, softcap, sinks, stream_mask.
+Observer = Callable[[SegmentPlan, torch.Tensor, torch.Tensor, torch.Tensor, dict], None]
 
 
 class OnePass(Pass):
@@ -29,6 +35,7 @@ class OnePass(Pass):
         keep_cache: bool,
         trims: bool,
         past: Past | None = None,
+        observer: Observer | None = None,
     ):
         super().__init__(structure, plan.cu_prompt.device)
         self.past = past
@@ -37,6 +44,7 @@ class OnePass(Pass):
         self.separate_adapters = separate_adapters
         self.trims = trims and structure.trim is not None and plan.answer_start > 0
         self.caches: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = {} if keep_cache else None
+        self.observer = observer
 
     # properties, since a compiled layer specializes on plain numbers
     @property
@@ -56,27 +64,28 @@ class OnePass(Pass):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [1, heads, T, dim] -> [T, heads, dim]
         if torch.is_autocast_enabled(q.device.type):  # rotary embeddings leave q and k in float32, v is lower
             q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-        last = self.trims and layer == self.structure.num_layers - 1
-        if last:
-            q = q[plan.answer_start :]
-        alpha_k = alpha_v = None
-        if self.mixing is not None:
-            alpha_k, alpha_v = self.mixing.alpha(self.structure.kv_layers[layer], self.shared)
         options = dict(
             softmax_scale=scaling,
             window=self.structure.windows[layer],
             softcap=softcap,
             sinks=sinks,
             stream_mask=self.stream_masks[layer],
-            backend=self.backend,
         )
+        if self.observer is not None:
+            self.observer(plan, q, k, v, options)
+        last = self.trims and layer == self.structure.num_layers - 1
+        if last:
+            q = q[plan.answer_start :]
+        alpha_k = alpha_v = None
+        if self.mixing is not None:
+            alpha_k, alpha_v = self.mixing.alpha(self.structure.kv_layers[layer], self.shared)
         if self.past is not None:
             k_past, v_past = (x[0].transpose(0, 1) for x in self.past.rows(layer))
             plan, options["prefix"] = plan.with_prefix(k_past.shape[0]), (k_past, v_past)
         elif plan.prefix_index is not None:
             options["prefix"] = self._earlier_turns(k, alpha_k), self._earlier_turns(v, alpha_v)
         if self.caches is None:
-            out, _, _ = bitune_attention(q, k, v, alpha_k, alpha_v, plan, **options)
+            out, _, _ = bitune_attention(q, k, v, alpha_k, alpha_v, plan, backend=self.backend, **options)
         else:
             batch, seq = plan.padded_shape
             k_cache, v_cache = (x.new_zeros(batch * seq, *x.shape[1:]) for x in (k, v))
@@ -90,6 +99,7 @@ class OnePass(Pass):
                 k_cache=k_cache,
                 v_cache=v_cache,
                 cache_positions=plan.token_index,
+                backend=self.backend,
                 **options,
             )
             self.caches[layer] = tuple(x.unflatten(0, (batch, seq)).transpose(1, 2) for x in (k_cache, v_cache))

@@ -66,15 +66,21 @@ def plot_alpha(rows: list[tuple[int, int, float, float]], path: str | Path) -> N
 
     figure = Figure(figsize=(10, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharey=True, squeeze=True)
-    steps, layers = sorted({row[0] for row in rows}), sorted({row[1] for row in rows})
+    last = max(row[0] for row in rows)
     for column, name in enumerate(("alpha_k", "alpha_v")):
-        table = {(step, layer): values[column] for step, layer, *values in rows}
         over_steps, over_layers = axes[:, column]
-        for layer in layers:
-            shade = layer / max(len(layers) - 1, 1)
-            curve = [table[step, layer] for step in steps]
-            over_steps.plot(steps, curve, color=(shade, 0.3, 1 - shade), label=str(layer), lw=1)
-        over_layers.plot(layers, [table[steps[-1], layer] for layer in layers], marker="o")
-        over_steps.set(title=name, xlabel="step (blue: first layer, red: last)", ylabel=name)
-        over_layers.set(xlabel=f"layer, at step {steps[-1]}", ylabel=name)
+        draw_alpha_over_steps(over_steps, rows, column)
+        at_last = {layer: values[column] for step, layer, *values in rows if step == last}
+        over_layers.plot(sorted(at_last), [at_last[layer] for layer in sorted(at_last)], marker="o")
+        over_layers.set(xlabel=f"layer, at step {last}", ylabel=name)
     figure.savefig(path, format="png", dpi=120)
+
+
+def draw_alpha_over_steps(axes, rows: list[tuple[int, int, float, float]], column: int) -> None:
+    """A curve per layer on matplotlib's ``axes``: alpha_k (column 0) or alpha_v (1) of ``alpha_history``'s rows."""
+    name, layers = ("alpha_k", "alpha_v")[column], sorted({row[1] for row in rows})
+    for layer in layers:
+        shade = layer / max(len(layers) - 1, 1)
+        curve = sorted((step, values[column]) for step, at, *values in rows if at == layer)
+        axes.plot(*zip(*curve, strict=True), color=(shade, 0.3, 1 - shade), label=str(layer), lw=1)
+    axes.set(title=name, xlabel="step (blue: first layer, red: last)", ylabel=name)

@@ -1,0 +1,157 @@
+"""``bitune generate``: answers of a trained model to one prompt, or to a file of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from .load import add_format_option, add_model_options, encode, load_model, load_tokenizer, max_tokens, number
+
+
+def add(commands) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="answer a prompt, or a file of them",
+        description="Answers --prompt, each line of --file, or stdin. A single answer appears while it is made.",
+        epilog="example: bitune generate --model google/gemma-2b --adapter runs/answers --prompt 'Is the sky blue?'",
+        allow_abbrev=False,
+    )
+    add_model_options(parser)
+    prompts = parser.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", help="one prompt")
+    prompts.add_argument("--file", help="JSON lines, each with a prompt, or with messages for the chat template")
+    add_format_option(parser)
+    at_least_one = number(int, lambda x: x > 0, "a whole number > 0")
+    parser.add_argument("--max-new-tokens", type=at_least_one, default=128, help="default: 128")
+    parser.add_argument("--batch-size", type=at_least_one, default=8, help="prompts of --file at a time; default: 8")
+    parser.add_argument(
+        "--temperature", type=number(float, lambda x: x > 0, "a number > 0 (greedy without it)"), help="sample"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=number(float, lambda x: 0 < x <= 1, "a number in (0, 1]"),
+        help="sample from the likeliest tokens of this probability",
+    )
+    parser.add_argument("--seed", type=number(int, lambda x: x >= 0, "a whole number"), help="of the samples")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="a line for each prompt, with its completion and the tokens of both (the end token counts)",
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(given) -> None:
+    sampled = given.temperature is not None or given.top_p is not None
+    if given.seed is not None and not sampled:
+        raise ValueError(f"--seed: expected --temperature or --top-p with it (decoding is greedy), got {given.seed}")
+    prompts = _read(given)
+    tokenizer = load_tokenizer(given)
+    rows = _encode(prompts, tokenizer, given)
+    model = load_model(given)
+
+    from transformers import TextStreamer, set_seed
+
+    # Every field that the model's own generation_config may say otherwise.
+    options = dict(do_sample=sampled, temperature=given.temperature or 1.0, top_p=given.top_p or 1.0)
+    options |= dict(top_k=0 if sampled else 50, max_new_tokens=given.max_new_tokens)
+    options |= dict(eos_token_id=_end_tokens(model, tokenizer) or None)
+    if given.seed is not None:
+        set_seed(given.seed)
+    if given.file is None and not given.json:
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        _answer(model, tokenizer, rows, options | {"streamer": streamer})
+    else:
+        _write_answers(model, tokenizer, [prompt for _, prompt in prompts], rows, options, given)
+
+
+def _encode(prompts: list[tuple[str, str | list]], tokenizer, given) -> list[list[int]]:
+    limit, rows = max_tokens(given), []
+    for place, prompt in prompts:
+        try:
+            rows.append(encode(prompt, tokenizer, given.format))
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+        if limit is not None and len(rows[-1]) + given.max_new_tokens > limit:
+            raise ValueError(
+                f"{place}: expected prompt and --max-new-tokens to be at most the {limit} tokens of the model, got "
+                f"{len(rows[-1])} and {given.max_new_tokens}"
+            )
+    return rows
+
+
+def _write_answers(model, tokenizer, prompts, rows, options, given) -> None:
+    from tqdm import tqdm
+
+    with tqdm(total=len(rows), unit="prompt", disable=None if given.file else True) as bar:
+        for first in range(0, len(rows), given.batch_size):
+            batch = rows[first : first + given.batch_size]
+            for i, answer in enumerate(_answer(model, tokenizer, batch, options), start=first):
+                text = tokenizer.decode(answer, skip_special_tokens=True)
+                if given.json:
+                    line = {"prompt" if isinstance(prompts[i], str) else "messages": prompts[i], "completion": text}
+                    line |= {"prompt_tokens": len(rows[i]), "completion_tokens": len(answer)}
+                    text = json.dumps(line, ensure_ascii=False)
+                tqdm.write(text, file=sys.stdout)  # print would tear the bar
+            sys.stdout.flush()
+            bar.update(len(batch))
+
+
+def _read(given) -> list[tuple[str, str | list]]:
+    """The prompts, each a text or messages, and where each stands."""
+    if given.prompt is not None:
+        return [("--prompt", given.prompt)]
+    if given.file is None:
+        if sys.stdin.isatty():
+            raise ValueError("--prompt: expected --prompt, --file or a text on stdin, got none")
+        return [("stdin", sys.stdin.read().removesuffix("\n"))]
+    if not Path(given.file).is_file():
+        raise FileNotFoundError(f"--file: expected a file of JSON lines, got {given.file}, which does not exist")
+    prompts = []
+    # not splitlines(), which also splits at separators inside of a text
+    for i, line in enumerate(Path(given.file).read_text(encoding="utf-8").split("\n"), start=1):
+        if line.strip():
+            place = f"--file {given.file}, line {i}"
+            prompts.append((place, _prompt(line, place)))
+    if not prompts:
+        raise ValueError(f"--file: expected at least one line with a prompt, got {given.file}, which is empty")
+    return prompts
+
+
+def _prompt(line: str, place: str) -> str | list:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: expected JSON, got {error}") from None
+    row = row if isinstance(row, dict) else {}
+    if isinstance(row.get("prompt"), str):
+        return row["prompt"]
+    messages = row.get("messages") if isinstance(row.get("messages"), list) else []
+    if not messages or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+        raise ValueError(f"{place}: expected a text 'prompt', or 'messages' with role and content, got {line[:80]}")
+    if messages[-1]["role"] == "assistant":
+        raise ValueError(f"{place}: expected messages whose last one is to be answered, got one by the assistant")
+    return messages
+
+
+def _end_tokens(model, tokenizer) -> list[int]:
+    """Those of the model's generation_config, and the tokenizer's own, which ``bitune train`` ends answers with."""
+    own = model.generation_config.eos_token_id
+    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
+    return sorted(ends - {None})
+
+
+def _answer(model, tokenizer, rows: list[list[int]], options: dict) -> list[list[int]]:
+    """The tokens of each answer, up to its end token."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    ends = options["eos_token_id"] or []
+    pad = next(x for x in (tokenizer.pad_token_id, *ends, 0) if x is not None)
+    left = dict(batch_first=True, padding_side="left")
+    tokens = pad_sequence([torch.tensor(row) for row in rows], padding_value=pad, **left).to(model.device)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], **left).to(model.device)
+    found = model.generate(input_ids=tokens, attention_mask=mask, pad_token_id=pad, **options)
+    answers = found[:, tokens.shape[1] :].tolist()
+    return [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in answers]

@@ -1,0 +1,143 @@
+"""What the commands on a trained model share: their options, the model with its tokenizer, and a prompt's tokens."""
+
+from __future__ import annotations
+
+from argparse import ArgumentTypeError
+from contextlib import contextmanager
+from pathlib import Path
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+FORMATS = ("text", "question", "chat")
+
+
+def add_model_options(parser) -> None:
+    parser.add_argument("--model", required=True, help="folder or id of the causal language model that was trained")
+    add_adapter_option(parser)
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of the model's weights; auto: as they are saved"
+    )
+    parser.add_argument("--device", help="of torch, cuda:0 for example; default: cuda where there is one, else cpu")
+
+
+def add_adapter_option(parser) -> None:
+    parser.add_argument("--adapter", required=True, help="folder of BituneModel.save_pretrained or of bitune train")
+
+
+def add_format_option(parser) -> None:
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="text",
+        help="how a prompt reaches the model: as it is (text), as bitune train writes prompts (question: "
+        "'Question: ...\\n\\nAnswer:'), or as the user's turn in the tokenizer's chat template (chat); default: text",
+    )
+
+
+def number(kind, accept, expected: str):
+    """An argparse type: ``kind`` of the text, if ``accept`` takes it."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accept(value):
+            raise ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
+    return parse
+
+
+@contextmanager
+def _blaming(option: str, expected: str):
+    """Inside, what a library raises becomes an error of this option."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{option}: expected {expected}; {' '.join(lines[:2])}") from error
+
+
+def adapter_folder(folder: str) -> Path:
+    """The folder with adapters: ``folder`` itself, or ``final`` in a run of ``bitune train``."""
+    from ..config import CONFIG_NAME
+
+    names = (CONFIG_NAME, "causal")
+    found = [p for p in (Path(folder), Path(folder, "final")) if all(Path(p, name).exists() for name in names)]
+    if not found:
+        what = f"got {folder}, which has none" if Path(folder).is_dir() else f"got {folder}, which is no folder"
+        raise FileNotFoundError(
+            f"--adapter: expected a folder with {' and '.join(names)}, of BituneModel.save_pretrained or bitune "
+            f"train, {what}"
+        )
+    return found[0]
+
+
+def load_tokenizer(given):
+    """The tokenizer of ``--model``, once ``--adapter`` and ``--device`` are known to be good. Loads no weights."""
+    adapter_folder(given.adapter)
+    _device(given.device)
+    from transformers import AutoTokenizer
+
+    with _blaming("--model", f"a causal language model with its tokenizer, got {given.model}"):
+        return AutoTokenizer.from_pretrained(given.model)
+
+
+def load_model(given):
+    """The ``BituneModel`` of ``--model`` and ``--adapter``, for inference, on ``--device``."""
+    folder, device = adapter_folder(given.adapter), _device(given.device)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from ..modeling import BituneModel
+
+    dtype = given.dtype if given.dtype == "auto" else getattr(torch, given.dtype)
+    with _blaming("--model", f"a causal language model, got {given.model}"):
+        base = AutoModelForCausalLM.from_pretrained(given.model, dtype=dtype).to(device)
+    with _blaming("--adapter", f"adapters of {given.model}, got {folder}"):
+        return BituneModel.from_pretrained(base, folder)
+
+
+def _device(name: str | None):
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with _blaming("--device", f"a device of torch that is there, got {name!r}"):
+        return torch.empty(0, device=name).device
+
+
+def max_tokens(given) -> int | None:
+    """The longest text that ``--model`` was made for, in tokens; None where its config doesn't say."""
+    from transformers import AutoConfig
+
+    with _blaming("--model", f"a causal language model, got {given.model}"):
+        config = AutoConfig.from_pretrained(given.model).get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+def encode(prompt: str | list[dict[str, str]], tokenizer, kind: str) -> list[int]:
+    """Token ids of a prompt. A list of messages is a conversation for the chat template, whatever the format.
+
+    Raises:
+        ValueError: no text; no chat template, or one that refuses the messages.
+    """
+    if isinstance(prompt, str) and not prompt.strip():
+        raise ValueError("expected some text, got an empty prompt")
+    if kind == "chat" or not isinstance(prompt, str):
+        if not tokenizer.chat_template:
+            raise ValueError("expected a tokenizer with a chat template, got one without")
+        from jinja2 import TemplateError
+
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        options = dict(add_generation_prompt=True, tokenize=True, return_dict=True)
+        try:
+            return tokenizer.apply_chat_template(messages, **options)["input_ids"]
+        except TemplateError as error:
+            raise ValueError(f"expected messages as the chat template takes them; {error}") from None
+    if kind == "question":
+        from ..training.data import TEMPLATE
+
+        prompt = TEMPLATE.format(x=prompt)
+    tokens = tokenizer(prompt)["input_ids"]
+    return tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens  # a tokenizer that ends every text

@@ -1,0 +1,149 @@
+"""``bitune plot``: the mixing coefficients of a trained model, and what its two streams make of a prompt."""
+
+from __future__ import annotations
+
+import csv
+from importlib.util import find_spec
+from pathlib import Path
+
+from .load import (
+    adapter_folder,
+    add_adapter_option,
+    add_format_option,
+    add_model_options,
+    encode,
+    load_model,
+    load_tokenizer,
+    max_tokens,
+)
+
+_FORMATS = (".png", ".pdf", ".svg")
+
+
+def add(commands) -> None:
+    parser = commands.add_parser(
+        "plot",
+        help="draw mixing coefficients, attention or the streams' distance",
+        description="Figures of a trained model, into one file each.",
+        epilog="example: bitune plot alpha --adapter runs/answers --output alpha.png",
+        allow_abbrev=False,
+    )
+    figures = parser.add_subparsers(dest="figure", required=True)
+    alpha = figures.add_parser(
+        "alpha",
+        help="alpha and |theta| of each layer",
+        description="alpha and |theta| of each layer of a saved model; for a run of bitune train also over its steps.",
+        epilog="example: bitune plot alpha --adapter runs/answers --output alpha.png",
+        allow_abbrev=False,
+    )
+    add_adapter_option(alpha)
+    alpha.set_defaults(run=_alpha)
+    attention = figures.add_parser(
+        "attention",
+        help="where the tokens of a prompt attend, in each stream",
+        description="The attention matrix of each stream of a prompt, averaged over heads and layers.",
+        epilog="example: bitune plot attention --model google/gemma-2b --adapter runs/answers "
+        "--prompt 'Is the sky blue?' --output attention.png",
+        allow_abbrev=False,
+    )
+    attention.set_defaults(run=_attention)
+    streams = figures.add_parser(
+        "streams",
+        help="how far the streams' keys and values lie apart",
+        description="|bidir - causal| / |causal| of the keys and of the values of a prompt, in each layer.",
+        epilog="example: bitune plot streams --model google/gemma-2b --adapter runs/answers "
+        "--prompt 'Is the sky blue?' --output streams.png",
+        allow_abbrev=False,
+    )
+    streams.set_defaults(run=_streams)
+    for figure in (attention, streams):
+        add_model_options(figure)
+        figure.add_argument("--prompt", required=True, help="of at least two tokens")
+        add_format_option(figure)
+    for figure in (alpha, attention, streams):
+        figure.add_argument("--output", required=True, help="file to write: .png, .pdf or .svg")
+
+
+def _alpha(given) -> None:
+    _check_output(given.output)
+    mixing = _load_mixing(adapter_folder(given.adapter))
+    history = Path(given.adapter, "alpha.csv")
+    rows = []
+    if history.is_file():
+        with history.open(newline="") as file:
+            rows = [(int(step), int(layer), float(k), float(v)) for step, layer, k, v in list(csv.reader(file))[1:]]
+
+    from ..plots import plot_mixing
+
+    plot_mixing(mixing, given.output, rows)
+    print(given.output)
+
+
+def _load_mixing(folder: Path):
+    """The mixing coefficients of a saved model, without its base model."""
+    from safetensors.torch import load_file
+
+    from ..config import BituneConfig
+    from ..mixing import MixingCoefficients
+    from ..modeling.model import MIXING_NAME
+
+    config = BituneConfig.load(folder, None)
+    if config.num_streams == 1:
+        raise ValueError(f"--adapter: expected a variant that mixes two streams, got {config.variant!r} in {folder}")
+    if not (folder / MIXING_NAME).is_file():
+        raise FileNotFoundError(f"--adapter: expected {MIXING_NAME} in {folder}, got none")
+    state = load_file(folder / MIXING_NAME)
+    if sorted(state) != ["theta_k", "theta_v"]:
+        raise ValueError(f"--adapter: expected theta_k and theta_v in {folder / MIXING_NAME}, got {sorted(state)}")
+    layers, heads = (*state["theta_k"].shape, 1)[:2]
+    options = dict(mixing=config.mixing, granularity=config.mixing_granularity, theta_init=config.theta_init)
+    mixing = MixingCoefficients(layers, heads, **options)
+    mixing.load_state_dict(state)
+    mixing.check_finite()
+    return mixing
+
+
+def _attention(given) -> None:
+    tokenizer, tokens, model = _load(given)
+    from ..modeling import stream_attention
+    from ..plots import plot_attention
+
+    matrices = {name: layers.mean(0) for name, layers in stream_attention(model, _tensor(tokens, model)).items()}
+    plot_attention(matrices, [tokenizer.decode([token]) for token in tokens[:-1]], given.output)
+    print(given.output)
+
+
+def _streams(given) -> None:
+    _, tokens, model = _load(given)
+    from ..modeling import stream_distance
+    from ..plots import plot_distance
+
+    plot_distance(stream_distance(model, _tensor(tokens, model)), given.output)
+    print(given.output)
+
+
+def _load(given):
+    _check_output(given.output)
+    tokenizer, limit = load_tokenizer(given), max_tokens(given)
+    try:
+        tokens = encode(given.prompt, tokenizer, given.format)
+    except ValueError as error:
+        raise ValueError(f"--prompt: {error}") from None
+    if not 2 <= len(tokens) <= (limit or len(tokens)):
+        raise ValueError(f"--prompt: expected 2 to {limit} tokens, got {len(tokens)}")
+    return tokenizer, tokens, load_model(given)
+
+
+def _tensor(tokens: list[int], model):
+    import torch
+
+    return torch.tensor([tokens], device=model.device)
+
+
+def _check_output(path: str) -> None:
+    if find_spec("matplotlib") is None:
+        raise ValueError("bitune plot: expected matplotlib, got none; pip install 'bitune-kernels[train]' brings it")
+    if Path(path).suffix not in _FORMATS:
+        raise ValueError(f"--output: expected a file that ends in {', '.join(_FORMATS)}, got {path}")
+    if not Path(path).absolute().parent.is_dir():
+        raise FileNotFoundError(f"--output: expected a file in a folder that exists, got {path}")

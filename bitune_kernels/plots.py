@@ -1,0 +1,84 @@
+"""Figures of a trained model, each into one file, whose ending (.png, .pdf, .svg) chooses the format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from .mixing import MixingCoefficients
+
+_LABELLED = 48  # with more tokens their texts would overlap
+
+
+@torch.no_grad()
+def plot_mixing(
+    mixing: MixingCoefficients, path: str | Path, rows: list[tuple[int, int, float, float]] | None = None
+) -> None:
+    """alpha and |theta| over the layers (mean over heads, and each head where they differ).
+
+    Args:
+        rows: of ``training.alpha_history``, for alpha over the training steps too.
+    """
+    from matplotlib.figure import Figure
+
+    count = 3 if rows else 2
+    figure = Figure(figsize=(10, 3.5 * count), layout="constrained")
+    axes = figure.subplots(count, 2, sharey="row")
+    for column, (name, theta) in enumerate(zip("kv", (mixing.theta_k, mixing.theta_v), strict=True)):
+        alpha = mixing.alphas()[column]
+        for row, (label, values) in enumerate(((f"alpha_{name}", alpha), (f"|theta_{name}|", theta.abs()))):
+            values = values.cpu().reshape(len(values), -1)
+            over_layers = axes[row, column]
+            if values.shape[1] > 1:
+                over_layers.plot(values, ".", color="0.7")
+            over_layers.plot(values.mean(1), marker="o")
+            layers = "one for all layers" if mixing.granularity == "global" else "layer"
+            over_layers.set(xlabel=layers, ylabel=label, ylim=(0, 1) if row == 0 else (0, None))
+            over_layers.xaxis.get_major_locator().set_params(integer=True)
+    if rows:
+        from .training.alpha import draw_alpha_over_steps
+
+        for column in (0, 1):
+            draw_alpha_over_steps(axes[2, column], rows, column)
+    figure.savefig(path, dpi=120)
+
+
+def plot_attention(matrices: dict[str, torch.Tensor], tokens: list[str], path: str | Path) -> None:
+    """Attention matrices side by side, queries downwards and keys to the right, in colours of one square-root scale.
+
+    Args:
+        matrices: by the name of the stream, each [n, n] on the CPU.
+        tokens: the n texts that label rows and columns, where there are few.
+    """
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+
+    side = min(max(4.5, 0.22 * len(tokens)), 11)
+    figure = Figure(figsize=(side * len(matrices) + 1, side + 0.5), layout="constrained")
+    axes = figure.subplots(1, len(matrices), squeeze=False)[0]
+    scale = PowerNorm(0.5, vmin=0, vmax=max(float(m.max()) for m in matrices.values()))
+    for panel, (name, matrix) in zip(axes, matrices.items(), strict=True):
+        image = panel.imshow(matrix, norm=scale, cmap="viridis", interpolation="nearest")
+        panel.set(title=name, xlabel="key", ylabel="query")
+        if len(tokens) <= _LABELLED:
+            texts = [repr(text)[1:-1] for text in tokens]  # a line feed as \n
+            style = dict(fontsize=7, parse_math=False)  # a $ is no formula
+            panel.set_xticks(range(len(texts)), texts, rotation=90, **style)
+            panel.set_yticks(range(len(texts)), texts, **style)
+    figure.colorbar(image, ax=axes, label="attention, mean over heads and layers")
+    figure.savefig(path, dpi=120)
+
+
+def plot_distance(distance: dict[str, torch.Tensor], path: str | Path) -> None:
+    """The distances of ``modeling.stream_distance`` over the layers."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, label in (("k", "keys"), ("v", "values")):
+        axes.plot(distance[name], marker="o", label=label)
+    axes.set(xlabel="layer", ylabel="|bidir - causal| / |causal|", ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend()
+    figure.savefig(path, dpi=120)
