@@ -1,11 +1,11 @@
-"""The command bitune: train a model, let it answer, look inside it, and see what is installed."""
+"""The command bitune: train a model, let it answer, talk with it, serve it, look inside, and see what is installed."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from .commands import generate, plot, train
+from .commands import chat, export, generate, plot, serve, train
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns 0, or 2 after an error in what was asked for, which goes to stderr in one line."""
     parser = _Parser(prog="bitune", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (train, generate, plot):
+    for command in (train, generate, chat, serve, export, plot):
         command.add(commands)
     _add_env(commands)
     try:

@@ -28,6 +28,7 @@ common_floor, common_memory, common_models, common_report, common_run, common_te
     importlib.import_module(f"common.{name}") for name in ("floor", "memory", "models", "report", "run", "text")
 )
 attention, prefill, train_step = (importlib.import_module(name) for name in ("attention", "prefill", "train_step"))
+generate, lora_linear = importlib.import_module("generate"), importlib.import_module("lora")
 gpu_check = importlib.import_module("gpu_check")
 
 # One thread, so that tests in parallel don't wait for each other's threads.
@@ -857,3 +858,59 @@ def test_provenance_of_this_repository():
     assert facts["gpu"] == facts["driver"] == ""
     if facts["git_sha"]:
         assert len(facts["git_sha"]) == 40 and facts["git_dirty"] in (0, 1)
+
+
+LORA_LINEAR = "--rows 20 --features 24 --seconds 0 --min-rounds 2 --device cpu".split()
+REQUEST = "--model tiny --lengths 9 --new-tokens 4 --seconds 0 --min-rounds 2 --device cpu".split()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_lora_linear_alone(dtype, tmp_path, capsys):
+    assert lora_linear.main([*LORA_LINEAR, "--dtype", dtype, "--out", str(tmp_path)]) == 0
+    rows = rows_of(tmp_path / "lora.csv")
+    kinds = dict.fromkeys([dtype, "float32"])
+    assert [(r["adapter_dtype"], r["provider"]) for r in rows] == [(k, p) for k in kinds for p in lora_linear.PROVIDERS]
+    for r in rows:
+        assert (float(r["speedup_over_peft"]) == 1) == (r["provider"] == "peft")
+        assert (float(r["cost_in_base_layers"]) == 1) == (r["provider"] == "base")
+        # 2 products of the base, 3 of each adapter's two matrices, of which a row meets one adapter's
+        assert float(r["floor"]) == pytest.approx(1 + 3 * 2 * 8 * 24 / (2 * 24 * 24), abs=1e-4)
+    assert (tmp_path / "lora.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_wrong_lora_linear_is_not_timed(tmp_path, capsys, monkeypatch):
+    right = lora_linear.segment_lora_linear
+    swapped = lambda x, weight, bias, n, bidir, causal: right(x, weight, bias, n, causal, bidir)  # noqa: E731
+    monkeypatch.setattr(lora_linear, "segment_lora_linear", swapped)
+    assert lora_linear.main([*LORA_LINEAR, "--dtype", "float32", "--out", str(tmp_path)]) == 1
+    assert not (tmp_path / "lora.csv").exists()
+
+
+def test_a_request_to_generate(tmp_path, capsys, monkeypatch):
+    command = [*REQUEST, "--dtype", "float32", "--out", str(tmp_path)]
+    assert generate.main(command) == 0
+    rows = rows_of(tmp_path / "generate.csv")
+    assert [r["provider"] for r in rows] == list(generate.PROVIDERS)
+    for r in rows:
+        assert float(r["request_ms"]) > float(r["first_ms"]) > 0 and float(r["tokens_per_s"]) > 0
+        assert (float(r["cost_of_request"]) == 1) == (r["provider"] == "lora")
+    assert (tmp_path / "generate.png").read_bytes().startswith(b"\x89PNG")
+    right = generate.Request.run
+    monkeypatch.setattr(generate.Request, "run", lambda *args: right(*args).flip(1))
+    assert generate.main(command) == 1 and len(rows_of(tmp_path / "generate.csv")) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        (lora_linear, "--rows 1", "--rows: expected numbers >= 2, got 1"),
+        (lora_linear, "--providers x", "--providers: expected names of peft, segment, base; got 'x'"),
+        (generate, "--new-tokens 1", "--new-tokens: expected a number >= 2, got 1"),
+        (generate, "--lengths 2047 --model tiny", "--lengths: expected at most 2048 tokens with the new ones"),
+        (generate, "--providers x --model tiny", "--providers: expected names of lora, bitune; got 'x'"),
+    ],
+)
+def test_bad_arguments_of_the_smaller_benchmarks(script, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        script.main(arguments.split())
+    assert message in capsys.readouterr().err

@@ -14,14 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from bitune_kernels import BituneConfig, BituneModel
+from bitune_kernels import BituneChat, BituneConfig, BituneModel
 from bitune_kernels.cli import main
-from bitune_kernels.modeling import stream_attention, stream_distance
+from bitune_kernels.modeling import export_merged, stream_attention, stream_distance
 from bitune_kernels.training.data import TEMPLATE
 from bitune_kernels.training.run import _last_checkpoint
 from tests.test_training_data import byte_tokenizer
+from tests.test_turns import TEMPLATE as TEMPLATE_OF_CHATS
 from tests.tiny import base_model, bitune_model
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -56,6 +57,14 @@ def test_a_whole_run(place):
     assert (model.bitune_config.loss, model.bitune_config.backend) == ("sample", "sdpa")
     assert float(model.mixing.alpha(2)[0]) == pytest.approx(float(rows[-1]["alpha_k"]), abs=1e-6)
     assert run(place) == 2  # the folder has a final model
+
+
+def test_a_quantized_base_with_dora_and_dropout_is_trained(place):
+    options = "--quantize nf4 --use-dora true --use-rslora true --lora-dropout 0.1 --max-steps 2".split()
+    assert run(place, *options, "--dtype", "bfloat16") == 0
+    saved = json.loads((place / "run" / "final" / "causal" / "adapter_config.json").read_text())
+    assert (saved["use_dora"], saved["use_rslora"], saved["lora_dropout"]) == (True, True, 0.1)
+    assert BituneModel.from_pretrained(base_model(vocab_size=VOCAB), place / "run" / "final").peft_config
 
 
 def test_resuming_ends_where_a_whole_run_ends(place, monkeypatch, capsys):
@@ -132,13 +141,22 @@ def test_the_commands_of_the_readme_run(place, monkeypatch, capsys):
     (place / "prompts.jsonl").write_text(json.dumps({"prompt": "Is the sea?"}) + "\n")
     monkeypatch.chdir(place)
     (place / "recipes").symlink_to(RECIPES)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE_OF_CHATS
+    tokenizer.save_pretrained("model")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
     quick = {"train": ["--max-steps", "3", "--logging-steps", "1"], "generate": ["--max-new-tokens", "4"]}
+    quick["chat"] = quick["generate"]
     for program, command, *options in commands:
         assert program == "bitune"
         options = [{"google/gemma-2b": "model"}.get(word, word) for word in options]
+        if command == "serve":  # tests/test_serve.py
+            with pytest.raises(SystemExit, match="0"):
+                main([command, "--help"])
+            continue
         assert main([command, *options, *quick.get(command, [])]) == 0, capsys.readouterr().err
     assert (place / "runs" / "answers" / "final" / "bitune_config.json").is_file()
-    assert {command for _, command, *_ in commands} == {"train", "generate", "plot", "env"}
+    assert {command for _, command, *_ in commands} == {"train", "generate", "chat", "serve", "export", "plot", "env"}
 
 
 PROMPTS = ["1 + 1?", "Is the sky blue,\u2028and the sea?", "why"]
@@ -290,7 +308,13 @@ def test_figures_show_the_model(place, trained, monkeypatch, capsys):
         ("plot attention", "--prompt xy --output x.txt", "--output: expected a file that ends in .png, .pdf, .svg"),
         ("plot streams", "--prompt xy --output none/x.png", "--output: expected a file in a folder that exists"),
         ("plot alpha", "--output x.png", "--adapter: expected a variant that mixes two streams, got 'naive_bidir'"),
-        ("chat", "", "invalid choice: 'chat'"),
+        ("chat", "", "--model: expected a tokenizer with a chat template, got model without one"),
+        ("chat", "--file wrong", "--file: expected JSON, got"),
+        ("chat", "--file messages --system x", "--system: expected none with a conversation in --file"),
+        ("chat", "--seed 1", "--seed: expected --temperature or --top-p with it"),
+        ("chat", "--history none", "--history: invalid choice: 'none'"),
+        ("talk", "", "invalid choice: 'talk'"),
+        ("export", "--output adapter", "--output: expected a new or empty folder, got adapter"),
     ],
 )
 def test_what_is_asked_wrongly_is_named(command, options, message, place, monkeypatch, capsys):
@@ -306,11 +330,36 @@ def test_what_is_asked_wrongly_is_named(command, options, message, place, monkey
     BituneConfig(variant="naive_bidir").save("adapter")
     Path("empty").write_text("\n")
     Path("wrong").write_text('{"prompt": "x"}\n{')
+    Path("messages").write_text('[{"role": "user", "content": "x"}]')
     Path("answered").write_text('{"messages": [{"role": "assistant", "content": "x"}]}')
     usual = "--adapter adapter" if command == "plot alpha" else "--model model --adapter adapter"  # the last one counts
     assert main(shlex.split(f"{command} {usual} {options}")) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("bitune: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("history", ["recompute", "alternating"])
+def test_a_chat_is_that_of_python_and_goes_on_from_its_file(history, place, trained, monkeypatch, capsys):
+    options, model = trained
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE_OF_CHATS
+    tokenizer.save_pretrained(place / "model")
+    chat = BituneChat(model, tokenizer, history, [{"role": "system", "content": "be brief"}])
+    said = ["hi", "x" * 300, "", "why?"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(said)))
+    command = ["chat", *options, "--history", history, "--max-new-tokens", "5", "--file", str(place / "kept.json")]
+    with model.use_schedule(use_fused=True):
+        answers = [chat.send(said[i], max_new_tokens=5, do_sample=False) for i in (0, 3)]
+        assert main([*command, "--json", "--system", "be brief"]) == 0
+        found = capsys.readouterr()
+        assert [json.loads(line)["completion"] for line in found.out.splitlines()] == answers
+        assert found.err.count("text: expected a conversation of at most 256 tokens") == 1
+        assert json.loads((place / "kept.json").read_text()) == chat.messages
+        monkeypatch.setattr(sys, "stdin", io.StringIO("and then?\n"))
+        assert main(command) == 0
+    kept = json.loads((place / "kept.json").read_text())
+    assert len(kept) == 7 and capsys.readouterr().out.strip() == kept[-1]["content"].strip()
+    assert not list(place.glob("*.part"))
 
 
 def test_in_a_terminal(place, trained, capsys):
@@ -325,6 +374,26 @@ def test_in_a_terminal(place, trained, capsys):
     refused = subprocess.run([*cli, "--top-p", "2"], **pipes)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr == "bitune: --top-p: expected a number in (0, 1], got '2'\n"
+
+
+def test_an_exported_model_decodes_a_mixed_cache(place, trained, capsys):
+    options, model = trained
+    assert main(["export", *options, "--output", str(place / "exported")]) == 0
+    plain = AutoModelForCausalLM.from_pretrained(place / "exported")
+    assert not any("lora" in name for name, _ in plain.named_parameters())
+    ids = torch.tensor([AutoTokenizer.from_pretrained(place / "exported")("Is the sky blue?")["input_ids"]])
+    with torch.no_grad():
+        out = model(input_ids=ids, use_cache=True)
+        tokens = [int(out.logits[0, -1].argmax())]
+        for _ in range(5):
+            step = plain(input_ids=torch.tensor([tokens[-1:]]), past_key_values=out.past_key_values, use_cache=True)
+            tokens.append(int(step.logits[0, -1].argmax()))
+    assert tokens == greedy(model, ids[0].tolist(), 6)
+    again = BituneModel.from_pretrained(base_model(vocab_size=VOCAB), place / "exported" / "bitune")
+    assert greedy(again, ids[0].tolist(), 6) == tokens
+    with pytest.raises(ValueError, match="folder: expected a new or empty folder"):
+        export_merged(again, place / "exported")
+    assert greedy(again, ids[0].tolist(), 6) == tokens
 
 
 def test_env(capsys):

@@ -285,6 +285,7 @@ def test_a_chat_goes_on_from_messages_and_after_a_failure(model, tokenizer):
         ({"text": "x"}, {"num_return_sequences": 2}, "num_return_sequences: expected 1"),
         ({"text": "x"}, {"num_beams": 2}, "num_beams: expected 1"),
         ({"text": "x"}, {"past_key_values": DynamicCache()}, "past_key_values: expected None"),
+        ({"text": "x" * 1000}, {}, "text: expected a conversation of at most 1024 tokens, its next answer"),
         ({"text": "x"}, {"use_cache": False}, "use_cache: expected True"),
         ({"text": "x"}, {"prompt_lookup_num_tokens": 2}, "expected no assisted decoding"),
     ],

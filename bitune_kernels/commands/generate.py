@@ -6,7 +6,18 @@ import json
 import sys
 from pathlib import Path
 
-from .load import add_format_option, add_model_options, encode, load_model, load_tokenizer, max_tokens, number
+from .load import (
+    add_answer_options,
+    add_format_option,
+    add_model_options,
+    answer_options,
+    check_answer_options,
+    encode,
+    load_model,
+    load_tokenizer,
+    max_tokens,
+    number,
+)
 
 
 def add(commands) -> None:
@@ -23,17 +34,8 @@ def add(commands) -> None:
     prompts.add_argument("--file", help="JSON lines, each with a prompt, or with messages for the chat template")
     add_format_option(parser)
     at_least_one = number(int, lambda x: x > 0, "a whole number > 0")
-    parser.add_argument("--max-new-tokens", type=at_least_one, default=128, help="default: 128")
     parser.add_argument("--batch-size", type=at_least_one, default=8, help="prompts of --file at a time; default: 8")
-    parser.add_argument(
-        "--temperature", type=number(float, lambda x: x > 0, "a number > 0 (greedy without it)"), help="sample"
-    )
-    parser.add_argument(
-        "--top-p",
-        type=number(float, lambda x: 0 < x <= 1, "a number in (0, 1]"),
-        help="sample from the likeliest tokens of this probability",
-    )
-    parser.add_argument("--seed", type=number(int, lambda x: x >= 0, "a whole number"), help="of the samples")
+    add_answer_options(parser)
     parser.add_argument(
         "--json",
         action="store_true",
@@ -43,23 +45,16 @@ def add(commands) -> None:
 
 
 def _run(given) -> None:
-    sampled = given.temperature is not None or given.top_p is not None
-    if given.seed is not None and not sampled:
-        raise ValueError(f"--seed: expected --temperature or --top-p with it (decoding is greedy), got {given.seed}")
+    check_answer_options(given)
     prompts = _read(given)
     tokenizer = load_tokenizer(given)
     rows = _encode(prompts, tokenizer, given)
     model = load_model(given)
 
-    from transformers import TextStreamer, set_seed
-
-    # Every field that the model's own generation_config may say otherwise.
-    options = dict(do_sample=sampled, temperature=given.temperature or 1.0, top_p=given.top_p or 1.0)
-    options |= dict(top_k=0 if sampled else 50, max_new_tokens=given.max_new_tokens)
-    options |= dict(eos_token_id=_end_tokens(model, tokenizer) or None)
-    if given.seed is not None:
-        set_seed(given.seed)
+    options = answer_options(given, model, tokenizer)
     if given.file is None and not given.json:
+        from transformers import TextStreamer
+
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         _answer(model, tokenizer, rows, options | {"streamer": streamer})
     else:
@@ -133,13 +128,6 @@ def _prompt(line: str, place: str) -> str | list:
     if messages[-1]["role"] == "assistant":
         raise ValueError(f"{place}: expected messages whose last one is to be answered, got one by the assistant")
     return messages
-
-
-def _end_tokens(model, tokenizer) -> list[int]:
-    """Those of the model's generation_config, and the tokenizer's own, which ``bitune train`` ends answers with."""
-    own = model.generation_config.eos_token_id
-    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
-    return sorted(ends - {None})
 
 
 def _answer(model, tokenizer, rows: list[list[int]], options: dict) -> list[list[int]]:

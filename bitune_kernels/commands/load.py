@@ -33,6 +33,42 @@ def add_format_option(parser) -> None:
     )
 
 
+def add_answer_options(parser) -> None:
+    parser.add_argument(
+        "--max-new-tokens", type=number(int, lambda x: x > 0, "a whole number > 0"), default=128, help="default: 128"
+    )
+    parser.add_argument(
+        "--temperature", type=number(float, lambda x: x > 0, "a number > 0 (greedy without it)"), help="sample"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=number(float, lambda x: 0 < x <= 1, "a number in (0, 1]"),
+        help="sample from the likeliest tokens of this probability",
+    )
+    parser.add_argument("--seed", type=number(int, lambda x: x >= 0, "a whole number"), help="of the samples")
+
+
+def check_answer_options(given) -> None:
+    """Refuse a seed that nothing would use, before anything is loaded."""
+    if given.seed is not None and given.temperature is None and given.top_p is None:
+        raise ValueError(f"--seed: expected --temperature or --top-p with it (decoding is greedy), got {given.seed}")
+
+
+def answer_options(given, model, tokenizer) -> dict:
+    """The arguments of ``generate()``, the seed set: every field that the model's own config may say otherwise."""
+    from transformers import set_seed
+
+    sampled = given.temperature is not None or given.top_p is not None
+    if given.seed is not None:
+        set_seed(given.seed)
+    # ends of the model's generation_config, and the tokenizer's own, which ``bitune train`` ends answers with
+    own = model.generation_config.eos_token_id
+    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    options = dict(do_sample=sampled, temperature=given.temperature or 1.0, top_p=given.top_p or 1.0)
+    options |= dict(top_k=0 if sampled else 50, max_new_tokens=given.max_new_tokens)
+    return options | dict(eos_token_id=sorted(ends) or None)
+
+
 def number(kind, accept, expected: str):
     """An argparse type: ``kind`` of the text, if ``accept`` takes it."""
 

@@ -1,6 +1,7 @@
 """Bitune on Hugging Face models: transformers decoders with PEFT adapters."""
 
 from .chat import BituneChat
+from .export import export_merged
 from .model import BituneModel, get_bitune_model
 from .official import load_official_checkpoint
 from .streams import stream_attention, stream_distance
@@ -8,6 +9,7 @@ from .streams import stream_attention, stream_distance
 __all__ = [
     "BituneChat",
     "BituneModel",
+    "export_merged",
     "get_bitune_model",
     "load_official_checkpoint",
     "stream_attention",

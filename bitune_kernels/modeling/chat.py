@@ -55,8 +55,9 @@ class BituneChat:
             options: of ``generate()``: max_new_tokens, do_sample, a streamer, ...
 
         Raises:
-            ValueError: a turn without text, an option by which one prompt has several answers, a template that changes
-                earlier turns (alternating). The conversation then is what it was before.
+            ValueError: a turn without text, a conversation too long for the model, an option by which one prompt has
+                several answers, a template that changes earlier turns (alternating). The conversation then is what it
+                was before.
         """
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"text: expected what the user says, got {text!r}")
@@ -74,12 +75,15 @@ class BituneChat:
         return content
 
     def _recompute(self, messages, options) -> list[int]:
-        return self._generate(self._tokens(self._render(messages)), options)
+        tokens = self._tokens(self._render(messages))
+        self._check_length(len(tokens), options)
+        return self._generate(tokens, options)
 
     def _alternate(self, messages, options) -> list[int]:
         turns = self._turns or self._split(self.messages)
         tail = self._continuation(messages, turns[-1][1]) if turns else self._render(messages)
         prompt, cache = self._tokens(tail), self._cache
+        self._check_length(sum(len(part) for turn in turns for part in turn) + len(prompt), options)
         self._cache = None  # what fails from here on leaves a cache that nothing can be said about
         if cache is None:
             cache = self._read(turns)
@@ -90,6 +94,15 @@ class BituneChat:
             answer = self._generate([*read, *prompt], options | {"past_key_values": cache})
         self._turns, self._cache = [*turns, (prompt, answer)], cache
         return answer
+
+    def _check_length(self, length: int, options) -> None:
+        limit = getattr(self.model.get_base_model().config.get_text_config(), "max_position_embeddings", None)
+        new = options.get("max_new_tokens") or 1
+        if limit is not None and length + new > limit:
+            raise ValueError(
+                f"text: expected a conversation of at most {limit} tokens, its next answer ({new}) included, "
+                f"got {length}"
+            )
 
     def _generate(self, tokens: list[int], options) -> list[int]:
         ids = torch.tensor([tokens], device=self.model.device)

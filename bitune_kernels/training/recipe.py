@@ -19,11 +19,12 @@ class Recipe:
 
     Fields: data (a .json or .jsonl file, or an id of the Hub), data_name (its configuration), data_split,
     data_revision, prompt, completion, reader, max_length, max_answer_length as in ``training.data``; lora_r,
-    lora_alpha, target_modules as in PEFT's LoraConfig; variant .. turns as in ``BituneConfig``; dtype of the base;
-    lr of the adapters, theta_lr of the thetas (None: lr); warmup, a share of the steps (below 1) or their number;
-    batch_size samples per pass, accumulation passes per update, max_steps updates; clip, the largest gradient norm
-    (0: none); gradient_checkpointing false, true or "selective" (``selective_checkpointing``); report_to, as in
-    transformers ("wandb", "tensorboard", "none").
+    lora_alpha, lora_dropout, use_rslora, use_dora, target_modules as in PEFT's LoraConfig; variant .. turns as in
+    ``BituneConfig``; dtype of the base, and quantize, "nf4" or "int8" by bitsandbytes (null: neither); lr of the
+    adapters, theta_lr of the thetas (None: lr); warmup, a share of the steps (below 1) or their number; batch_size
+    samples per pass, accumulation passes per update, max_steps updates; clip, the largest gradient norm (0: none);
+    gradient_checkpointing false, true or "selective" (``selective_checkpointing``); report_to, as in transformers
+    ("wandb", "tensorboard", "none").
 
     Raises:
         ValueError, TypeError: naming the field, what was expected and what came.
@@ -40,6 +41,9 @@ class Recipe:
     max_answer_length: int | None = None
     lora_r: int = 8
     lora_alpha: float = 1
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
     target_modules: str | list[str] = "all-linear"
     variant: str = "bitune"
     mixing: str = "abs"
@@ -51,6 +55,7 @@ class Recipe:
     loss: str = "token"
     turns: str = "one"
     dtype: str = "bfloat16"
+    quantize: str | None = None
     lr: float = 3e-4
     theta_lr: float | None = None
     schedule: str = "linear"
@@ -77,6 +82,10 @@ class Recipe:
             raise ValueError(f"reader: expected one of {', '.join(READERS)}, got {self.reader!r}")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {self.dtype!r}")
+        if self.quantize not in (None, "nf4", "int8"):
+            raise ValueError(f"quantize: expected null, nf4 or int8, got {self.quantize!r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout: expected a number in [0, 1), got {self.lora_dropout}")
         if self.gradient_checkpointing not in (True, False, "selective"):
             raise ValueError(
                 f"gradient_checkpointing: expected true, false or 'selective', got {self.gradient_checkpointing!r}"

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     DataCollatorForSeq2Seq,
     ProgressCallback,
     Trainer,
@@ -71,6 +73,8 @@ def train(recipe: Recipe, model: str, output: str | Path, resume: bool = False) 
     if first:
         _check_output(output, run, resume)
     _check_targets(model, recipe.target_modules)
+    dtype = getattr(torch, recipe.dtype)
+    quantization = _quantization(recipe, dtype)
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     names = ("prompt", "completion", "reader", "max_length", "max_answer_length", "turns")
@@ -82,9 +86,15 @@ def train(recipe: Recipe, model: str, output: str | Path, resume: bool = False) 
         os.replace(output / f".{RUN_NAME}", output / RUN_NAME)
 
     set_seed(recipe.seed)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, recipe.dtype))
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, quantization_config=quantization)
     lora = LoraConfig(
-        r=recipe.lora_r, lora_alpha=recipe.lora_alpha, target_modules=recipe.target_modules, task_type="CAUSAL_LM"
+        r=recipe.lora_r,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        use_rslora=recipe.use_rslora,
+        use_dora=recipe.use_dora,
+        target_modules=recipe.target_modules,
+        task_type="CAUSAL_LM",
     )
     bitune = get_bitune_model(base, recipe.bitune_config(lora))
     groups = parameter_groups(bitune, recipe.lr, recipe.theta_lr, recipe.weight_decay)
@@ -134,6 +144,16 @@ def train(recipe: Recipe, model: str, output: str | Path, resume: bool = False) 
         tokenizer.save_pretrained(unfinished)
         os.replace(unfinished, output / FINAL)
     return output / FINAL
+
+
+def _quantization(recipe: Recipe, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if recipe.quantize is None:
+        return None
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(f"quantize: expected null, since bitsandbytes isn't installed, got {recipe.quantize!r}")
+    if recipe.quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def _check_output(output: Path, run: dict, resume: bool) -> None:

@@ -1,0 +1,35 @@
+"""``bitune export``: an ordinary causal LM for other engines, with the causal adapter merged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .load import add_model_options, load_model, load_tokenizer
+
+
+def add(commands) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write a model for engines without Bitune",
+        description="Writes the model with the adapter 'causal' merged, which decodes a mixed cache in any engine, "
+        "and in its folder bitune what reads the prompt. An engine that prefills by itself reads it causally alone.",
+        epilog="example: bitune export --model google/gemma-2b --adapter runs/answers --output exported",
+        allow_abbrev=False,
+    )
+    add_model_options(parser)
+    parser.add_argument("--output", required=True, help="a new folder")
+    parser.set_defaults(run=_run)
+
+
+def _run(given) -> None:
+    output = Path(given.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output: expected a new or empty folder, got {output}")
+    tokenizer = load_tokenizer(given)
+    model = load_model(given)
+
+    from ..modeling.export import export_merged
+
+    export_merged(model, output)
+    tokenizer.save_pretrained(output)
+    print(output)

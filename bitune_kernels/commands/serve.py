@@ -1,0 +1,71 @@
+"""``bitune serve``: an OpenAI-compatible endpoint. The server is transformers' own; it gets the model from here."""
+
+from __future__ import annotations
+
+from .load import adapter_folder, add_model_options, load_model, load_tokenizer, number
+
+
+def add(commands) -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="an OpenAI-compatible endpoint",
+        description="Serves /v1/chat/completions (the whole conversation is the prompt), /v1/completions and "
+        "/v1/responses by the server of transformers. Requests are answered one after the other.",
+        epilog="example: bitune serve --model google/gemma-2b-it --adapter runs/answers --port 8000",
+        allow_abbrev=False,
+    )
+    add_model_options(parser)
+    parser.add_argument("--name", help="of the model in requests; default: the name of the folder with adapters")
+    parser.add_argument("--host", default="localhost", help="default: localhost")
+    port = number(int, lambda x: 0 <= x < 65536, "a port, 0 to 65535")
+    parser.add_argument("--port", type=port, default=8000, help="default: 8000; 0: a free one")
+    limit = number(int, lambda x: x > 0, "a whole number > 0")
+    parser.add_argument("--limit", type=limit, default=64, help="connections at a time; more get 503 (default: 64)")
+    parser.set_defaults(run=_run)
+
+
+def _run(given) -> None:
+    name = given.name or adapter_folder(given.adapter).resolve().name
+    try:
+        import uvicorn
+        from fastapi import HTTPException
+        from transformers.cli.serving import chat_completion, completion, response, server
+        from transformers.cli.serving.model_manager import ModelManager
+        from transformers.cli.serving.utils import GenerationState
+    except ImportError as error:
+        raise ValueError(f"serve: expected transformers[serving], got {error}") from None
+    tokenizer = load_tokenizer(given)
+    model = load_model(given)
+    end, config = tokenizer.eos_token_id, model.generation_config
+    own = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    config.eos_token_id = sorted({*own, end} - {None}) or None  # ``bitune train`` ends answers with the tokenizer's
+
+    class Models(ModelManager):
+        """Knows one model, whatever it is asked for."""
+
+        def _load_processor(self, *args, **kwargs):
+            return tokenizer
+
+        def _load_model(self, *args, **kwargs):
+            return model
+
+        @staticmethod
+        def get_gen_models(cache_dir=None):
+            return [{"id": name, "object": "model", "owned_by": "bitune", "created": 0}]
+
+    class Refused:
+        async def handle_request(self, *args):
+            raise HTTPException(status_code=404, detail="not served with a Bitune model")
+
+    models, state = Models(device=str(model.device), model_timeout=-1), GenerationState()
+    models.force_model = name  # what a request may ask for; as an argument it would be loaded from the hub
+    app = server.build_server(
+        models,
+        chat_completion.ChatCompletionHandler(models, state),
+        completion_handler=completion.CompletionHandler(models, state),
+        response_handler=response.ResponseHandler(models, state),
+        transcription_handler=Refused(),
+        systemone_handler=Refused(),
+        generation_state=state,
+    )
+    uvicorn.run(app, host=given.host, port=given.port, limit_concurrency=given.limit, log_level="info")

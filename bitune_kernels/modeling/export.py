@@ -1,0 +1,34 @@
+"""A Bitune model for engines that know nothing of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from .adapters import CAUSAL, CausalMerge
+from .model import BituneModel
+
+
+def export_merged(model: BituneModel, folder: str | Path) -> None:
+    """Write the base model with the adapter "causal" merged, and beside it the Bitune model's own files.
+
+    ``folder`` then holds an ordinary causal LM, which decodes what a Bitune prefill has mixed: any engine can go on
+    from the cache of ``model(input_ids)``. It can't read prompts in both directions. ``folder/bitune`` is the folder of
+    ``save_pretrained``, for the base model that was adapted. ``model`` is unloaded and can't be used any more.
+
+    Raises:
+        TypeError, ValueError: naming what was expected and what came; the model is then as it was.
+    """
+    if not isinstance(model, BituneModel):
+        raise TypeError(f"model: expected a BituneModel, got {type(model).__name__}")
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"folder: expected a new or empty folder, got {folder}")
+    CausalMerge(model)  # refuses weights that can't be merged
+    unfinished = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished / "bitune")
+    model._detach()
+    model.base_model.merge_and_unload(adapter_names=[CAUSAL]).save_pretrained(unfinished)
+    os.replace(unfinished, folder)

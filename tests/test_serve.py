@@ -1,0 +1,139 @@
+"""bitune serve as a process, asked by OpenAI's own client."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitune_kernels import BituneModel
+from tests.test_trainers import WORDS, tokenizer
+from tests.tiny import base_model, bitune_model
+
+VOCAB, LIMIT, TOKENS = 4 + len(WORDS), 80, 6
+
+
+def chat_tokenizer():
+    """Of whole words: a stream holds back the bytes of an unfinished character."""
+    words = tokenizer()
+    words.chat_template = "{% for m in messages %}{{ m.content }} {{ eos_token }} {% endfor %}"
+    return words
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("serve")
+    base_model(vocab_size=VOCAB).save_pretrained(place / "model")
+    chat_tokenizer().save_pretrained(place / "model")
+    bitune_model(base=base_model(vocab_size=VOCAB)).save_pretrained(place / "adapter")
+    return place
+
+
+@pytest.fixture(scope="module")
+def server(place):
+    port = free_port()
+    command = [sys.executable, "-m", "bitune_kernels.cli", "serve", "--model", place / "model"]
+    command += ["--adapter", place / "adapter", "--host", "127.0.0.1", "--port", str(port), "--limit", str(LIMIT)]
+    with (place / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except (urllib.error.URLError, OSError):
+                assert process.poll() is None and time.monotonic() < deadline, (place / "log").read_text()
+                time.sleep(0.2)
+        yield port, process
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def resident(process) -> int:
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) // 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_fifty_clients_some_of_whom_hang_up(place, server):
+    from openai import OpenAI
+
+    port, process = server
+    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=100)
+    assert [m.id for m in client.models.list()] == ["adapter"]
+    model = BituneModel.from_pretrained(base_model(vocab_size=VOCAB), place / "adapter")
+    words = chat_tokenizer()
+
+    def messages(i):
+        return [{"role": "user", "content": " ".join(WORDS[i % 5 : i % 5 + 4])}]
+
+    def expected(i):
+        prompt = words.apply_chat_template(
+            messages(i), add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        out = model.generate(**prompt, max_new_tokens=TOKENS, do_sample=False)
+        return words.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).split()
+
+    def ask(i):
+        options = dict(model="adapter", messages=messages(i), max_tokens=TOKENS, temperature=0)
+        if i % 3 == 0:
+            return client.chat.completions.create(**options).choices[0].message.content.split()
+        stream = client.chat.completions.create(**options, stream=True)
+        parts = []
+        for chunk in stream:
+            parts.append(chunk.choices[0].delta.content or "")
+            if i % 3 == 1:  # hangs up in the middle of its answer
+                stream.close()
+                return None
+        return "".join(parts).split()
+
+    torch.manual_seed(0)
+    answers = [expected(i) for i in range(5)]
+    resting = []
+    for _ in range(2):
+        with ThreadPoolExecutor(50) as pool:
+            found = list(pool.map(ask, range(50)))
+        assert [f for f in found if f is not None] == [answers[i % 5] for i, f in enumerate(found) if f is not None]
+        assert found.count(None) == len([i for i in range(50) if i % 3 == 1])
+        resting.append(resident(process))
+    assert resting[1] - resting[0] < 20, resting  # MiB
+
+
+def test_what_is_wrong_has_a_status_and_the_server_stays(server):
+    from openai import APIStatusError, OpenAI
+
+    port, process = server
+    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
+    asked = dict(model="adapter", messages=[{"role": "user", "content": "x"}], max_tokens=2)
+    for changes, status in (({"model": "gpt-9"}, 400), ({"extra_body": {"beams": 2}}, 422)):
+        with pytest.raises(APIStatusError) as refused:
+            client.chat.completions.create(**asked | changes)
+        assert refused.value.status_code == status
+    with pytest.raises(APIStatusError) as refused:
+        client.post("/systemone", body={}, cast_to=object)
+    assert refused.value.status_code == 404
+    idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(LIMIT)]
+    with pytest.raises(APIStatusError) as refused:
+        OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0).chat.completions.create(**asked)
+    assert refused.value.status_code == 503
+    for connection in idle:
+        connection.close()
+    time.sleep(0.5)
+    assert client.chat.completions.create(**asked).choices[0].finish_reason in ("length", "stop")
+    assert process.poll() is None
