@@ -96,8 +96,9 @@ def test_measured_figures_stand_in_the_results():
     measured = README[README.index("## Measured") : README.index("## Limits")]
     shas = re.findall(r"commit `(\w+)`", measured)
     rows = results("prefill")
+    every = [row for name in ("prefill", "train_step", "lora", "generate") for row in results(name)]
     for sha in shas:
-        assert any(row["git_sha"].startswith(sha) and row["git_dirty"] == "0" for row in rows), sha
+        assert any(row["git_sha"].startswith(sha) and row["git_dirty"] == "0" for row in every), sha
     table = re.findall(
         r"^\| (\w+) \| (\d+) x (\d+) \| (\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \(([\d.]+)\) \|", measured, re.M
     )
@@ -110,6 +111,26 @@ def test_measured_figures_stand_in_the_results():
         assert f"{float(by_provider['three-pass']['p50_ms']):.0f}" == three and f"{float(found['p50_ms']):.0f}" == one
         columns = ("speedup_over_three_pass", "cost_in_lora_passes", "floor_linear")
         assert [f"{float(found[c]):.2f}" for c in columns] == ratios
-    update = {r["provider"]: float(r["p50_ms"]) / 1e3 for r in results("train_step") if r["dtype"] == "float32"}
-    for provider in ("one-pass[sdpa]", "authors-schedule", "three-pass", "lora"):
-        assert f"{update[provider]:.1f} s" in re.sub(r"\s+", " ", measured), provider
+    update = {r["provider"]: r for r in results("train_step") if r["dtype"] == "float32"}
+    lines = re.findall(
+        r"^\| [^|]+ \| ([\d.]+) s \| ([\d.]+)[^|]*\| ([\d.]+)[^|]*\| ([\d.]+) \| ([\d.]+) \|", measured, re.M
+    )
+    order = ["one-pass[sdpa]", "one-pass+peft[sdpa]", "authors-schedule", "three-pass", "lora-packed[sdpa]", "lora"]
+    columns = ["cost_in_lora_passes", "cost_in_lora_packed_passes", "memory_over_lora", "memory_over_lora_packed"]
+    for provider, (seconds, *ratios) in zip(order, lines, strict=True):
+        row = update[provider]
+        assert f"{float(row['p50_ms']) / 1e3:.1f}" == seconds, provider
+        assert [f"{float(row[c]):.2f}" for c in columns] == ratios, provider
+    floors = set(
+        re.findall(r"\((\d\.\d\d)\)", measured[measured.index("| schedule") : measured.index("* One pass is")])
+    )
+    one = update["one-pass[sdpa]"]
+    packed = f"{float(one['floor_linear']) / float(one['floor_packed_linear']):.2f}"
+    assert floors == {f"{float(one['floor_linear']):.2f}", f"{float(one['floor_packed_linear']):.2f}", packed}
+    text = re.sub(r"\s+", " ", measured)
+    linear = [r for r in results("lora") if r["provider"] == "segment" and r["dtype"] == "float32"]
+    n64, n256, n1024, n4096 = (f"{float(r['speedup_over_peft']):.2f}" for r in linear)
+    assert f"float32 {n64} times faster at 64 rows, {n256} at 256, {n1024} at 1024 and {n4096} at 4096" in text
+    request = [r for r in results("generate") if r["provider"] == "bitune" and r["dtype"] == "float32"][-1]
+    first, rest, whole = (f"{float(request[f'cost_of_{c}']):.2f}" for c in ("first", "decoding", "request"))
+    assert f"first token {first} times its time, decoding {rest}, the whole {whole} in float32" in text
