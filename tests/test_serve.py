@@ -106,13 +106,13 @@ def test_fifty_clients_some_of_whom_hang_up(place, server):
     torch.manual_seed(0)
     answers = [expected(i) for i in range(5)]
     resting = []
-    for _ in range(2):
+    for _ in range(3):
         with ThreadPoolExecutor(50) as pool:
             found = list(pool.map(ask, range(50)))
         assert [f for f in found if f is not None] == [answers[i % 5] for i, f in enumerate(found) if f is not None]
         assert found.count(None) == len([i for i in range(50) if i % 3 == 1])
         resting.append(resident(process))
-    assert resting[1] - resting[0] < 20, resting  # MiB
+    assert resting[2] - resting[1] < 20, resting  # MiB; the first round warms up
 
 
 def test_what_is_wrong_has_a_status_and_the_server_stays(server):
