@@ -5,6 +5,8 @@ import re
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bitune_kernels import SegmentPlan, backends, bitune_attention, bitune_prefill, mix_kv, registered
 from bitune_kernels.backends import reference, resolve, sdpa
@@ -125,6 +127,35 @@ def own(monkeypatch):
 )
 def test_backend_against_oracle(case, dtype, backend):
     assert_backend_within_budget(backend, case, dtype, default_device())
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.softcap is None and not c.sinks], ids=lambda c: c.id)
+def test_sdpa_over_a_few_queries_at_a_time(case, monkeypatch):
+    monkeypatch.setattr(sdpa, "_ROWS", 5)
+    assert_backend_within_budget("sdpa", case, torch.float32)
+
+
+class LargestTensor(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        self.numel = max([self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 64}, {"stream_mask": "anti_causal"}], ids=str)
+def test_memory_of_sdpa_is_linear_in_the_prompt(options):
+    largest = []
+    for n in (2048, 4096):
+        plan = SegmentPlan.from_lengths([n], [9])
+        q, k, v = (torch.randn(plan.num_rows, 1, 8) for _ in range(3))
+        with LargestTensor() as made:
+            bitune_attention(q, k, v, 0.5, 0.5, plan, backend="sdpa", **options)
+        largest.append(made.numel)
+    assert largest[1] <= 2.1 * largest[0] and largest[1] < 4096**2 / 3.5, largest
 
 
 def test_case_ids_are_unique():

@@ -1,9 +1,12 @@
 """``torch.nn.functional.scaled_dot_product_attention`` per segment and sample: fast wherever PyTorch runs.
 
-A mask tensor is built only where a flag of SDPA can't express the visibility.
+A mask tensor is built only where a flag of SDPA can't express the visibility, for a few queries at a time and the keys
+that they may see: memory is linear in the length of a prompt, and so is the work behind a sliding window.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -22,13 +25,26 @@ def unsupported(*, softcap=None, sinks=None, **call) -> str | None:
     return None
 
 
-def _attend(q, k, v, scale: float, see: torch.Tensor | str | None):
-    # q [Lq, Hq, D], k and v [Lk, Hkv, D] -> [Lq, Hq, Dv]. see: None = everything, "causal", or bool [Lq, Lk].
+_ROWS = 1024  # queries that share a mask tensor
+
+
+def _attend(q, k, v, scale: float, see: Callable | str | None):
+    # q [Lq, Hq, D], k and v [Lk, Hkv, D] -> [Lq, Hq, Dv]. see: None = everything, "causal", or (first, end) of queries
+    # -> (first, end) of the keys that any of them sees and bool [queries, keys].
     if not q.shape[0]:
         return q.new_zeros(0, q.shape[1], v.shape[2])
+    if not callable(see):
+        return _sdpa(q, k, v, scale, None, causal=see == "causal")
+    out = []
+    for first in range(0, q.shape[0], _ROWS):
+        rows = first, min(first + _ROWS, q.shape[0])
+        (low, high), mask = see(rows)
+        out.append(_sdpa(q[slice(*rows)], k[low:high], v[low:high], scale, mask))
+    return torch.cat(out) if len(out) > 1 else out[0]
+
+
+def _sdpa(q, k, v, scale: float, mask: torch.Tensor | None, causal: bool = False):
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    causal = isinstance(see, str)
-    mask = None if causal else see
     o = scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
@@ -42,7 +58,16 @@ def _prompt_visibility(mask: str, n: int, m: int, window: int | None, device):
         return None
     if window is None and mask == "causal" and m == 0:
         return "causal"
-    return visible_to_prompt(mask, n, m, window, device)
+
+    def see(rows):
+        first, end = m + rows[0], m + rows[1]  # as keys
+        low = first if mask == "anti_causal" and not m else 0
+        high = end if mask == "causal" else m + n
+        if window is not None:
+            low, high = max(low, first - window + 1), min(high, end + window - 1)
+        return (low, high), visible_to_prompt(mask, n, m, window, device, rows, (low, high))
+
+    return see
 
 
 def _answer_visibility(a: int, before: int, window: int | None, device):
@@ -52,7 +77,13 @@ def _answer_visibility(a: int, before: int, window: int | None, device):
         return None
     if window is None and before == 0:
         return "causal"
-    return visible_to_answer(a, before, window, device)
+
+    def see(rows):
+        low = 0 if window is None else max(0, before + rows[0] - window + 1)
+        high = before + rows[1]
+        return (low, high), visible_to_answer(a, before, window, device, rows, (low, high))
+
+    return see
 
 
 def attention(
