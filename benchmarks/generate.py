@@ -14,7 +14,7 @@ import matplotlib.figure
 import torch
 from common.models import attach, load_base
 from common.report import Results, finish
-from common.run import Wrong, check_setup, machine_name, parser
+from common.run import Wrong, check_setup, parser, title
 from common.text import Text, padded
 
 from bitune_kernels.testing.timing import Timing, interleaved, provenance
@@ -54,10 +54,8 @@ class Request:
 
 
 def measure(request: Request, args, setup, shape) -> list[dict]:
-    if setup.dtype == torch.float32:  # lower, rounding may decide between two tokens
-        for name in args.providers:
-            if name == "bitune":
-                request.check(name)
+    if setup.dtype == torch.float32 and "bitune" in args.providers:  # lower, rounding may decide between two tokens
+        request.check("bitune")
     calls = {}
     for name in args.providers:
         calls[name, "first"] = partial(request.run, name, 1)
@@ -141,8 +139,8 @@ def main(argv: list[str] | None = None) -> int:
         models = attach(load_base(setup))
     except (OSError, ValueError, KeyError) as e:
         raise SystemExit(f"generate.py: error: {e}") from None
-    title = f"{setup.name}, {setup.layers} layers, {setup.dtype_name}, {machine_name(facts)}"
-    print(f"{EXPLANATION}\n{title}\nshape, provider, first ms, tokens/s, request ms, cost: first, decoding, request")
+    print(f"{EXPLANATION}\n{title(setup, facts)}")
+    print("shape, provider, first ms, tokens/s, request ms, cost: first, decoding, request")
     right = True
     for shape in [(b, n, args.new_tokens) for n in sorted(set(args.lengths)) for b in sorted(set(args.batch_sizes))]:
         try:
@@ -154,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         results.append([facts | row for row in rows])
         for row in rows:
             print(table_line(row))
-    finish(results, f"generate: {title}", draw)
+    finish(results, f"generate: {title(setup, facts)}", draw)
     return 0 if right else 1
 
 

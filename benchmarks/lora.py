@@ -82,7 +82,7 @@ class Step:
         return [y.detach(), *torch.autograd.grad(y, [x, *ab], dy)]
 
 
-def measure(machine: Machine, shape: tuple[int, int, int, torch.dtype], args, progress) -> list[dict]:
+def measure(machine: Machine, shape: tuple[int, int, int, torch.dtype], args) -> list[dict]:
     rows, features, r, adapter_dtype = shape
     step = Step(machine, *shape)
     expected = step.formula(torch.float64)
@@ -100,7 +100,6 @@ def measure(machine: Machine, shape: tuple[int, int, int, torch.dtype], args, pr
         min_rounds=args.min_rounds,
         warmup=args.warmup,
         device=machine.device,
-        progress=progress,
     )
     found = []
     for name, t in times.items():
@@ -174,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     with tqdm(total=len(shapes), unit="shape", disable=None) as bar:
         for shape in shapes:
             try:
-                found = measure(machine, shape, args, None)
+                found = measure(machine, shape, args)
             except Wrong as e:
                 right = False
                 tqdm.write(f"{shape}: not timed: {e}")

@@ -12,7 +12,8 @@ CONFIG_NAME = "bitune_config.json"
 MIXINGS = ("abs", "relu")
 GRANULARITIES = ("layer", "head", "global")
 LOSSES = ("token", "sample")
-TURNS = ("one", "recompute", "alternating")
+HISTORIES = ("recompute", "alternating")  # the paper's two ways to read a conversation of many turns
+TURNS = ("one", *HISTORIES)
 
 
 class Variant(NamedTuple):

@@ -231,17 +231,16 @@ class SegmentPlan:
                 out a number, a length out of range.
         """
         samples = find_samples(shape, attention_mask, position_ids)
-        prompts = [length for _, length in samples]
-        if prompt_lengths is not None:
-            prompts = _ints("prompt_lengths", prompt_lengths, len(samples))
-        return cls.from_samples(shape, samples, prompts, num_streams=num_streams, device=device)
+        if prompt_lengths is None:
+            prompt_lengths = [length for _, length in samples]
+        return cls.from_samples(shape, samples, prompt_lengths, num_streams=num_streams, device=device)
 
     @classmethod
     def from_samples(
         cls,
         shape: tuple[int, int],
         samples: Sequence[tuple[int, int]],
-        prompt_lengths: Sequence[int],
+        prompt_lengths: Sequence[int] | torch.Tensor,
         *,
         prefix_lengths: Sequence[int] | None = None,
         num_streams: int = 2,
@@ -257,8 +256,9 @@ class SegmentPlan:
             num_streams, device: as in ``from_batch``.
 
         Raises:
-            ValueError: a length out of range.
+            ValueError, TypeError: a length out of range, or too many or too few of them.
         """
+        prompt_lengths = _ints("prompt_lengths", prompt_lengths, len(samples))
         for s, (p, (_, length)) in enumerate(zip(prompt_lengths, samples, strict=True)):
             if not 1 <= p <= length:
                 raise ValueError(f"prompt_lengths: expected 1 to {length} (tokens of sample {s}), got {p}")

@@ -206,7 +206,7 @@ def product_kernel(out, x, y):
     tl.store(out, x * y)
 
 
-@pytest.mark.skipif(not tiles.interpreted(), reason="a GPU doesn't check this")
+@pytest.mark.skipif(not tiles.interpreted(), reason="needs Triton's interpreter: a GPU doesn't check this")
 def test_interpreter_sees_overflow(overflow_raises):
     out = torch.zeros(1, dtype=torch.int64)
     product_kernel[(1,)](out, 2**15, 2**15)

@@ -119,7 +119,7 @@ def test_norms_of_adapted_rows(dtype):
     (_, a, b, *_), weight, _, _ = inputs(1, dtype)
     expected = (weight.double() + 0.5 * b.double() @ a.double()).norm(dim=1)
     low = (weight + 0.5 * b @ a).norm(dim=1)
-    found = adapted_row_norms(weight, Adapter(a, b, 0.5))
+    (found,) = adapted_row_norms(weight, [Adapter(a, b, 0.5)])
     assert_within_budget("norms", found, expected, low, dtype, "dora")
 
 

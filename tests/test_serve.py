@@ -70,7 +70,7 @@ def resident(process) -> int:
     return int(status.split("VmRSS:")[1].split()[0]) // 1024
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux (/proc)")
 def test_fifty_clients_some_of_whom_hang_up(place, server):
     from openai import OpenAI
 

@@ -7,10 +7,12 @@ import os
 import sys
 from pathlib import Path
 
+from ..config import HISTORIES
 from .load import (
     add_answer_options,
     add_model_options,
     answer_options,
+    are_messages,
     check_answer_options,
     load_model,
     load_tokenizer,
@@ -28,7 +30,7 @@ def add(commands) -> None:
     add_model_options(parser)
     parser.add_argument(
         "--history",
-        choices=("recompute", "alternating"),
+        choices=HISTORIES,
         default="recompute",
         help="read the whole conversation in both directions for each answer, or the new turn over the cache of the "
         "others; default: recompute",
@@ -79,9 +81,7 @@ def _read(given) -> list[dict]:
         messages = json.loads(Path(given.file).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"--file: expected JSON, got {error} in {given.file}") from None
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
-    ):
+    if not are_messages(messages):
         raise ValueError(f"--file: expected a list of messages with role and content, got another one in {given.file}")
     if system and messages:
         raise ValueError(f"--system: expected none with a conversation in --file, got {given.system!r}")

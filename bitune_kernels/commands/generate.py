@@ -11,12 +11,13 @@ from .load import (
     add_format_option,
     add_model_options,
     answer_options,
+    are_messages,
+    at_least_one,
     check_answer_options,
     encode,
     load_model,
     load_tokenizer,
     max_tokens,
-    number,
 )
 
 
@@ -33,7 +34,6 @@ def add(commands) -> None:
     prompts.add_argument("--prompt", help="one prompt")
     prompts.add_argument("--file", help="JSON lines, each with a prompt, or with messages for the chat template")
     add_format_option(parser)
-    at_least_one = number(int, lambda x: x > 0, "a whole number > 0")
     parser.add_argument("--batch-size", type=at_least_one, default=8, help="prompts of --file at a time; default: 8")
     add_answer_options(parser)
     parser.add_argument(
@@ -122,8 +122,8 @@ def _prompt(line: str, place: str) -> str | list:
     row = row if isinstance(row, dict) else {}
     if isinstance(row.get("prompt"), str):
         return row["prompt"]
-    messages = row.get("messages") if isinstance(row.get("messages"), list) else []
-    if not messages or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+    messages = row.get("messages")
+    if not messages or not are_messages(messages):
         raise ValueError(f"{place}: expected a text 'prompt', or 'messages' with role and content, got {line[:80]}")
     if messages[-1]["role"] == "assistant":
         raise ValueError(f"{place}: expected messages whose last one is to be answered, got one by the assistant")

@@ -34,9 +34,7 @@ def add_format_option(parser) -> None:
 
 
 def add_answer_options(parser) -> None:
-    parser.add_argument(
-        "--max-new-tokens", type=number(int, lambda x: x > 0, "a whole number > 0"), default=128, help="default: 128"
-    )
+    parser.add_argument("--max-new-tokens", type=at_least_one, default=128, help="default: 128")
     parser.add_argument(
         "--temperature", type=number(float, lambda x: x > 0, "a number > 0 (greedy without it)"), help="sample"
     )
@@ -61,12 +59,20 @@ def answer_options(given, model, tokenizer) -> dict:
     sampled = given.temperature is not None or given.top_p is not None
     if given.seed is not None:
         set_seed(given.seed)
-    # ends of the model's generation_config, and the tokenizer's own, which ``bitune train`` ends answers with
-    own = model.generation_config.eos_token_id
-    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
     options = dict(do_sample=sampled, temperature=given.temperature or 1.0, top_p=given.top_p or 1.0)
     options |= dict(top_k=0 if sampled else 50, max_new_tokens=given.max_new_tokens)
-    return options | dict(eos_token_id=sorted(ends) or None)
+    return options | dict(eos_token_id=end_tokens(model, tokenizer))
+
+
+def end_tokens(model, tokenizer) -> list[int] | None:
+    """Those of the model's generation_config, and the tokenizer's own, which ``bitune train`` ends answers with."""
+    own = model.generation_config.eos_token_id
+    return sorted({*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}) or None
+
+
+def are_messages(value) -> bool:
+    """Whether ``value`` is what chat templates take: a list of messages with role and content."""
+    return isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
 
 
 def number(kind, accept, expected: str):
@@ -82,6 +88,9 @@ def number(kind, accept, expected: str):
         return value
 
     return parse
+
+
+at_least_one = number(int, lambda x: x > 0, "a whole number > 0")
 
 
 @contextmanager

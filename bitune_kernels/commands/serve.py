@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .load import adapter_folder, add_model_options, load_model, load_tokenizer, number
+from .load import adapter_folder, add_model_options, at_least_one, end_tokens, load_model, load_tokenizer, number
 
 
 def add(commands) -> None:
@@ -19,8 +19,9 @@ def add(commands) -> None:
     parser.add_argument("--host", default="localhost", help="default: localhost")
     port = number(int, lambda x: 0 <= x < 65536, "a port, 0 to 65535")
     parser.add_argument("--port", type=port, default=8000, help="default: 8000; 0: a free one")
-    limit = number(int, lambda x: x > 0, "a whole number > 0")
-    parser.add_argument("--limit", type=limit, default=64, help="connections at a time; more get 503 (default: 64)")
+    parser.add_argument(
+        "--limit", type=at_least_one, default=64, help="connections at a time; more get 503 (default: 64)"
+    )
     parser.set_defaults(run=_run)
 
 
@@ -36,9 +37,7 @@ def _run(given) -> None:
         raise ValueError(f"serve: expected transformers[serving], got {error}") from None
     tokenizer = load_tokenizer(given)
     model = load_model(given)
-    end, config = tokenizer.eos_token_id, model.generation_config
-    own = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    config.eos_token_id = sorted({*own, end} - {None}) or None  # ``bitune train`` ends answers with the tokenizer's
+    model.generation_config.eos_token_id = end_tokens(model, tokenizer)
 
     class Models(ModelManager):
         """Knows one model, whatever it is asked for."""

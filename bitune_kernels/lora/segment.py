@@ -12,6 +12,7 @@ under autocast in its dtype.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -249,21 +250,28 @@ def segment_scale(
 
 
 @torch.no_grad()
-def adapted_row_norms(weight: torch.Tensor, adapter: Adapter) -> torch.Tensor:
-    """|W + scale B A| of every row, [out_features] in float32 or wider, without the sum: a constant of DoRA.
+def adapted_row_norms(weight: torch.Tensor, adapters: Sequence[Adapter]) -> list[torch.Tensor]:
+    """|W + scale B A| of every row for each adapter, without the sum: constants of DoRA.
 
-    With P = A W^T and G = A A^T it is the root of |W_i|^2 + 2 scale B_i . P_i + scale^2 B_i G B_i^T.
+    With P = W A^T and G = A A^T it is the root of |W_i|^2 + 2 scale B_i . P_i + scale^2 B_i G B_i^T.
 
     Args:
         weight: [out_features, in_features].
-        adapter: its ``a``, ``b`` and ``scale``.
+        adapters: their ``a``, ``b`` and ``scale``.
+
+    Returns:
+        Per adapter [out_features], in float32 or wider.
     """
+    norms = []
     with _without_autocast(weight):
         dtype = torch.float32 if _emulated(weight.device.type, weight.dtype) else weight.dtype
         wide = torch.promote_types(dtype, torch.float32)
-        a, b = adapter.a.to(wide), adapter.b.to(wide)
-        product = (weight.to(dtype) @ adapter.a.to(dtype).T).to(wide)  # [out_features, r]
-        cross = (product * b).sum(1)
-        square = ((b @ (a @ a.T)) * b).sum(1)
-        norms = torch.linalg.vector_norm(weight, dim=1, dtype=wide)
-        return (norms.square() + 2 * adapter.scale * cross + adapter.scale**2 * square).clamp_min(0).sqrt()
+        weight = weight.to(dtype)
+        base = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
+        for adapter in adapters:
+            a, b = adapter.a.to(wide), adapter.b.to(wide)
+            product = (weight @ adapter.a.to(dtype).T).to(wide)  # [out_features, r]
+            cross = (product * b).sum(1)
+            square = ((b @ (a @ a.T)) * b).sum(1)
+            norms.append((base + 2 * adapter.scale * cross + adapter.scale**2 * square).clamp_min(0).sqrt())
+    return norms

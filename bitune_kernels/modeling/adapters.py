@@ -67,10 +67,8 @@ class SegmentLora(_SegmentLayer):
             if not (dora and plain):
                 return by_blocks(self, super(_SegmentLayer, self).forward, x, n)
             y = segment_lora_linear(x, base.weight, None, n, *both)
-            factors = [
-                self.lora_magnitude_vector[name].weight / adapted_row_norms(base.weight, adapter)
-                for name, adapter in zip(names, adapters, strict=True)
-            ]
+            norms = adapted_row_norms(base.weight, adapters)
+            factors = [self.lora_magnitude_vector[name].weight / x for name, x in zip(names, norms, strict=True)]
             return segment_scale(y, n, *(factors if n else [None, *factors]), base.bias)
         if plain:
             return segment_lora_linear(x, base.weight, base.bias, n, *both)

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
+from ..config import HISTORIES
 from .model import BituneModel
-
-HISTORIES = ("recompute", "alternating")
 
 
 class BituneChat:
@@ -83,13 +82,12 @@ class BituneChat:
         turns = self._turns or self._split(self.messages)
         tail = self._continuation(messages, turns[-1][1]) if turns else self._render(messages)
         prompt, cache = self._tokens(tail), self._cache
-        self._check_length(sum(len(part) for turn in turns for part in turn) + len(prompt), options)
+        read = [token for turn in turns for part in turn for token in part]
+        self._check_length(len(read) + len(prompt), options)
         self._cache = None  # what fails from here on leaves a cache that nothing can be said about
         if cache is None:
             cache = self._read(turns)
-        read = [t for pair in turns for part in pair for t in part]
-        if turns:
-            self._decode(read, cache)
+        self._decode(read, cache)
         with self.model._hooks.turn_over(cache):
             answer = self._generate([*read, *prompt], options | {"past_key_values": cache})
         self._turns, self._cache = [*turns, (prompt, answer)], cache
@@ -145,16 +143,16 @@ class BituneChat:
 
     def _continuation(self, messages, answer: list[int]) -> str:
         """What the template writes between the last answer and the next one."""
-        last = messages[-2]
-        asked = self._render(messages[:-2])
-        said, whole = self._render([*messages[:-2], last], add_generation_prompt=False), self._render(messages)
-        start = said.find(last["content"].strip(), len(asked))
+        last = messages[-2]["content"].strip()
+        asked, whole = self._render(messages[:-2]), self._render(messages)
+        said = self._render(messages[:-1], add_generation_prompt=False)
+        start = said.find(last, len(asked))
         if not said.startswith(asked) or start < 0 or not whole.startswith(said):
             raise ValueError(
                 "history: expected 'recompute' for a chat template that writes earlier turns in another way once there "
                 "is a new one, got 'alternating'"
             )
-        rest = whole[start + len(last["content"].strip()) :]
+        rest = whole[start + len(last) :]
         if answer[-1:] and answer[-1] in self.tokenizer.all_special_ids:  # it is in the cache already
             return rest.lstrip().removeprefix(self.tokenizer.decode(answer[-1:]))
         return rest

@@ -296,7 +296,7 @@ class BituneModel(PeftModelForCausalLM):
             prompt_lengths = _prompt_lengths(labels, samples, packed=position_ids is not None, mean=mean)
         options = dict(num_streams=self.bitune_config.num_streams, device=tokens.device)
         if labels is None or self.bitune_config.turns == "one":
-            plan = SegmentPlan.from_batch(shape, attention_mask, prompt_lengths, position_ids=position_ids, **options)
+            plan = SegmentPlan.from_samples(shape, samples, prompt_lengths, **options)
         else:
             turns, prompts, history = find_turns(labels, samples, prompt_lengths)
             if self.bitune_config.turns == "recompute":

@@ -13,13 +13,10 @@ from ..lora import segment  # noqa: F401 (registers bitune::segment_lora)
 
 
 def _policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
-    product = operator in (
-        torch.ops.bitune.segment_lora.default,
-        torch.ops.aten.mm.default,
-        torch.ops.aten.addmm.default,
-    )
-    kept = product or "scaled_dot_product" in operator.name() or operator is torch.ops.bitune.attention.default
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    aten, bitune = torch.ops.aten, torch.ops.bitune
+    kept = (bitune.segment_lora.default, bitune.attention.default, aten.mm.default, aten.addmm.default)
+    saved = operator in kept or "scaled_dot_product" in operator.name()
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def selective_checkpointing() -> dict[str, Any]:
