@@ -97,22 +97,22 @@ class BackboneHooks:
             self._request = None
 
     @contextmanager
+    def _setting(self, name: str, value):
+        """Inside, an attribute has another value."""
+        outer = getattr(self, name)
+        setattr(self, name, value)
+        try:
+            yield
+        finally:
+            setattr(self, name, outer)
+
     def generating(self, generation: Generation):
         """Inside, prompts are those of this run of generate()."""
-        outer, self.generation = self.generation, generation
-        try:
-            yield
-        finally:
-            self.generation = outer
+        return self._setting("generation", generation)
 
-    @contextmanager
     def turn_over(self, cache):
         """Inside, the first call with this cache, which may hold earlier turns of one conversation, reads a prompt."""
-        self.turn = cache
-        try:
-            yield
-        finally:
-            self.turn = None
+        return self._setting("turn", cache)
 
     @contextmanager
     def merged(self, merge: CausalMerge):
@@ -139,23 +139,13 @@ class BackboneHooks:
             merge.apply()
             self.merge = merge
 
-    @contextmanager
     def disabled(self):
         """Inside, the backbone is a plain causal decoder."""
-        enabled, self.enabled = self.enabled, False
-        try:
-            yield
-        finally:
-            self.enabled = enabled
+        return self._setting("enabled", False)
 
-    @contextmanager
     def observing(self, observer: Observer):
         """Inside, the one-pass schedule shows ``observer`` each layer's queries, keys and values."""
-        self.observer = observer
-        try:
-            yield
-        finally:
-            self.observer = None
+        return self._setting("observer", observer)
 
     def _decodes(self, past) -> bool:
         """Whether a call with this cache continues an answer: an ordinary step with the causal adapter."""

@@ -68,6 +68,13 @@ def load_rows(data: str, name: str | None = None, split: str = "train", revision
     return load_dataset(data, name, split=split, revision=revision)
 
 
+def _before_and_with_answer(messages: list[dict[str, Any]], tokenizer) -> tuple[list[int], list[int]]:
+    """Token ids of a conversation up to where its last message, an answer, is to begin, and of the whole."""
+    options = dict(tokenize=True, return_dict=True)
+    before = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **options)["input_ids"]
+    return before, tokenizer.apply_chat_template(messages, **options)["input_ids"]
+
+
 def tokenize_row(row: dict[str, Any], tokenizer, prompt="{prompt}", completion="{completion}", reader=None):
     """``(prompt ids, answer ids)`` of one row; the answer is empty where the row has none.
 
@@ -86,10 +93,7 @@ def tokenize_row(row: dict[str, Any], tokenizer, prompt="{prompt}", completion="
         messages = row["messages"]
         if len(messages) < 2 or messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
             return [], []
-        first = tokenizer.apply_chat_template(
-            messages[:-1], add_generation_prompt=True, tokenize=True, return_dict=True
-        )["input_ids"]
-        both = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+        first, both = _before_and_with_answer(messages, tokenizer)
         if both[: len(first)] != first:
             raise ValueError("messages: expected a chat template that leaves the prompt as it is, got another prompt")
         return first, both[len(first) :]
@@ -126,9 +130,7 @@ def tokenize_conversation(messages: list[dict[str, Any]], tokenizer) -> tuple[li
     """
     ids, labels = [], []
     for i in (i for i, m in enumerate(messages) if m["role"] == "assistant" and m["content"]):
-        options = dict(tokenize=True, return_dict=True)
-        first = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True, **options)["input_ids"]
-        both = tokenizer.apply_chat_template(messages[: i + 1], **options)["input_ids"]
+        first, both = _before_and_with_answer(messages[: i + 1], tokenizer)
         while len(both) > len(first) and not tokenizer.decode(both[-1:]).strip():
             both = both[:-1]
         if first[: len(ids)] != ids or both[: len(first)] != first:
