@@ -22,15 +22,20 @@ class Variant(NamedTuple):
     num_streams: int  # how often the prompt runs: 2 = bidirectional and causal, 1 = bidirectional alone
     separate_adapters: bool  # whether the bidirectional stream has an adapter of its own
     stream_mask: str  # what a prompt token of the bidirectional stream sees
+    mixed: tuple[str, ...] = ()  # what is mixed: keys and values, the outputs of attention ("beta")
 
 
+# The last two are ours, and experimental: the prompt runs once, each layer computes both attentions of its rows, and
+# their outputs are mixed. "dual" has a second adapter for the bidirectional one, on queries, keys and values.
 VARIANTS = {
-    "bitune": Variant(2, True, "full"),
+    "bitune": Variant(2, True, "full", ("k", "v")),
     "naive_bidir": Variant(1, False, "full"),
     "no_mixing": Variant(1, True, "full"),
-    "only_causal": Variant(2, True, "causal"),
-    "shared_weights": Variant(2, False, "full"),
-    "anti_causal": Variant(2, True, "anti_causal"),
+    "only_causal": Variant(2, True, "causal", ("k", "v")),
+    "shared_weights": Variant(2, False, "full", ("k", "v")),
+    "anti_causal": Variant(2, True, "anti_causal", ("k", "v")),
+    "single_stream": Variant(1, False, "full", ("beta",)),
+    "single_stream_dual": Variant(1, True, "full", ("k", "v", "beta")),
 }
 
 
@@ -50,8 +55,11 @@ class BituneConfig:
             finetuning with one set of weights per adapter.
         variant: a key of ``VARIANTS``; the paper's method is "bitune".
         mixing: f in ``alpha = f(theta) / (f(theta) + theta_init)``: "abs" or "relu".
-        mixing_granularity: one theta per "layer", per key/value "head" of each layer, or one "global" pair.
+        mixing_granularity: one theta per "layer", per "head" of each layer (beta: query head), or one "global" one.
         theta_init: positive; also the start of every theta, so that alpha starts at 0.5.
+        beta_init: in (0, 1), where beta starts, the weight of the bidirectional attention in single-stream variants.
+        dynamic_mixing: alpha of a layer also depends on the prompt, through a linear gate on the mean values of both
+            streams in that layer. It starts at zero, where alpha is that of the thetas.
         skip_bidir: n > 0 makes the bidirectional stream causal in the first n layers; n < 0 keeps it
             bidirectional in the first -n layers only.
         use_fused: True runs the model once over all rows; False is the paper's schedule of three calls.
@@ -74,6 +82,8 @@ class BituneConfig:
     mixing: str = "abs"
     mixing_granularity: str = "layer"
     theta_init: float = 0.01
+    beta_init: float = 0.5
+    dynamic_mixing: bool = False
     skip_bidir: int = 0
     use_fused: bool = True
     backend: str = "auto"
@@ -95,10 +105,14 @@ class BituneConfig:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
-        if isinstance(self.theta_init, bool) or not isinstance(self.theta_init, (int, float)):
-            raise TypeError(f"theta_init: expected a number, got {type(self.theta_init).__name__}")
+        for name in ("theta_init", "beta_init"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
         if not 0 < self.theta_init < float("inf"):
             raise ValueError(f"theta_init: expected a finite number > 0, got {self.theta_init}")
+        if not 0 < self.beta_init < 1:
+            raise ValueError(f"beta_init: expected a number between 0 and 1, got {self.beta_init}")
         if isinstance(self.skip_bidir, bool) or not isinstance(self.skip_bidir, int):
             raise TypeError(f"skip_bidir: expected an int, got {type(self.skip_bidir).__name__}")
         rows = self.loss_chunk_rows
@@ -108,8 +122,13 @@ class BituneConfig:
             raise ValueError(f"loss_chunk_rows: expected at least 1, got {rows}")
         if rows is not None and self.loss == "sample":
             raise ValueError("loss_chunk_rows: expected None with loss='sample', whose means need all rows of a sample")
-        if not isinstance(self.use_fused, bool):
-            raise TypeError(f"use_fused: expected a bool, got {type(self.use_fused).__name__}")
+        for name in ("use_fused", "dynamic_mixing"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected a bool, got {type(getattr(self, name)).__name__}")
+        if self.dynamic_mixing and "k" not in self.mixed:
+            raise ValueError(f"dynamic_mixing: expected a variant that mixes keys and values, got {self.variant!r}")
+        if self.beta_init != 0.5 and "beta" not in self.mixed:
+            raise ValueError(f"beta_init: expected 0.5 for {self.variant!r}, which has no beta, got {self.beta_init}")
         if self.peft is not None and not hasattr(self.peft, "peft_type"):
             raise TypeError(f"peft: expected a peft.PeftConfig or None, got {type(self.peft).__name__}")
 
@@ -122,6 +141,16 @@ class BituneConfig:
     def separate_adapters(self) -> bool:
         """Whether the bidirectional stream uses the adapter "bidir" rather than "causal"."""
         return VARIANTS[self.variant].separate_adapters
+
+    @property
+    def mixed(self) -> tuple[str, ...]:
+        """What is mixed with trained weights: of "k", "v", "beta"."""
+        return VARIANTS[self.variant].mixed
+
+    @property
+    def doubles_rows(self) -> bool:
+        """Whether attention alone is given the prompt's rows twice, the rest of the model once."""
+        return self.num_streams == 1 and "k" in self.mixed
 
     def stream_masks(self, num_layers: int) -> tuple[str, ...]:
         """The mask of the bidirectional stream in each layer, ``skip_bidir`` applied."""

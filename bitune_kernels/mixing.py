@@ -11,21 +11,30 @@ from .config import GRANULARITIES, MIXINGS
 def mix(causal: torch.Tensor, bidir: torch.Tensor, alpha, dtype: torch.dtype | None = None) -> torch.Tensor:
     """``(1 - alpha) * causal + alpha * bidir``, rounded to the dtype of ``causal``.
 
-    causal, bidir [rows, heads, head_dim]; alpha scalar or [heads]; computed in ``dtype``, by default float32
-    (float64 for float64 input). Differentiable in all three.
+    causal, bidir [rows, heads, head_dim]; alpha scalar, [heads] or [rows, 1 or heads]; computed in ``dtype``, by
+    default float32 (float64 for float64 input). Differentiable in all three.
     """
     dtype = dtype or torch.promote_types(causal.dtype, torch.float32)
     alpha = torch.as_tensor(alpha, dtype=dtype, device=causal.device)
-    alpha = alpha[:, None] if alpha.ndim else alpha
+    alpha = alpha[..., None] if alpha.ndim else alpha
     return torch.lerp(causal.to(dtype), bidir.to(dtype), alpha).to(causal.dtype)
 
 
 class MixingCoefficients(nn.Module):
-    """The trained parameters ``theta_k`` and ``theta_v`` and the alphas they stand for.
+    """The trained parameters ``theta_*`` and the weights of the bidirectional stream that they stand for.
 
     ``alpha = f(theta) / (f(theta) + theta_init)`` with f = abs (the paper's Eq. 8) or relu, so alpha lies in
-    [0, 1) and starts at 0.5. Shapes: [layers] for "layer", [layers, num_heads_kv] for "head", [1] for "global".
+    [0, 1) and starts at 0.5. Shapes: [layers] for "layer", [layers, heads] for "head", [1] for "global".
     The parameters stay float32 whatever dtype the model is moved to.
+
+    Args:
+        num_layers: of the model.
+        num_heads_kv: of each layer: the heads of alpha_k and alpha_v.
+        weights: which there are: "k" and "v" for the mixed keys and values, "beta" for the prompt's mixed outputs.
+        mixing, granularity, theta_init: as in ``BituneConfig``.
+        num_heads_q: the heads of beta.
+        beta_init: in (0, 1), where beta starts.
+        gate_features: per layer the size of a prompt's state from which ``gated`` moves alpha; None: alpha is fixed.
     """
 
     def __init__(
@@ -33,9 +42,13 @@ class MixingCoefficients(nn.Module):
         num_layers: int,
         num_heads_kv: int,
         *,
+        weights: tuple[str, ...] = ("k", "v"),
         mixing: str = "abs",
         granularity: str = "layer",
         theta_init: float = 0.01,
+        num_heads_q: int | None = None,
+        beta_init: float = 0.5,
+        gate_features: list[int] | None = None,
         device: torch.device | str | None = None,
     ):
         super().__init__()
@@ -43,11 +56,18 @@ class MixingCoefficients(nn.Module):
             raise ValueError(f"mixing: expected one of {', '.join(MIXINGS)}, got {mixing!r}")
         if granularity not in GRANULARITIES:
             raise ValueError(f"granularity: expected one of {', '.join(GRANULARITIES)}, got {granularity!r}")
-        shape = {"layer": (num_layers,), "head": (num_layers, num_heads_kv), "global": (1,)}[granularity]
         self.num_layers, self.mixing, self.granularity, self.theta_init = num_layers, mixing, granularity, theta_init
-        theta = torch.full(shape, float(theta_init), dtype=torch.float32, device=device)
-        self.theta_k = nn.Parameter(theta)
-        self.theta_v = nn.Parameter(theta.clone())
+        self.weights = tuple(weights)
+        for name in self.weights:
+            heads, start = (num_heads_q, beta_init) if name == "beta" else (num_heads_kv, 0.5)
+            shape = {"layer": (num_layers,), "head": (num_layers, heads), "global": (1,)}[granularity]
+            theta = torch.full(shape, theta_init * start / (1 - start), dtype=torch.float32, device=device)
+            self.register_parameter(f"theta_{name}", nn.Parameter(theta))
+        self.gate = None
+        if gate_features is not None:
+            columns = 2 * (num_heads_kv if granularity == "head" else 1)
+            gates = [torch.zeros(n, columns, dtype=torch.float32, device=device) for n in gate_features]
+            self.gate = nn.ParameterList(gates)
 
     def _apply(self, fn, recurse=True):
         # .bfloat16() or .to(dtype) of the whole model must not round theta: follow its moves between devices only.
@@ -57,18 +77,46 @@ class MixingCoefficients(nn.Module):
 
         return super()._apply(keep_dtype, recurse)
 
-    def alphas(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """``alpha_k, alpha_v`` of all layers: float32, of the thetas' shapes. Differentiable in theta."""
-        return self._alpha(self.theta_k), self._alpha(self.theta_v)
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of ``alphas()``: "alpha_k", "alpha_v", "beta", those that there are."""
+        return tuple(name if name == "beta" else f"alpha_{name}" for name in self.weights)
 
-    def alpha(self, layer: int, alphas: tuple[torch.Tensor, ...] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """``alpha_k, alpha_v`` of one layer: float32, scalars or [num_heads_kv]. Differentiable in theta.
+    def alphas(self) -> tuple[torch.Tensor, ...]:
+        """The weights of all layers, in the order of ``weights``: float32, of the thetas' shapes. Differentiable."""
+        return tuple(self._alpha(getattr(self, f"theta_{name}")) for name in self.weights)
+
+    def alpha(
+        self, layer: int, alphas: tuple[torch.Tensor, ...] | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """``alpha_k, alpha_v`` of one layer: float32, scalars or [num_heads_kv]; None where nothing is mixed.
 
         ``alphas``: what ``alphas()`` gave, to read this layer's from; None: computed here.
         """
+        return self._of_layer("k", layer, alphas), self._of_layer("v", layer, alphas)
+
+    def beta(self, layer: int, alphas: tuple[torch.Tensor, ...] | None = None) -> torch.Tensor | None:
+        """Likewise the weight of the prompt's bidirectional attention: a scalar or [num_heads_q]."""
+        return self._of_layer("beta", layer, alphas)
+
+    def gated(
+        self, layer: int, alphas: tuple[torch.Tensor, ...] | None, state: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``alpha_k, alpha_v`` of each sample, float32 [samples, 1 or num_heads_kv].
+
+        The odds alpha / (1 - alpha) of the layer are multiplied by exp(gate), where gate is linear in ``state``
+        [samples, gate_features[layer]] over its root mean square, and zero before training.
+        """
+        state = state.float() * state.float().square().mean(-1, keepdim=True).add(1e-12).rsqrt()
+        gates = (state @ self.gate[layer]).clamp(-20, 20).chunk(2, dim=1)
+        pairs = zip(self.alpha(layer, alphas), gates, strict=True)
+        return tuple(alpha / (alpha + (1 - alpha) * torch.exp(-gate)) for alpha, gate in pairs)
+
+    def _of_layer(self, name: str, layer: int, alphas: tuple[torch.Tensor, ...] | None) -> torch.Tensor | None:
+        if name not in self.weights:
+            return None
         index = 0 if self.granularity == "global" else layer
-        alpha_k, alpha_v = self.alphas() if alphas is None else alphas
-        return alpha_k[index], alpha_v[index]
+        return (self.alphas() if alphas is None else alphas)[self.weights.index(name)][index]
 
     def _alpha(self, theta: torch.Tensor) -> torch.Tensor:
         f = theta.abs() if self.mixing == "abs" else theta.relu()
@@ -81,4 +129,5 @@ class MixingCoefficients(nn.Module):
                 raise ValueError(f"{name}: expected finite values, got {theta.detach().flatten().tolist()}")
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.theta_k.shape)}, mixing={self.mixing!r}, granularity={self.granularity!r}"
+        weights = ", ".join(self.weights)
+        return f"{weights}, {self.num_layers} layers, mixing={self.mixing!r}, granularity={self.granularity!r}"

@@ -300,6 +300,18 @@ class SegmentPlan:
             return self
         return replace(self, prefix_lengths=(length,), cu_prefix=_cumulative((length,), self.cu_prompt.device))
 
+    def split(self) -> tuple[SegmentPlan, SegmentPlan]:
+        """Two plans of lengths for the same rows: the prompts without answers, and the answers alone, whose cached past
+        are then the prompts' rows (behind each sample's own past), wherever their mix is not made by the operator."""
+        nothing, past = (0,) * self.batch_size, self.prefix_lengths or (0,) * self.batch_size
+        options = dict(device=self.cu_prompt.device)
+        prompts = self.from_lengths(
+            self.prompt_lengths, nothing, num_streams=self.num_streams, prefix_lengths=self.prefix_lengths, **options
+        )
+        before = [m + n for m, n in zip(past, self.prompt_lengths, strict=True)]
+        answers = self.from_lengths(nothing, self.answer_lengths, num_streams=1, prefix_lengths=before, **options)
+        return prompts, answers
+
     @classmethod
     def from_cu_seqlens(
         cls,

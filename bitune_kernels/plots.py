@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,35 +13,34 @@ _LABELLED = 48  # with more tokens their texts would overlap
 
 
 @torch.no_grad()
-def plot_mixing(
-    mixing: MixingCoefficients, path: str | Path, rows: list[tuple[int, int, float, float]] | None = None
-) -> None:
-    """alpha and |theta| over the layers (mean over heads, and each head where they differ).
+def plot_mixing(mixing: MixingCoefficients, path: str | Path, history: list[dict[str, Any]] | None = None) -> None:
+    """alpha (and beta) and |theta| over the layers (mean over heads, and each head where they differ).
+
+    With dynamic mixing alpha is that of the thetas, which the gate then moves for each prompt.
 
     Args:
-        rows: of ``training.alpha_history``, for alpha over the training steps too.
+        history: of ``training.alpha_history``, for the weights over the training steps too.
     """
     from matplotlib.figure import Figure
 
-    count = 3 if rows else 2
-    figure = Figure(figsize=(10, 3.5 * count), layout="constrained")
-    axes = figure.subplots(count, 2, sharey="row")
-    for column, (name, theta) in enumerate(zip("kv", (mixing.theta_k, mixing.theta_v), strict=True)):
-        alpha = mixing.alphas()[column]
-        for row, (label, values) in enumerate(((f"alpha_{name}", alpha), (f"|theta_{name}|", theta.abs()))):
+    count = 3 if history else 2
+    figure = Figure(figsize=(5 * len(mixing.labels), 3.5 * count), layout="constrained")
+    axes = figure.subplots(count, len(mixing.labels), sharey="row", squeeze=False)
+    for column, (name, label, alpha) in enumerate(zip(mixing.weights, mixing.labels, mixing.alphas(), strict=True)):
+        theta = getattr(mixing, f"theta_{name}").abs()
+        for row, (title, values) in enumerate(((label, alpha), (f"|theta_{name}|", theta))):
             values = values.cpu().reshape(len(values), -1)
             over_layers = axes[row, column]
             if values.shape[1] > 1:
                 over_layers.plot(values, ".", color="0.7")
             over_layers.plot(values.mean(1), marker="o")
             layers = "one for all layers" if mixing.granularity == "global" else "layer"
-            over_layers.set(xlabel=layers, ylabel=label, ylim=(0, 1) if row == 0 else (0, None))
+            over_layers.set(xlabel=layers, ylabel=title, ylim=(0, 1) if row == 0 else (0, None))
             over_layers.xaxis.get_major_locator().set_params(integer=True)
-    if rows:
-        from .training.alpha import draw_alpha_over_steps
+        if history:
+            from .training.alpha import draw_alpha_over_steps
 
-        for column in (0, 1):
-            draw_alpha_over_steps(axes[2, column], rows, column)
+            draw_alpha_over_steps(axes[2, column], history, label)
     figure.savefig(path, dpi=120)
 
 

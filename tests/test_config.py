@@ -25,7 +25,7 @@ def test_defaults_are_the_paper():
     assert BituneConfig().peft is not default.peft
 
 
-# the paper's ablations: streams, an adapter of its own for the bidirectional stream, its mask
+# the paper's ablations and two of ours: streams, an adapter of its own for the bidirectional stream, its mask
 ABLATIONS = {
     "bitune": (2, True, "full"),
     "naive_bidir": (1, False, "full"),
@@ -33,6 +33,8 @@ ABLATIONS = {
     "only_causal": (2, True, "causal"),
     "shared_weights": (2, False, "full"),
     "anti_causal": (2, True, "anti_causal"),
+    "single_stream": (1, False, "full"),
+    "single_stream_dual": (1, True, "full"),
 }
 
 
@@ -86,6 +88,11 @@ def test_skip_bidir_beyond_the_layers_is_refused(skip):
         ("theta_init", float("inf"), ValueError),
         ("theta_init", "0.01", TypeError),
         ("theta_init", True, TypeError),
+        ("beta_init", 0, ValueError),
+        ("beta_init", 1, ValueError),
+        ("beta_init", 0.9, ValueError),  # the default variant has no beta
+        ("beta_init", None, TypeError),
+        ("dynamic_mixing", 1, TypeError),
         ("skip_bidir", 1.0, TypeError),
         ("skip_bidir", True, TypeError),
         ("use_fused", 1, TypeError),
@@ -104,7 +111,9 @@ def test_bad_fields_are_refused(field, value, error):
 @pytest.mark.parametrize("peft", [LoraConfig(r=4), IA3Config(), None], ids=["lora", "ia3", "full"])
 def test_json_round_trip(tmp_path, peft):
     changed = {
-        "variant": "anti_causal",
+        "variant": "single_stream_dual",
+        "beta_init": 0.9,
+        "dynamic_mixing": True,
         "mixing": "relu",
         "mixing_granularity": "head",
         "theta_init": 0.1,

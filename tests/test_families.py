@@ -42,6 +42,8 @@ def randomize(model, scale: float = 0.1) -> None:
             parts = name.split(".")
             if "causal" in parts or "bidir" in parts:
                 p.add_(scale * torch.randn(p.shape, generator=generator))
+            elif name.startswith("mixing.gate"):
+                p.copy_(0.1 * torch.randn(p.shape, generator=generator))
             elif ".theta_" in f".{name}":
                 sign = 1 - 2 * (torch.arange(p.numel()) % 2).view(p.shape)
                 p.copy_(0.01 * sign * (0.4 + 2 * torch.rand(p.shape, generator=generator)))
@@ -348,6 +350,7 @@ class Variant:
 
 VARIANTS = (
     *(Variant(name, dict(variant=name)) for name in config.VARIANTS),
+    Variant("dynamic", dict(dynamic_mixing=True)),
     Variant("skip_first", dict(skip_bidir=1)),
     Variant("skip_all_but_first", dict(skip_bidir=-1)),
     Variant("relu", dict(mixing="relu")),
@@ -373,6 +376,7 @@ def test_variants_differ(case):
     batch, models = ragged("left"), (attach(LLAMA, True), attach(LLAMA, True, **case.options))
     randomize(models[0])
     weights = models[0].state_dict()
-    models[1].load_state_dict({n: weights[n] for n in models[1].state_dict()})
+    randomize(models[1])  # what the first one has not
+    models[1].load_state_dict({n: weights.get(n, x) for n, x in models[1].state_dict().items()})
     a, b = (step(m, batch).logits for m in models)
     assert float((a - b).norm() / a.norm()) > 1e-3

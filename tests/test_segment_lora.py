@@ -32,6 +32,17 @@ def added(x, weight, bias, n, bidir, causal):
     return segment_lora_add(x @ weight.T + bias, x, n, bidir, causal)
 
 
+def formula_twice(x, weight, bias, n, bidir, causal):
+    return formula(torch.cat([x[:n], x]), weight, bias, n, bidir, causal)
+
+
+def twice(x, weight, bias, n, bidir, causal):
+    return segment_lora_linear(x, weight, bias, n, bidir, causal, twice=True)
+
+
+FUNCTIONS = {segment_lora_linear: formula, added: formula, twice: formula_twice}
+
+
 def inputs(rows: int, dtype: torch.dtype):
     generator = torch.Generator().manual_seed(rows)
 
@@ -54,7 +65,7 @@ def results(function, tensors, weight, bias, n, cotangent, p=0.0):
     return {"y": y.detach()} | {f"d_{name}": g for name, g in zip(NAMES, gradients, strict=True)}
 
 
-@pytest.mark.parametrize("function", [segment_lora_linear, added])
+@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("emulated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -63,9 +74,11 @@ def test_outputs_and_gradients(shape, dtype, emulated, p, function, monkeypatch)
     monkeypatch.setattr(segment, "_emulated", lambda device, dtype: emulated and dtype.itemsize == 2)
     rows, n = SHAPES[shape]
     tensors, weight, bias, cotangent = inputs(rows, dtype)
+    if function is twice:
+        cotangent = torch.cat([cotangent[:n].flip(1), cotangent])
     wide = [[t.double() for t in tensors], weight.double(), bias.double()]
-    oracle = results(formula, *wide, n, cotangent.double(), p)
-    low = results(formula, tensors, weight, bias, n, cotangent, p)
+    oracle = results(FUNCTIONS[function], *wide, n, cotangent.double(), p)
+    low = results(FUNCTIONS[function], tensors, weight, bias, n, cotangent, p)
     for name, found in results(function, tensors, weight, bias, n, cotangent, p).items():
         assert found.dtype == dtype
         assert_within_budget(name, found, oracle[name], low[name], dtype, shape)
@@ -145,8 +158,9 @@ def test_the_operator_is_registered_right():
     (x, a, b, bias, *_), weight, base_bias, _ = inputs(9, torch.float32)
     h = x @ a.T
     arguments = (h[:4], b, 0.5, bias, h[4:], b, 2.0, None)
-    torch.library.opcheck(torch.ops.bitune.segment_lora, (x, weight, base_bias, *arguments))
-    torch.library.opcheck(torch.ops.bitune.segment_lora, (x @ weight.T, None, None, *arguments))
+    torch.library.opcheck(torch.ops.bitune.segment_lora, (x, weight, base_bias, *arguments, False))
+    torch.library.opcheck(torch.ops.bitune.segment_lora, (x @ weight.T, None, None, *arguments, False))
+    torch.library.opcheck(torch.ops.bitune.segment_lora, (x[4:], weight, base_bias, *arguments, True))
 
 
 def test_a_trained_base_is_refused():

@@ -71,7 +71,7 @@ def test_rows_sum_to_one_and_masks_hold(family):
 def test_variants_and_what_is_refused():
     model, ids = bitune_model(variant="naive_bidir"), prompt()
     assert list(stream_attention(model, ids)) == ["bidir"]
-    with pytest.raises(ValueError, match="expected a variant with two streams, got 'naive_bidir'"):
+    with pytest.raises(ValueError, match="expected a variant that mixes keys and values, got 'naive_bidir'"):
         stream_distance(model, ids)
     shared = stream_attention(bitune_model(variant="anti_causal"), ids)
     assert torch.equal(shared["bidir"] > 0, torch.ones(3, P - 1, P - 1).triu() > 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 
 import pytest
@@ -15,6 +14,7 @@ from bitune_kernels.training import (
     alpha_history,
     parameter_groups,
     plot_alpha,
+    read_alpha_csv,
     selective_checkpointing,
     write_alpha_csv,
 )
@@ -60,22 +60,29 @@ class Listener(TrainerCallback):
         self.seen += [(state.global_step, dict(logs))]
 
 
-@pytest.mark.parametrize("granularity", ["layer", "head", "global"])
-def test_alpha_is_logged_to_every_listener_and_kept(granularity, tmp_path):
-    trainer, listener = hf_trainer(bitune_model(mixing_granularity=granularity), tmp_path), Listener()
+@pytest.mark.parametrize(
+    ("granularity", "variant"),
+    [("layer", "bitune"), ("head", "bitune"), ("global", "bitune"), ("head", "single_stream_dual")],
+)
+def test_alpha_is_logged_to_every_listener_and_kept(granularity, variant, tmp_path):
+    model, listener = bitune_model(mixing_granularity=granularity, variant=variant), Listener()
+    trainer = hf_trainer(model, tmp_path)
     trainer.add_callback(listener)  # before AlphaCallback, as what the Trainer reports to stands before both
     trainer.add_callback(AlphaCallback(trainer))
     trainer.train()
     logged = [(step, logs) for step, logs in listener.seen if "alpha_k/mean" in logs]
     assert [step for step, _ in logged] == [1, 2, 3] and len(losses(trainer)) == 3
     rows = alpha_history(trainer.state.log_history)
-    assert [(step, layer) for step, layer, *_ in rows] == [(s, n) for s in (1, 2, 3) for n in range(3)]
+    assert [(row["step"], row["layer"]) for row in rows] == [(s, n) for s in (1, 2, 3) for n in range(3)]
     alpha_k, alpha_v = trainer.model.mixing.alpha(2)
-    assert rows[-1][2:] == pytest.approx((float(alpha_k.mean()), float(alpha_v.mean())))
-    assert logged[-1][1]["alpha_v/mean"] == pytest.approx(sum(row[3] for row in rows[-3:]) / 3)
+    assert rows[-1]["alpha_k"] == pytest.approx(float(alpha_k.mean()))
+    assert rows[-1]["alpha_v"] == pytest.approx(float(alpha_v.mean()))
+    assert logged[-1][1]["alpha_v/mean"] == pytest.approx(sum(row["alpha_v"] for row in rows[-3:]) / 3)
+    beta = trainer.model.mixing.beta(2)
+    assert ("beta" in rows[-1]) == (variant == "single_stream_dual") == (beta is not None)
+    assert beta is None or rows[-1]["beta"] == pytest.approx(float(beta.mean()))
     write_alpha_csv(rows, tmp_path / "alpha.csv")
-    with (tmp_path / "alpha.csv").open(newline="") as file:
-        assert [tuple(map(float, row.values())) for row in csv.DictReader(file)] == rows
+    assert read_alpha_csv(tmp_path / "alpha.csv") == rows
     plot_alpha(rows, tmp_path / "alpha.png")
     assert (tmp_path / "alpha.png").read_bytes().startswith(b"\x89PNG")
 

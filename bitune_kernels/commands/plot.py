@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -68,10 +67,11 @@ def _alpha(given) -> None:
     _check_output(given.output)
     mixing = _load_mixing(adapter_folder(given.adapter))
     history = Path(given.adapter, "alpha.csv")
-    rows = []
+    rows = None
     if history.is_file():
-        with history.open(newline="") as file:
-            rows = [(int(step), int(layer), float(k), float(v)) for step, layer, k, v in list(csv.reader(file))[1:]]
+        from ..training.alpha import read_alpha_csv
+
+        rows = read_alpha_csv(history)
 
     from ..plots import plot_mixing
 
@@ -88,16 +88,27 @@ def _load_mixing(folder: Path):
     from ..modeling.model import MIXING_NAME
 
     config = BituneConfig.load(folder, None)
-    if config.num_streams == 1:
+    if not config.mixed:
         raise ValueError(f"--adapter: expected a variant that mixes two streams, got {config.variant!r} in {folder}")
     if not (folder / MIXING_NAME).is_file():
         raise FileNotFoundError(f"--adapter: expected {MIXING_NAME} in {folder}, got none")
     state = load_file(folder / MIXING_NAME)
-    if sorted(state) != ["theta_k", "theta_v"]:
-        raise ValueError(f"--adapter: expected theta_k and theta_v in {folder / MIXING_NAME}, got {sorted(state)}")
-    layers, heads = (*state["theta_k"].shape, 1)[:2]
-    options = dict(mixing=config.mixing, granularity=config.mixing_granularity, theta_init=config.theta_init)
-    mixing = MixingCoefficients(layers, heads, **options)
+    expected = [f"theta_{name}" for name in sorted(config.mixed)]
+    if sorted(name for name in state if name.startswith("theta_")) != sorted(expected):
+        raise ValueError(f"--adapter: expected {', '.join(expected)} in {folder / MIXING_NAME}, got {sorted(state)}")
+    shapes = {name: (*state[f"theta_{name}"].shape, 1) for name in config.mixed}
+    layers, _ = shapes[config.mixed[0]][:2]
+    gates = [state[f"gate.{layer}"].shape[0] for layer in range(layers)] if config.dynamic_mixing else None
+    mixing = MixingCoefficients(
+        layers,
+        shapes.get("k", (0, 0))[1],
+        weights=config.mixed,
+        mixing=config.mixing,
+        granularity=config.mixing_granularity,
+        theta_init=config.theta_init,
+        num_heads_q=shapes.get("beta", (0, 0))[1],
+        gate_features=gates,
+    )
     mixing.load_state_dict(state)
     mixing.check_finite()
     return mixing

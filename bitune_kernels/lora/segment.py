@@ -81,16 +81,25 @@ def _autocast(x: torch.Tensor) -> torch.Tensor:
 _library = torch.library.Library("bitune", "FRAGMENT")
 _library.define(
     "segment_lora(Tensor start, Tensor? weight, Tensor? bias, Tensor h_bidir, Tensor b_bidir, float scale_bidir, "
-    "Tensor? bias_bidir, Tensor h_causal, Tensor b_causal, float scale_causal, Tensor? bias_causal) -> Tensor"
+    "Tensor? bias_bidir, Tensor h_causal, Tensor b_causal, float scale_causal, Tensor? bias_causal, bool twice) -> "
+    "Tensor"
 )
 
 
 @torch.library.impl(_library, "segment_lora", "CompositeExplicitAutograd")
 def _segment_lora(start, weight, bias, h_bidir, b_bidir, scale_bidir, bias_bidir, h_causal, b_causal, *rest):
     # start is x, or without a weight the finished product of another layer, which may need it unchanged
-    scale_causal, bias_causal = rest
-    y = start.clone() if weight is None else linear(start, weight, bias)
+    scale_causal, bias_causal, twice = rest
     n = h_bidir.shape[0]
+    if twice:
+        y = start.new_empty(n + start.shape[0], weight.shape[0])
+        once = y[n:]
+        torch.mm(start, weight.T, out=once)
+        if bias is not None:
+            once.add_(bias)
+        y[:n] = once[:n]
+    else:
+        y = start.clone() if weight is None else linear(start, weight, bias)
     for rows, h, b, scale, adapter_bias in (
         (y[:n], h_bidir, b_bidir, scale_bidir, bias_bidir),
         (y[n:], h_causal, b_causal, scale_causal, bias_causal),
@@ -103,21 +112,23 @@ def _segment_lora(start, weight, bias, h_bidir, b_bidir, scale_bidir, bias_bidir
 
 
 @torch.library.register_fake("bitune::segment_lora", lib=_library)
-def _(start, weight, *rest):
-    return start.new_empty(start.shape[0], start.shape[1] if weight is None else weight.shape[0])
+def _(start, weight, bias, h_bidir, *rest):
+    rows = start.shape[0] + (h_bidir.shape[0] if rest[-1] else 0)
+    return start.new_empty(rows, start.shape[1] if weight is None else weight.shape[0])
 
 
 class _SegmentLora(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, product, weight, bias, n, *adapters):
+    def forward(ctx, x, product, weight, bias, n, twice, *adapters):
         # product: x W^T + b of a layer that multiplies by itself, or None
         bidir, causal = Adapter(*adapters[:5]), Adapter(*adapters[5:])
         dtype = _product_dtype(x)
-        ctx.n, ctx.scales, ctx.keeps = n, (bidir.scale, causal.scale), (1 - bidir.dropout, 1 - causal.dropout)
+        ctx.n, ctx.first = n, 0 if twice else n  # the first row of x that causal serves
+        ctx.scales, ctx.keeps = (bidir.scale, causal.scale), (1 - bidir.dropout, 1 - causal.dropout)
         saved, operands = [x, weight], []
         with _without_autocast(x):
             x_, start, weight_, bias_ = _cast(dtype, x, product, weight, bias)
-            for rows, adapter in ((x_[:n], bidir), (x_[n:], causal)):
+            for rows, adapter in ((x_[:n], bidir), (x_[ctx.first :], causal)):
                 if adapter.a is None:
                     operands += [x_.new_empty(0, 1), x_.new_empty(0, 1), 1.0, None]
                     saved += [None] * 4
@@ -129,7 +140,7 @@ class _SegmentLora(torch.autograd.Function):
                 h = rows @ a.T
                 operands += [h, b, adapter.scale, adapter_bias]
                 saved += [adapter.a, adapter.b, h, mask]
-            y = torch.ops.bitune.segment_lora(x_ if start is None else start, weight_, bias_, *operands)
+            y = torch.ops.bitune.segment_lora(x_ if start is None else start, weight_, bias_, *operands, twice)
         ctx.save_for_backward(*saved)
         ctx.dtype = dtype
         return y.to(x.dtype if product is None else product.dtype)
@@ -137,36 +148,47 @@ class _SegmentLora(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # h is saved as a constant, so a second derivative would be wrong in silence
     def backward(ctx, dy_):
-        n, dtype = ctx.n, ctx.dtype
+        n, first, dtype = ctx.n, ctx.first, ctx.dtype
         x_, weight, *saved = ctx.saved_tensors
         with _without_autocast(dy_):
             dy, x = _cast(dtype, dy_, x_)
             dx = None
             if ctx.needs_input_grad[0]:
-                dx = torch.zeros_like(x) if weight is None else dy @ weight.to(dtype)
+                both = dy
+                if first < n:
+                    both = dy[n:].clone()
+                    both[:n] += dy[:n]
+                dx = torch.zeros_like(x) if weight is None else both @ weight.to(dtype)
             grads = []
-            for i, rows in enumerate((slice(0, n), slice(n, None))):
+            for i, (rows, own) in enumerate(((slice(0, n), slice(0, n)), (slice(n, None), slice(first, None)))):
                 a, b, h, mask = saved[4 * i : 4 * i + 4]
                 if a is None:
                     grads += [None] * 5
                     continue
-                need_a, need_b, _, need_bias, _ = ctx.needs_input_grad[5 * i + 5 : 5 * i + 10]
+                need_a, need_b, _, need_bias, _ = ctx.needs_input_grad[5 * i + 6 : 5 * i + 11]
                 scale, keep = ctx.scales[i], ctx.keeps[i]
                 dh = (dy[rows] @ b.to(dtype)) * scale
-                da = (dh.T @ _drop(x[rows], mask, keep)).to(a.dtype) if need_a else None
+                da = (dh.T @ _drop(x[own], mask, keep)).to(a.dtype) if need_a else None
                 if dx is not None and mask is None:
-                    dx[rows].addmm_(dh, a.to(dtype))
+                    dx[own].addmm_(dh, a.to(dtype))
                 elif dx is not None:
-                    dx[rows] += _drop(dh @ a.to(dtype), mask, keep)
+                    dx[own] += _drop(dh @ a.to(dtype), mask, keep)
                 db = ((dy[rows].T @ h) * scale).to(b.dtype) if need_b else None
                 dbias = (dy[rows].sum(0) * scale).to(b.dtype) if need_bias else None
                 grads += [da, db, None, dbias, None]
         dproduct = dy_ if ctx.needs_input_grad[1] else None
-        return None if dx is None else dx.to(x_.dtype), dproduct, None, None, None, *grads
+        return None if dx is None else dx.to(x_.dtype), dproduct, None, None, None, None, *grads
 
 
 def segment_lora_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, n: int, bidir: Adapter | None, causal: Adapter
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    bidir: Adapter | None,
+    causal: Adapter,
+    *,
+    twice: bool = False,
 ) -> torch.Tensor:
     """A linear layer with two LoRA adapters, each serving one block of rows.
 
@@ -177,13 +199,16 @@ def segment_lora_linear(
         weight, bias: frozen, [out_features, in_features] and [out_features] or None.
         n: rows [0, n) use ``bidir``, rows [n, T) use ``causal``.
         bidir: None where n is 0.
+        twice: rows [0, n) use both: what ``bidir`` makes of them stands in front of what ``causal`` makes of all rows,
+            and the base product is computed once.
 
     Returns:
-        [T, out_features] in x's dtype, under autocast in its dtype. Differentiable once in x and the adapters.
+        [T, out_features] (``twice``: [n + T, out_features]) in x's dtype, under autocast in its dtype. Differentiable
+        once in x and the adapters.
     """
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("weight, bias: expected a frozen base layer, got requires_grad=True")
-    return _SegmentLora.apply(_autocast(x), None, weight, bias, n, *(bidir or _NO_ADAPTER), *causal)
+    return _SegmentLora.apply(_autocast(x), None, weight, bias, n, twice, *(bidir or _NO_ADAPTER), *causal)
 
 
 def segment_lora_add(
@@ -198,7 +223,7 @@ def segment_lora_add(
     Returns:
         [T, out_features] in the product's dtype. Differentiable once in product, x and the adapters.
     """
-    return _SegmentLora.apply(_autocast(x), product, None, None, n, *(bidir or _NO_ADAPTER), *causal)
+    return _SegmentLora.apply(_autocast(x), product, None, None, n, False, *(bidir or _NO_ADAPTER), *causal)
 
 
 class _SegmentScale(torch.autograd.Function):

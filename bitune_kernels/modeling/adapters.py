@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -41,9 +42,12 @@ class _SegmentLayer:
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         p = current()
-        if p is None or not p.packed or self.disable_adapters or self.merged:
+        if p is None or self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         block = p.split(x)
+        if not p.packed:
+            plain = super().forward
+            return plain(x, *args, **kwargs) if block is None else by_blocks(self, plain, x, block[1])
         y = self._rows(x.reshape(-1, x.shape[-1]), 0 if block is None else block[1])
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -70,6 +74,8 @@ class SegmentLora(_SegmentLayer):
             norms = adapted_row_norms(base.weight, adapters)
             factors = [self.lora_magnitude_vector[name].weight / x for name, x in zip(names, norms, strict=True)]
             return segment_scale(y, n, *(factors if n else [None, *factors]), base.bias)
+        if plain and n and current().repeats(base):
+            return segment_lora_linear(x[n:], base.weight, base.bias, n, *both, twice=True)
         if plain:
             return segment_lora_linear(x, base.weight, base.bias, n, *both)
         return segment_lora_add(base(x), x, n, *both)  # the library that owns the weights multiplies by them
@@ -140,6 +146,28 @@ def _after(module, args, output):
         return None
     _, dim, bidir = p.pending.pop()
     return torch.cat([bidir, output], dim=dim)
+
+
+def restrict(config: PeftConfig, model: nn.Module, modules: set[nn.Module]) -> PeftConfig:
+    """``config``, whose adapter ``model`` has already, for those of the adapted modules that are among ``modules``.
+
+    Raises:
+        ValueError: none of them is adapted.
+    """
+    kept: dict[type, list[str]] = {BaseTunerLayer: [], AuxiliaryTrainingWrapper: []}
+    for name, module in model.named_modules():
+        for kind, names in kept.items():
+            if isinstance(module, kind) and base_module(module) in modules:
+                names.append(name)
+    if not any(kept.values()):
+        raise ValueError(
+            "peft: expected adapters on modules that make queries, keys or values, for the second adapter of "
+            f"'single_stream_dual', got target_modules={config.target_modules!r}"
+        )
+    changes = {"target_modules": kept[BaseTunerLayer] or "dummy-target-modules"}
+    if getattr(config, "modules_to_save", None):
+        changes["modules_to_save"] = kept[AuxiliaryTrainingWrapper] or None
+    return replace(config, **changes)
 
 
 def adapter_configs(config: PeftConfig) -> tuple[PeftConfig, PeftConfig]:

@@ -15,7 +15,8 @@ import torch
 from ..config import BituneConfig
 from ..mixing import MixingCoefficients
 from ..plan import SegmentPlan
-from .adapters import BIDIR, CausalMerge
+from .adapters import CausalMerge
+from .doubling import DoublingHooks
 from .generate import Generation, check_cache
 from .one_pass import Observer, OnePass, TrimHooks
 from .passes import Past, current
@@ -62,7 +63,6 @@ class BackboneHooks:
 
     def __init__(self, structure: Structure, config: BituneConfig, mixing: MixingCoefficients | None):
         self.structure, self.config, self.mixing = structure, config, mixing
-        self.stream_masks = config.stream_masks(structure.num_layers)
         self.enabled = True
         self.trims = True
         self.generation: Generation | None = None
@@ -77,11 +77,13 @@ class BackboneHooks:
             backbone.register_forward_pre_hook(self._before, with_kwargs=True),
             backbone.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
-        self._trim_hooks = TrimHooks(structure)
+        self._handles += TrimHooks(structure).handles
+        if config.doubles_rows:
+            self._handles += DoublingHooks(structure).handles
 
     def remove(self) -> None:
         """Leave the backbone as it was found."""
-        for handle in [*self._handles, *self._trim_hooks.handles]:
+        for handle in self._handles:
             handle.remove()
 
     @contextmanager
@@ -312,9 +314,7 @@ class BackboneHooks:
             self.structure,
             plan,
             self.mixing,
-            self.stream_masks,
-            separate_adapters=self.config.separate_adapters,
-            backend=self.config.backend,
+            self.config,
             keep_cache=call.cache is not None,
             trims=self.trims,
             past=call.past,
@@ -325,10 +325,9 @@ class BackboneHooks:
         return {name: plan.pack(tokens)[None], "position_ids": plan.positions[None], "attention_mask": p.mask}
 
     def _three(self, call: _Call, tokens, name: str, kwargs: dict) -> dict:
-        schedule = call.three_pass = ThreePass(self.structure, call.plan, self.mixing, self.stream_masks, call.past)
+        schedule = call.three_pass = ThreePass(self.structure, call.plan, self.mixing, self.config, call.past)
         inner = {k: v for k, v in kwargs.items() if k not in (*_UNDERSTOOD, "past_key_values")} | {"use_cache": False}
-        adapter = BIDIR if self.config.separate_adapters else None
-        p = call.answer_pass = schedule.prompts(tokens, name, inner, adapter)
+        p = call.answer_pass = schedule.prompts(tokens, name, inner)
         call.scope.enter_context(p.active())
         call.scope.enter_context(p.checkpointing())
         return schedule.answers(tokens, name, p)

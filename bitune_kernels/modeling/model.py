@@ -18,7 +18,7 @@ from torch import nn
 from ..config import CONFIG_NAME, BituneConfig
 from ..mixing import MixingCoefficients
 from ..plan import SegmentPlan, find_samples, find_turns
-from .adapters import BIDIR, CAUSAL, CausalMerge, adapter_configs, base_module, route_rows
+from .adapters import BIDIR, CAUSAL, CausalMerge, adapter_configs, base_module, restrict, route_rows
 from .backbone import PACKED, BackboneHooks
 from .generate import prepare
 from .loss import chunked_loss
@@ -137,22 +137,35 @@ class BituneModel(PeftModelForCausalLM):
         peft_config = _full_finetuning(base_model) if config.peft is None else config.peft
         causal, bidir = adapter_configs(peft_config)
         super().__init__(base_model, causal, adapter_name=CAUSAL, autocast_adapter_dtype=autocast_adapter_dtype)
+        if config.doubles_rows:
+            if any(p.exit is None for p in structure.projections):
+                raise ValueError(
+                    f"variant: expected another one than {config.variant!r} for a family without a module behind its "
+                    "attention function"
+                )
+            bidir = restrict(bidir, base_model, set().union(*(p.before for p in structure.projections)))
         if config.separate_adapters:
             self.add_adapter(BIDIR, bidir, autocast_adapter_dtype=autocast_adapter_dtype)
         device = next(structure.backbone.parameters()).device
         self.mixing = None
-        if config.num_streams == 2:
-            if config.mixing_granularity == "head" and len(set(structure.num_heads_kv)) > 1:
-                raise ValueError(
-                    f"mixing_granularity: expected 'layer' or 'global' for layers with different numbers of key/value "
-                    f"heads ({sorted(set(structure.num_heads_kv))}), got 'head'"
-                )
+        if config.mixed:
+            for heads, kind in ((structure.num_heads_kv, "key/value"), (structure.num_heads_q, "query")):
+                if config.mixing_granularity == "head" and len(set(heads)) > 1:
+                    raise ValueError(
+                        f"mixing_granularity: expected 'layer' or 'global' for layers with different numbers of {kind} "
+                        f"heads ({sorted(set(heads))}), got 'head'"
+                    )
+            values = zip(structure.num_heads_kv, structure.value_dims, strict=True)
             self.mixing = MixingCoefficients(
                 structure.num_layers,
                 structure.num_heads_kv[0],
+                weights=config.mixed,
                 mixing=config.mixing,
                 granularity=config.mixing_granularity,
                 theta_init=config.theta_init,
+                num_heads_q=structure.num_heads_q[0],
+                beta_init=config.beta_init,
+                gate_features=[2 * heads * dim for heads, dim in values] if config.dynamic_mixing else None,
                 device=device,
             )
         structure.adapted = route_rows(base_model)

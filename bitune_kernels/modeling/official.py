@@ -74,7 +74,8 @@ def load_official_checkpoint(model, state_dict_or_folder: Mapping[str, torch.Ten
             "mean the tanh approximation; load the base model with the changed config"
         )
     ours = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    thetas = {} if model.mixing is None else {"k": model.mixing.theta_k, "v": model.mixing.theta_v}
+    mixed = model.bitune_config.mixed
+    thetas = {name: getattr(model.mixing, f"theta_{name}") for name in ("k", "v") if name in mixed}
     two_adapters = BIDIR in model.peft_config
     loads, loaded, unexpected = [], set(), []
     for name, tensor in theirs.items():

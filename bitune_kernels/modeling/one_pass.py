@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch.nn.functional import pad
 
+from ..config import BituneConfig
 from ..mixing import MixingCoefficients, mix
 from ..ops import bitune_attention, bitune_prefill
 from ..plan import SegmentPlan
@@ -15,7 +17,7 @@ from .passes import Pass, Past, current
 from .structure import Structure
 
 # Called in each layer, in order, with the plan, q, k, v [T, heads, head_dim] of all rows (positions applied) and
-# attention's options: softmax_scale, window, softcap, sinks, stream_mask.
+# attention's options: softmax_scale, window, softcap, sinks, stream_mask; beta and shared_qkv where outputs are mixed.
 Observer = Callable[[SegmentPlan, torch.Tensor, torch.Tensor, torch.Tensor, dict], None]
 
 
@@ -29,26 +31,34 @@ class OnePass(Pass):
         structure: Structure,
         plan: SegmentPlan,
         mixing: MixingCoefficients | None,
-        stream_masks: tuple[str, ...],
-        separate_adapters: bool,
-        backend: str,
+        config: BituneConfig,
         keep_cache: bool,
         trims: bool,
         past: Past | None = None,
         observer: Observer | None = None,
     ):
         super().__init__(structure, plan.cu_prompt.device)
-        self.past = past
-        self.plan, self.mixing, self.stream_masks, self.backend = plan, mixing, stream_masks, backend
+        self.past, self.config = past, config
+        self.plan, self.mixing, self.stream_masks = plan, mixing, config.stream_masks(structure.num_layers)
         self.shared = () if mixing is None else mixing.alphas()
-        self.separate_adapters = separate_adapters
+        self.doubles = config.doubles_rows and plan.num_prompt > 0
+        self.attended = replace(plan, num_streams=2) if config.doubles_rows else plan  # the rows that attention gets
         self.trims = trims and structure.trim is not None and plan.answer_start > 0
         self.caches: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = {} if keep_cache else None
         self.observer = observer
+        if config.dynamic_mixing:
+            lengths = torch.tensor(plan.prompt_lengths)
+            device = plan.cu_prompt.device
+            self.sample = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)  # of each prompt row
+            self.counts = lengths.clamp(min=1)[:, None].to(device)
 
     # properties, since a compiled layer specializes on plain numbers
     @property
     def num_rows(self) -> int:
+        return self.attended.num_rows
+
+    @property
+    def residual_rows(self) -> int:
         return self.plan.num_rows
 
     @property
@@ -57,10 +67,10 @@ class OnePass(Pass):
 
     @property
     def bidir_rows(self) -> int:
-        return self.plan.num_prompt if self.separate_adapters else 0
+        return self.plan.num_prompt if self.config.separate_adapters else 0
 
     def attend(self, module, query, key, value, scaling, softcap, sinks):
-        plan, layer = self.plan, self.structure.layer_index(module)
+        plan, layer = self.attended, self.structure.layer_index(module)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [1, heads, T, dim] -> [T, heads, dim]
         if torch.is_autocast_enabled(q.device.type):  # rotary embeddings leave q and k in float32, v is lower
             q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
@@ -71,24 +81,35 @@ class OnePass(Pass):
             sinks=sinks,
             stream_mask=self.stream_masks[layer],
         )
+        last = self.trims and layer == self.structure.num_layers - 1
+        alpha_k = alpha_v = beta = None
+        if self.mixing is not None:
+            alpha_k, alpha_v = self._alphas(self.structure.kv_layers[layer], v)
+            beta = self.mixing.beta(layer, self.shared)
+        if beta is not None:
+            options |= dict(beta=beta, shared_qkv=plan.num_streams == 1)
         if self.observer is not None:
             self.observer(plan, q, k, v, options)
-        last = self.trims and layer == self.structure.num_layers - 1
+        rows = q.shape[0]
         if last:
             q = q[plan.answer_start :]
-        alpha_k = alpha_v = None
-        if self.mixing is not None:
-            alpha_k, alpha_v = self.mixing.alpha(self.structure.kv_layers[layer], self.shared)
         if self.past is not None:
             k_past, v_past = (x[0].transpose(0, 1) for x in self.past.rows(layer))
             plan, options["prefix"] = plan.with_prefix(k_past.shape[0]), (k_past, v_past)
         elif plan.prefix_index is not None:
             options["prefix"] = self._earlier_turns(k, alpha_k), self._earlier_turns(v, alpha_v)
-        if self.caches is None:
-            out, _, _ = bitune_attention(q, k, v, alpha_k, alpha_v, plan, backend=self.backend, **options)
+        if self.config.dynamic_mixing:
+            out, k_mixed, v_mixed = self._attend_mixed(q, k, v, alpha_k, alpha_v, plan, **options)
+            if self.caches is not None:
+                answer = slice(plan.answer_start, None)
+                both = (torch.cat([mixed, own[answer]]) for mixed, own in ((k_mixed, k), (v_mixed, v)))
+                k_cache, v_cache = self._empty_caches(k, v)
+                for cache, x in zip((k_cache, v_cache), both, strict=True):
+                    cache.index_copy_(0, plan.token_index, x)
+        elif self.caches is None:
+            out, _, _ = bitune_attention(q, k, v, alpha_k, alpha_v, plan, backend=self.config.backend, **options)
         else:
-            batch, seq = plan.padded_shape
-            k_cache, v_cache = (x.new_zeros(batch * seq, *x.shape[1:]) for x in (k, v))
+            k_cache, v_cache = self._empty_caches(k, v)
             out = bitune_prefill(
                 q,
                 k,
@@ -99,19 +120,66 @@ class OnePass(Pass):
                 k_cache=k_cache,
                 v_cache=v_cache,
                 cache_positions=plan.token_index,
-                backend=self.backend,
+                backend=self.config.backend,
                 **options,
             )
-            self.caches[layer] = tuple(x.unflatten(0, (batch, seq)).transpose(1, 2) for x in (k_cache, v_cache))
-        if last:  # attention must return as many rows as it was given; the module behind it drops these again
-            out = pad(out, (0, 0, 0, 0, plan.answer_start, 0))
+        if self.caches is not None:
+            shape = plan.padded_shape
+            self.caches[layer] = tuple(x.unflatten(0, shape).transpose(1, 2) for x in (k_cache, v_cache))
+        # attention must return as many rows as it was given; the module behind it drops these again
+        if out.shape[0] < rows:
+            out = pad(out, (0, 0, 0, 0, rows - out.shape[0], 0))
         return out[None]
+
+    def _empty_caches(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        batch, seq = self.plan.padded_shape
+        return tuple(x.new_zeros(batch * seq, *x.shape[1:]) for x in (k, v))
+
+    def _alphas(self, layer: int, v: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        # scalars or [heads] of a layer, or with dynamic mixing [N, 1 or heads]
+        if not self.config.dynamic_mixing:
+            return self.mixing.alpha(layer, self.shared)
+        n = self.plan.num_prompt
+        state = v.new_zeros(self.plan.batch_size, 2 * v[0].numel(), dtype=torch.float32)
+        rows = torch.cat([v[:n], v[n : 2 * n]], dim=1).flatten(1).float()
+        alphas = self.mixing.gated(layer, self.shared, state.index_add(0, self.sample, rows) / self.counts)
+        return tuple(alpha.index_select(0, self.sample) for alpha in alphas)
+
+    def _attend_mixed(self, q, k, v, alpha_k, alpha_v, plan, prefix=None, beta=None, **options):
+        # With weights of their own for each sample, keys and values are mixed here. The prompts, and the answers over
+        # the mix as their past, are then two calls.
+        n, start = plan.num_prompt, plan.answer_start
+        mixed = tuple(mix(x[n:start], x[:n], alpha) for x, alpha in ((k, alpha_k), (v, alpha_v)))
+        prompts, answers = plan.split()
+        options["backend"] = self.config.backend
+        out = []
+        if q.shape[0] > plan.num_answer:
+            own = [x[:start] for x in (q, k, v)]
+            out.append(bitune_attention(*own, 0.0, 0.0, prompts, prefix=prefix, beta=beta, **options)[0])
+        past = mixed
+        if prefix is not None:  # each sample's past, then its prompt
+            past = []
+            for earlier, own in zip(prefix, mixed, strict=True):
+                pairs = zip(earlier.split(plan.prefix_lengths), own.split(plan.prompt_lengths), strict=True)
+                past.append(torch.cat([rows for pair in pairs for rows in pair]))
+        own = q[q.shape[0] - plan.num_answer :], k[start:], v[start:]
+        out.append(bitune_attention(*own, None, None, answers, prefix=past, **options)[0])
+        return torch.cat(out), *mixed
 
     def _earlier_turns(self, x: torch.Tensor, alpha: torch.Tensor | None) -> torch.Tensor:
         # x [T, heads, dim], the keys or values -> [num_prefix, heads, dim]: mixed prompts and answers, turn by turn
-        plan = self.plan
+        plan = self.attended
         prompts = x[: plan.num_prompt] if alpha is None else mix(*reversed(x[: plan.answer_start].chunk(2)), alpha)
         return torch.cat([prompts, x[plan.answer_start :]]).index_select(0, plan.prefix_index)
+
+    def double(self, x: torch.Tensor) -> torch.Tensor:
+        n = self.plan.num_prompt
+        has_rows = x.ndim > 1 and x.shape[1] == self.plan.num_rows
+        return torch.cat([x[:, :n], x], dim=1) if has_rows else x
+
+    def undouble(self, x: torch.Tensor) -> torch.Tensor:
+        rows = 0 if x.ndim == 2 else 1  # some families flatten to [rows, features] before a linear
+        return x.narrow(rows, self.plan.num_prompt, x.shape[rows] - self.plan.num_prompt)
 
 
 class TrimHooks:
@@ -128,10 +196,10 @@ class TrimHooks:
             return
         # The structure was found before there were adapters, which now stand in front of what they adapt.
         adapters = {id(base_module(m)): m for m in structure.adapted}
-        self.norm, leave = (adapters.get(id(m), m) for m in (trim.norm, trim.exit))
+        self.norm, leave = (adapters.get(id(m), m) for m in (trim.norm, trim.projections.exit))
         self.handles = [
             trim.layer.register_forward_pre_hook(self.enter_layer, with_kwargs=True),
-            trim.attention.register_forward_pre_hook(self.enter_attention, with_kwargs=True),
+            trim.projections.attention.register_forward_pre_hook(self.enter_attention, with_kwargs=True),
             # before the hook that splits the rows among the adapters, for which only answer rows must be left
             leave.register_forward_pre_hook(self.leave_attention, prepend=True),
         ]
@@ -150,7 +218,7 @@ class TrimHooks:
         def answer(x):
             # Beside the hidden states, some layers get further features of every row. Attention's own tensors
             # come as tuples, keywords, or without a dimension of features, and stay whole.
-            per_row = isinstance(x, torch.Tensor) and x.ndim == 3 and x.shape[1] == p.num_rows
+            per_row = isinstance(x, torch.Tensor) and x.ndim == 3 and x.shape[1] == p.residual_rows
             return x[:, p.plan.answer_start :] if per_row else x
 
         if args:

@@ -10,6 +10,7 @@ import threading
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from .structure import ATTENTION_NAME, Structure
 
@@ -38,8 +39,10 @@ class Pass:
 
     Attributes:
         num_rows: rows of every linear's input (T), of which the first ``bidir_rows`` use the adapter "bidir".
+        residual_rows: rows outside of attention, fewer than T where that ``doubles``; they use the adapter "causal".
         answer_rows: rows after the last layer's trimming; they all use the adapter "causal".
         packed: whether the rows are those of all streams and segments, without padding.
+        doubles: whether attention is given the prompt rows twice, the rest of the model once.
         adapter: the adapter that serves all rows, where that isn't the active one ("causal"); else None.
         shared: trained tensors that several layers read. Layers recomputed in the backward pass get them as arguments:
             each one's gradient then ends there, and what the tensors were made from gets one gradient per step, which
@@ -48,11 +51,11 @@ class Pass:
             pass is the one it is called for, and a 4-D mask makes transformers build none of its own.
     """
 
-    packed = False
+    packed = doubles = False
     adapter: str | None = None
     shared: tuple[torch.Tensor, ...] = ()
     trims = False
-    bidir_rows = num_rows = answer_rows = 0
+    bidir_rows = num_rows = residual_rows = answer_rows = 0
 
     def __init__(self, structure: Structure, device):
         self.structure = structure
@@ -62,6 +65,18 @@ class Pass:
     def attend(self, module, query, key, value, scaling, softcap, sinks):
         """The attention of one layer, [batch, heads, rows, head_dim] -> [batch, rows, heads, head_dim]."""
         raise NotImplementedError
+
+    def double(self, x: torch.Tensor) -> torch.Tensor:
+        """A tensor that attention is called with; if it has rows, those of the prompt twice, bidirectional first."""
+        raise NotImplementedError
+
+    def undouble(self, x: torch.Tensor) -> torch.Tensor:
+        """The output of such an attention without the first of the prompt rows."""
+        raise NotImplementedError
+
+    def repeats(self, module: nn.Module) -> bool:
+        """Whether the input of ``module`` has the same prompt rows for both streams."""
+        return self.doubles and module in self.structure.direct
 
     def owns(self, mask: torch.Tensor | None) -> bool:
         """Whether ``mask`` is this pass's own, or the view of it that reentrant checkpointing detaches."""
@@ -79,7 +94,7 @@ class Pass:
         rows = x.shape[dim]
         if rows == self.num_rows:
             return dim, self.bidir_rows
-        if rows == self.answer_rows:
+        if rows in (self.answer_rows, self.residual_rows):
             return None
         raise RuntimeError(
             f"an adapted module got {rows} rows, expected all {self.num_rows} or the {self.answer_rows} answer rows: "

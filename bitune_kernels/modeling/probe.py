@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .passes import attention_forward
-from .structure import ATTENTION_NAME, Structure, Trim
+from .structure import ATTENTION_NAME, Projections, Structure, Trim
 
 _PROBE_TOKENS = 5
 
@@ -20,7 +20,7 @@ class _Probe:
     """Records what happens during one forward of the backbone, in order."""
 
     def __init__(self):
-        self.calls = []  # (attention module, key [1, num_heads_kv, tokens, head_dim], window)
+        self.calls = []  # (attention module, query, key, value [1, heads, tokens, head_dim], window)
         self.problems = []
         self.before, self.attention_input, self.produced = [], {}, {}
         self.local_sizes = {}
@@ -37,7 +37,7 @@ class _Probe:
                 self.problems.append("its attention is chunked, for which a bidirectional stream is not defined")
         if key.shape[2] != query.shape[2]:
             self.problems.append("its attention has keys that are not tokens of the input")
-        self.calls.append((module, key, window))
+        self.calls.append((module, query, key, value, window))
         self.before.append(("attention", module))
         group_size = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(group_size, dim=1) for x in (key, value))
@@ -137,7 +137,7 @@ def find_structure(model: nn.Module) -> Structure:
             f"base_model: {name} can't be used: it computes attention itself and never calls the attention function "
             "registered with transformers (AttentionInterface)"
         )
-    attentions = [module for module, _, _ in probe.calls]
+    attentions = [call[0] for call in probe.calls]
     if len({id(m) for m in attentions}) != len(attentions):
         probe.problems.append("an attention module runs more than once in a forward")
     expected = getattr(backbone.config, "num_hidden_layers", len(attentions))
@@ -148,7 +148,9 @@ def find_structure(model: nn.Module) -> Structure:
     if probe.problems:
         raise ValueError(f"base_model: {name} can't be used: {probe.problems[0]}")
 
-    keys = [key.data_ptr() for _, key, _ in probe.calls]
+    _, queries, keys, values, windows = zip(*probe.calls, strict=True)
+    places = [key.data_ptr() for key in keys]
+    projections = [_find_projections(m, probe) for m in attentions]
     names = {id(m): n for n, m in backbone.named_modules()}
     modules = dict(backbone.named_modules())
     last = attentions[-1]
@@ -161,11 +163,14 @@ def find_structure(model: nn.Module) -> Structure:
         attentions=attentions,
         layers=[m for m in backbone.modules() if hasattr(m, "gradient_checkpointing") and m is not backbone],
         configs=configs,
-        windows=[window for _, _, window in probe.calls],
-        num_heads_kv=[key.shape[1] for _, key, _ in probe.calls],
-        head_dims=[key.shape[3] for _, key, _ in probe.calls],
-        kv_layers=[keys.index(key) for key in keys],
-        trim=None if layer is None else _find_trim(layer, last, probe),
+        windows=list(windows),
+        num_heads_q=[query.shape[1] for query in queries],
+        num_heads_kv=[key.shape[1] for key in keys],
+        head_dims=[key.shape[3] for key in keys],
+        value_dims=[value.shape[3] for value in values],
+        kv_layers=[places.index(place) for place in places],
+        projections=projections,
+        trim=None if layer is None else _find_trim(layer, projections[-1], probe),
         max_positions=_max_positions(model, backbone),
         unused_bidir=_unused(model, layer, last, probe),
     )
@@ -178,12 +183,23 @@ def _max_positions(model: nn.Module, backbone: nn.Module) -> int | None:
     return limit if any(m.num_embeddings - getattr(m, "offset", 0) == limit for m in tables) else None
 
 
-def _find_trim(layer: nn.Module, attention: nn.Module, probe: _Probe) -> Trim | None:
+def _find_projections(attention: nn.Module, probe: _Probe) -> Projections:
+    call = probe.before.index(("attention", attention))
     inside = {id(m) for m in attention.modules()} - {id(attention)}
-    after = probe.before[probe.before.index(("attention", attention)) + 1 :]
-    exits = [m for _, m in after if id(m) in inside]
     hidden = probe.attention_input.get(id(attention))
-    if not exits or hidden is None:
+    before = {m for _, m in probe.before[:call] if id(m) in inside}
+    exits = [m for _, m in probe.before[call + 1 :] if id(m) in inside]
+    return Projections(
+        attention=attention,
+        before=before,
+        direct={m for m in before if hidden is not None and probe.attention_input.get(id(m)) is hidden},
+        exit=exits[0] if exits else None,
+    )
+
+
+def _find_trim(layer: nn.Module, projections: Projections, probe: _Probe) -> Trim | None:
+    hidden = probe.attention_input.get(id(projections.attention))
+    if projections.exit is None or hidden is None:
         return None
     if hidden is probe.attention_input.get(id(layer)):
         norm = None
@@ -193,7 +209,7 @@ def _find_trim(layer: nn.Module, attention: nn.Module, probe: _Probe) -> Trim | 
             return None
         if probe.attention_input.get(id(norm)) is not probe.attention_input.get(id(layer)):
             return None
-    return Trim(layer=layer, attention=attention, norm=norm, exit=exits[0])
+    return Trim(layer=layer, norm=norm, projections=projections)
 
 
 def _unused(model: nn.Module, layer: nn.Module | None, attention: nn.Module, probe: _Probe) -> set[nn.Module]:

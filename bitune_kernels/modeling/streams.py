@@ -18,7 +18,7 @@ def stream_attention(model: BituneModel, input_ids: torch.Tensor) -> dict[str, t
         input_ids: int64 [1, P], one prompt of at least two tokens.
 
     Returns:
-        "bidir" and "causal" (variants with one stream: "bidir" alone), each float32 [layers, P - 1, P - 1] on the CPU,
+        "bidir" and "causal" (variants that mix nothing: "bidir" alone), each float32 [layers, P - 1, P - 1] on the CPU,
         the mean over heads: row i is how token i spreads its attention. Rows sum to 1, less what attention sinks take.
         The last prompt token is missing, since it opens the answer. In the last layer Bitune uses the prompt's keys and
         values alone, so these rows are what its attention would be: no result depends on them, and the adapter "bidir"
@@ -33,9 +33,11 @@ def stream_attention(model: BituneModel, input_ids: torch.Tensor) -> dict[str, t
         n = plan.num_prompt
         common = {name: options[name] for name in ("softmax_scale", "softcap", "sinks")}
         masks = {"bidir": options["stream_mask"], "causal": "causal"}
-        for stream, (name, mask) in enumerate(list(masks.items())[: plan.num_streams]):
-            rows = slice(stream * n, (stream + 1) * n)
-            see = visible_to_prompt(mask, n, window=options["window"], device=q.device)
+        blocks = {"bidir": slice(0, n)}
+        if plan.num_streams == 2 or options.get("shared_qkv"):
+            blocks["causal"] = slice(plan.answer_start - n, plan.answer_start)
+        for name, rows in blocks.items():
+            see = visible_to_prompt(masks[name], n, window=options["window"], device=q.device)
             matrices[name].append(attention_weights(q[rows], k[rows], see, **common).mean(0).float().cpu())
 
     _prefill(model, input_ids, observe)
@@ -54,10 +56,10 @@ def stream_distance(model: BituneModel, input_ids: torch.Tensor) -> dict[str, to
         "k" and "v", each float32 [layers] on the CPU.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came; a variant with one stream.
+        TypeError, ValueError: naming the argument, what was expected and what came; a variant that mixes none.
     """
-    if isinstance(model, BituneModel) and model.mixing is None:
-        raise ValueError(f"model: expected a variant with two streams, got {model.bitune_config.variant!r}")
+    if isinstance(model, BituneModel) and "k" not in model.bitune_config.mixed:
+        raise ValueError(f"model: expected a variant that mixes keys and values, got {model.bitune_config.variant!r}")
     distances: dict[str, list[torch.Tensor]] = {"k": [], "v": []}
 
     def observe(plan, q, k, v, options):

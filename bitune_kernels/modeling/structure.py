@@ -10,13 +10,28 @@ ATTENTION_NAME = "bitune"  # under which our attention function is registered wi
 
 
 @dataclass(eq=False)
+class Projections:
+    """The modules inside one layer's attention, around its attention function.
+
+    Attributes:
+        before: those that run before it, and make queries, keys and values.
+        direct: those of them that read the attention module's own input.
+        exit: the first one that reads its output, or None.
+    """
+
+    attention: nn.Module
+    before: set[nn.Module]
+    direct: set[nn.Module]
+    exit: nn.Module | None
+
+
+@dataclass(eq=False)
 class Trim:
     """Where the last layer can drop the prompt rows once it has their keys and values."""
 
     layer: nn.Module
-    attention: nn.Module
     norm: nn.Module | None  # what stands between the layer's input and its attention
-    exit: nn.Module  # the first module that reads the attention's output
+    projections: Projections
 
 
 @dataclass(eq=False)
@@ -29,13 +44,15 @@ class Structure:
         layers: every module that transformers may checkpoint.
         configs: the config objects whose attention implementation the attentions follow.
         windows: the sliding window of each layer, or None.
-        num_heads_kv: key/value heads of each layer.
-        head_dims: the size of a key of each layer.
+        num_heads_q, num_heads_kv: query and key/value heads of each layer.
+        head_dims, value_dims: the size of a key and of a value of each layer.
         kv_layers: the layer whose keys and values each layer attends to: itself, or an earlier one that it shares
             them with. They are mixed once, so both layers use the first one's coefficients and cache.
+        projections: of each layer.
         trim: how to trim the last layer, or None where that isn't possible.
         adapted: the PEFT layers, once there are adapters.
         max_positions: how many tokens of a row the backbone has learned positions for, or None if it has learned none.
+        direct: the modules that read the input of an attention module.
         unused_bidir: modules behind the keys and values of the last layer, where the bidirectional stream ends.
     """
 
@@ -44,15 +61,19 @@ class Structure:
     layers: list[nn.Module]
     configs: list
     windows: list[int | None]
+    num_heads_q: list[int]
     num_heads_kv: list[int]
     head_dims: list[int]
+    value_dims: list[int]
     kv_layers: list[int]
+    projections: list[Projections]
     trim: Trim | None
     max_positions: int | None
     unused_bidir: set[nn.Module]
     adapted: list[nn.Module] = field(default_factory=list)
 
     def __post_init__(self):
+        self.direct = set().union(*(p.direct for p in self.projections))
         self._index = {id(m): i for i, m in enumerate(self.attentions)}
 
     def __deepcopy__(self, memo):

@@ -1,5 +1,7 @@
 """The paper's schedule in plain PyTorch: one call of the model per stream, then one over the mixed cache.
 
+Single-stream variants need one call over the prompt, whose attention is computed twice per layer.
+
 Batched and padded, with the model's own attention function (SDPA, or eager where it must be), flags instead of mask
 tensors where the batch allows it, and neither head nor answer rows in the prompt passes. It is the baseline of the
 benchmarks and the independent check of the one-pass schedule.
@@ -11,9 +13,11 @@ import sys
 
 import torch
 
+from ..config import BituneConfig
 from ..masks import visible_to_answer, visible_to_prompt
 from ..mixing import MixingCoefficients, mix
 from ..plan import SegmentPlan
+from .adapters import BIDIR
 from .passes import Pass, Past
 from .structure import Structure
 
@@ -50,11 +54,19 @@ class PaddedPass(Pass):
         layer = self.structure.layer_index(module)
         self.recorded[layer] = key, value
         key, value = self.with_prompts(layer, key, value)
-        m = 0
-        if self.past is not None:
-            k_past, v_past = self.past.rows(layer)
-            m, key, value = k_past.shape[2], torch.cat([k_past, key], dim=2), torch.cat([v_past, value], dim=2)
+        m, key, value = self.with_past(layer, key, value)
         see = self.seen(layer, self.structure.windows[layer], m)
+        return self.attention(module, query, key, value, see, scaling, softcap, sinks)
+
+    def with_past(self, layer: int, key: torch.Tensor, value: torch.Tensor):
+        """(m, key, value) with the m cached tokens of a layer in front."""
+        if self.past is None:
+            return 0, key, value
+        k_past, v_past = (x.expand(len(key), -1, -1, -1) for x in self.past.rows(layer))
+        return k_past.shape[2], torch.cat([k_past, key], dim=2), torch.cat([v_past, value], dim=2)
+
+    def attention(self, module, query, key, value, see: torch.Tensor | str | None, scaling, softcap, sinks):
+        """The model's own attention function under a visibility of ``seen``."""
         function = self._function(module, softcap, sinks)
         if isinstance(see, torch.Tensor) and function is not self._registered("sdpa"):
             see = torch.zeros(see.shape, dtype=query.dtype, device=see.device).masked_fill(
@@ -99,7 +111,11 @@ class PromptPass(PaddedPass):
         self.stream_masks = stream_masks
 
     def seen(self, layer, window, m):
-        mask, plan, width = self.stream_masks[layer], self.plan, self.plan.max_prompt
+        return self.visible(self.stream_masks[layer], window, m)
+
+    def visible(self, mask: str, window: int | None, m: int) -> torch.Tensor | str | None:
+        """The visibility of a stream with this mask, as ``seen``."""
+        plan, width = self.plan, self.plan.max_prompt
         if window is not None and window >= m + width:
             window = None
         if window is None and mask == "causal" and not m:
@@ -115,6 +131,42 @@ class PromptPass(PaddedPass):
             return (see & (column < plan.prompt_lengths[b])) | itself
 
         return self._cached_mask((mask, window, m), build)
+
+
+class SinglePass(PromptPass):
+    """The prompts in one stream, whose attention is computed by both masks and mixed.
+
+    With ``doubles`` the batch stands in attention twice, once with each adapter, and keys and values are mixed too.
+    """
+
+    def __init__(self, structure, plan, implementations, past, stream_masks, mixing: MixingCoefficients, mix_layer):
+        super().__init__(structure, plan, implementations, None, past, stream_masks)
+        self.mixing, self.mix_layer = mixing, mix_layer
+        self.doubles = "k" in mixing.weights
+
+    def attend(self, module, query, key, value, scaling, softcap, sinks):
+        layer = self.structure.layer_index(module)
+        streams = [x.chunk(2) if self.doubles else (x, x) for x in (query, key, value)]
+        outputs = []
+        for mask, q, k, v in zip((self.stream_masks[layer], "causal"), *streams, strict=True):
+            m, k, v = self.with_past(layer, k, v)
+            see = self.visible(mask, self.structure.windows[layer], m)
+            outputs.append(self.attention(module, q, k, v, see, scaling, softcap, sinks))
+        bidir, causal = zip(*streams[1:], strict=True)
+        self.recorded[layer] = self.mix_layer(layer, bidir, causal) if self.doubles else causal
+        out = mix(outputs[1], outputs[0], self.mixing.beta(layer))
+        return torch.cat([out, out]) if self.doubles else out
+
+    def split(self, x):
+        # the bidirectional half of the batch, in samples, or in rows where a family flattens them before a linear
+        half = self.plan.batch_size * (self.plan.max_prompt if x.ndim == 2 else 1)
+        return (0, half) if self.doubles and x.shape[0] == 2 * half else None
+
+    def double(self, x):
+        return torch.cat([x, x]) if x.ndim > 1 and x.shape[0] == self.plan.batch_size else x
+
+    def undouble(self, x):
+        return x[x.shape[0] // 2 :]
 
 
 class AnswerPass(PaddedPass):
@@ -157,13 +209,12 @@ class ThreePass:
         structure: Structure,
         plan: SegmentPlan,
         mixing: MixingCoefficients | None,
-        stream_masks: tuple[str, ...],
+        config: BituneConfig,
         past: Past | None = None,
     ):
         if plan.prefix_index is not None:
             raise ValueError("use_fused: expected True with turns='alternating', got False")
-        self.structure, self.plan, self.mixing, self.stream_masks = structure, plan, mixing, stream_masks
-        self.past = past
+        self.structure, self.plan, self.mixing, self.config, self.past = structure, plan, mixing, config, past
         self.implementations = [c._attn_implementation for c in structure.configs]
         # Where a padded place lies in the flattened tokens; padding repeats a real token, whose rows are dropped again.
         index = plan.token_index.cpu()
@@ -183,7 +234,7 @@ class ThreePass:
         )
         return {name: tokens.flatten(0, 1)[index], "position_ids": positions, "attention_mask": p.mask}
 
-    def prompts(self, tokens: torch.Tensor, name: str, kwargs: dict, bidir_adapter: str | None) -> AnswerPass:
+    def prompts(self, tokens: torch.Tensor, name: str, kwargs: dict) -> AnswerPass:
         """Run the stream(s) over the prompts of ``tokens`` [batch, seq, ...] and mix their keys and values."""
         plan, structure = self.plan, self.structure
         if structure.checkpoints_reentrantly:
@@ -197,25 +248,37 @@ class ThreePass:
                 "reaches its output, and with three passes one reaches keys and values first; got False"
             )
         recorded, past = [], list(plan.prefix_lengths or (0,) * plan.batch_size)
-        streams = [(bidir_adapter, self.stream_masks), (None, ("causal",) * structure.num_layers)]
-        for adapter, masks in streams[: plan.num_streams] if plan.num_prompt else []:
-            p = PromptPass(structure, plan, self.implementations, adapter, self.past, masks)
+        for p in self._streams() if plan.num_prompt else []:
             call = self._call(tokens, name, self.prompt_index, past, p)
             with p.active(), p.checkpointing():
                 structure.backbone(**kwargs | call)
             recorded.append(p.recorded)
-        return AnswerPass(structure, plan, self.implementations, self.past, self._mix(recorded))
+        if len(recorded) == 2:
+            bidir, causal = recorded
+            recorded = [{layer: self._mix(layer, bidir[layer], causal[layer]) for layer in bidir}]
+        return AnswerPass(structure, plan, self.implementations, self.past, recorded[0] if recorded else None)
 
-    def _mix(self, recorded):
-        if not recorded or self.mixing is None:
-            return recorded[0] if recorded else None
-        bidir, causal = recorded
-        mixed = {}
-        for layer in bidir:
-            alphas = self.mixing.alpha(self.structure.kv_layers[layer])
-            triples = zip(causal[layer], bidir[layer], alphas, strict=True)
-            mixed[layer] = tuple(mix(c.transpose(1, 2), b.transpose(1, 2), a).transpose(1, 2) for c, b, a in triples)
-        return mixed
+    def _streams(self) -> list[PromptPass]:
+        masks = self.config.stream_masks(self.structure.num_layers)
+        common = (self.structure, self.plan, self.implementations)
+        if "beta" in self.config.mixed:
+            return [SinglePass(*common, self.past, masks, self.mixing, self._mix)]
+        bidir = PromptPass(*common, BIDIR if self.config.separate_adapters else None, self.past, masks)
+        causal = PromptPass(*common, None, self.past, ("causal",) * self.structure.num_layers)
+        return [bidir, causal][: self.plan.num_streams]
+
+    def _mix(self, layer: int, bidir, causal) -> tuple[torch.Tensor, torch.Tensor]:
+        # keys and values of a layer, each [batch, num_heads_kv, width, head_dim]
+        layer = self.structure.kv_layers[layer]
+        alphas = self.mixing.alpha(layer)
+        if self.config.dynamic_mixing:
+            lengths = torch.tensor(self.plan.prompt_lengths, device=self.plan.cu_prompt.device)[:, None, None, None]
+            real = torch.arange(self.plan.max_prompt, device=lengths.device)[:, None] < lengths
+            sums = [(v * real).float().sum(2).flatten(1) for _, v in (bidir, causal)]
+            state = torch.cat(sums, dim=1) / lengths[:, 0, 0].clamp(min=1)
+            alphas = (a[:, None] for a in self.mixing.gated(layer, None, state))
+        triples = zip(causal, bidir, alphas, strict=True)
+        return tuple(mix(c.transpose(1, 2), b.transpose(1, 2), a).transpose(1, 2) for c, b, a in triples)
 
     def answers(self, tokens: torch.Tensor, name: str, p: AnswerPass) -> dict:
         """The keyword arguments of the last call."""

@@ -1,7 +1,7 @@
 """Training a Bitune model with transformers' Trainer: learning rates, logs of alpha, checkpointing, data
 and recipes."""
 
-from .alpha import AlphaCallback, alpha_history, plot_alpha, write_alpha_csv
+from .alpha import AlphaCallback, alpha_history, plot_alpha, read_alpha_csv, write_alpha_csv
 from .checkpointing import selective_checkpointing
 from .optim import parameter_groups
 
@@ -10,6 +10,7 @@ __all__ = [
     "alpha_history",
     "parameter_groups",
     "plot_alpha",
+    "read_alpha_csv",
     "selective_checkpointing",
     "write_alpha_csv",
 ]

@@ -1,20 +1,21 @@
-"""alpha_k and alpha_v over training: logged through the Trainer, then a table and a plot."""
+"""alpha_k, alpha_v and beta over training: logged through the Trainer, then a table and a plot."""
 
 from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
 
 class AlphaCallback(TrainerCallback):
-    """Logs alpha beside each logged loss: ``trainer.add_callback(AlphaCallback(trainer))``.
+    """Logs the mixing weights beside each logged loss: ``trainer.add_callback(AlphaCallback(trainer))``.
 
-    Keys: ``alpha_k/mean``, ``alpha_v/mean`` and ``alpha_k/layer_00``, ... (mean over heads), floats in [0, 1]. They go
-    through ``trainer.log``, so to whatever it reports to, and into ``trainer.state.log_history``, which checkpoints
-    keep: ``alpha_history`` reads them back from there.
+    Keys: ``alpha_k/mean``, ``alpha_v/mean`` and ``alpha_k/layer_00``, ... (mean over heads), floats in [0, 1], and
+    ``beta/...`` in single-stream models. They go through ``trainer.log``, so to whatever it reports to, and into
+    ``trainer.state.log_history``, which checkpoints keep: ``alpha_history`` reads them back from there.
 
     Raises:
         ValueError: a model without mixing coefficients.
@@ -34,53 +35,65 @@ class AlphaCallback(TrainerCallback):
 @torch.no_grad()
 def alphas(mixing) -> dict[str, float]:
     """The values of ``AlphaCallback`` at this moment. Synchronizes a GPU."""
-    layers = [[a.mean() for a in mixing.alpha(layer)] for layer in range(mixing.num_layers)]
-    k, v = torch.stack([torch.stack(pair) for pair in layers]).T.tolist()
-    values = {"alpha_k/mean": sum(k) / len(k), "alpha_v/mean": sum(v) / len(v)}
-    for name, column in (("alpha_k", k), ("alpha_v", v)):
-        values |= {f"{name}/layer_{layer:02d}": alpha for layer, alpha in enumerate(column)}
+    means = [a.reshape(len(a), -1).mean(1).expand(mixing.num_layers) for a in mixing.alphas()]
+    values, layers = {}, torch.stack(means).tolist()
+    for label, column in zip(mixing.labels, layers, strict=True):
+        values[f"{label}/mean"] = sum(column) / len(column)
+    for label, column in zip(mixing.labels, layers, strict=True):
+        values |= {f"{label}/layer_{layer:02d}": alpha for layer, alpha in enumerate(column)}
     return values
 
 
-def alpha_history(log_history: list[dict]) -> list[tuple[int, int, float, float]]:
-    """(step, layer, alpha_k, alpha_v) of every logged step, from ``trainer.state.log_history``."""
+def alpha_history(log_history: list[dict]) -> list[dict[str, Any]]:
+    """``step``, ``layer`` and the weights ("alpha_k", ...) of every logged step, from ``trainer.state.log_history``."""
     rows = []
     for entry in log_history:
-        for key in sorted((k for k in entry if k.startswith("alpha_k/layer_")), key=lambda k: int(k.split("_")[-1])):
-            alpha_v = entry[key.replace("alpha_k", "alpha_v")]
-            rows.append((entry["step"], int(key.split("_")[-1]), entry[key], alpha_v))
+        by_layer: dict[int, dict[str, float]] = {}
+        for key, value in entry.items():
+            label, found, layer = key.partition("/layer_")
+            if found:
+                by_layer.setdefault(int(layer), {})[label] = value
+        rows += [{"step": entry["step"], "layer": layer, **by_layer[layer]} for layer in sorted(by_layer)]
     return rows
 
 
-def write_alpha_csv(rows: list[tuple[int, int, float, float]], path: str | Path) -> None:
+def write_alpha_csv(rows: list[dict[str, Any]], path: str | Path) -> None:
     """The rows of ``alpha_history`` as a csv file with a header."""
     with Path(path).open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("step", "layer", "alpha_k", "alpha_v"))
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
         writer.writerows(rows)
 
 
-def plot_alpha(rows: list[tuple[int, int, float, float]], path: str | Path) -> None:
-    """A png: alpha of each layer over the steps (above), and over the layers at the last step (below)."""
+def read_alpha_csv(path: str | Path) -> list[dict[str, Any]]:
+    """What ``write_alpha_csv`` wrote."""
+    with Path(path).open(newline="") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    return [row | {"step": int(row["step"]), "layer": int(row["layer"])} for row in rows]
+
+
+def plot_alpha(rows: list[dict[str, Any]], path: str | Path) -> None:
+    """A png: each weight of each layer over the steps (above), and over the layers at the last step (below)."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    axes = figure.subplots(2, 2, sharey=True, squeeze=True)
-    last = max(row[0] for row in rows)
-    for column, name in enumerate(("alpha_k", "alpha_v")):
+    labels = [name for name in rows[0] if name not in ("step", "layer")]
+    figure = Figure(figsize=(5 * len(labels), 7), layout="constrained")
+    axes = figure.subplots(2, len(labels), sharey=True, squeeze=False)
+    last = max(row["step"] for row in rows)
+    for column, label in enumerate(labels):
         over_steps, over_layers = axes[:, column]
-        draw_alpha_over_steps(over_steps, rows, column)
-        at_last = {layer: values[column] for step, layer, *values in rows if step == last}
+        draw_alpha_over_steps(over_steps, rows, label)
+        at_last = {row["layer"]: row[label] for row in rows if row["step"] == last}
         over_layers.plot(sorted(at_last), [at_last[layer] for layer in sorted(at_last)], marker="o")
-        over_layers.set(xlabel=f"layer, at step {last}", ylabel=name)
+        over_layers.set(xlabel=f"layer, at step {last}", ylabel=label)
     figure.savefig(path, format="png", dpi=120)
 
 
-def draw_alpha_over_steps(axes, rows: list[tuple[int, int, float, float]], column: int) -> None:
-    """A curve per layer on matplotlib's ``axes``: alpha_k (column 0) or alpha_v (1) of ``alpha_history``'s rows."""
-    name, layers = ("alpha_k", "alpha_v")[column], sorted({row[1] for row in rows})
+def draw_alpha_over_steps(axes, rows: list[dict[str, Any]], label: str) -> None:
+    """A curve per layer on matplotlib's ``axes``: the weight of this name in the rows of ``alpha_history``."""
+    layers = sorted({row["layer"] for row in rows})
     for layer in layers:
         shade = layer / max(len(layers) - 1, 1)
-        curve = sorted((step, values[column]) for step, at, *values in rows if at == layer)
+        curve = sorted((row["step"], row[label]) for row in rows if row["layer"] == layer)
         axes.plot(*zip(*curve, strict=True), color=(shade, 0.3, 1 - shade), label=str(layer), lw=1)
-    axes.set(title=name, xlabel="step (blue: first layer, red: last)", ylabel=name)
+    axes.set(title=label, xlabel="step (blue: first layer, red: last)", ylabel=label)

@@ -49,6 +49,8 @@ class Recipe:
     mixing: str = BituneConfig.mixing
     mixing_granularity: str = BituneConfig.mixing_granularity
     theta_init: float = BituneConfig.theta_init
+    beta_init: float = BituneConfig.beta_init
+    dynamic_mixing: bool = BituneConfig.dynamic_mixing
     skip_bidir: int = BituneConfig.skip_bidir
     use_fused: bool = BituneConfig.use_fused
     backend: str = BituneConfig.backend
