@@ -13,7 +13,7 @@ import torch
 from common.floor import Dims, floor
 from common.models import Models, float32_inference, scope
 from common.report import finish
-from common.run import Case, check_setup, choose_providers, measure, parser, prepare, relative_error, title
+from common.run import Case, check_setup, choose_providers, measure, oracle_of, parser, prepare, relative_error, title
 from common.text import Text, padded
 
 EXPLANATION = """\
@@ -45,9 +45,9 @@ class Prefill(Case):
 
     def errors(self, provider: str) -> dict[str, float]:
         # What LoRA computes is not Bitune: its oracle is PEFT's in float32.
-        oracle = "lora" if provider.startswith("lora") else "one-pass[reference]"
+        oracle = oracle_of(provider)
         if oracle not in self.oracle:
-            with float32_inference(self.models.bitune):
+            with float32_inference(self.models.of(oracle)):
                 self.oracle[oracle] = self._outputs(oracle)
         expected, found = self.oracle[oracle], self._outputs(provider)
         return {
@@ -72,8 +72,8 @@ class Prefill(Case):
 def parse(argv: list[str] | None):
     p = parser(
         __doc__.partition("\n")[0],
-        "three-pass, one-pass, one-pass+peft, lora-packed (the usual backends, or with [BACKEND]), lora; "
-        "default: three-pass one-pass lora",
+        "three-pass, one-pass, one-pass+peft, single-stream, single-stream-dual, lora-packed (the usual backends, or "
+        "with [BACKEND]), lora; default: three-pass one-pass lora",
     )
     p.add_argument("--batch-sizes", type=int, nargs="+", metavar="B", help="default: 1 4")
     p.add_argument("--lengths", type=int, nargs="+", metavar="P", help="default: 64 256, on a GPU up to 2048")

@@ -8,6 +8,7 @@ to <out>/train_step.csv, a plot of this run to <out>/train_step.png.
     three-pass      the paper's schedule over the padded batch, authors-schedule: sample by sample
     one-pass        this package; one-pass+peft: with PEFT's own LoRA layers, once per adapter's block of rows
     lora            plain LoRA as it is used: PEFT's layers, the padded batch, the head over all rows
+    single-stream   this package's variants with one stream per prompt, single-stream-dual: two adapters on q, k, v
     lora-packed     plain LoRA as well optimised as one-pass: the same rows less one stream, attention backend, LoRA
                     layer, trimmed last layer and head over answer rows
 """
@@ -21,7 +22,7 @@ from common.floor import Dims, floor
 from common.memory import Memory
 from common.models import Models, float32_weights, scope
 from common.report import finish
-from common.run import PER_BACKEND, Case, check_setup, choose_providers, measure, parser, prepare, relative_error, title
+from common.run import Case, check_setup, choose_providers, measure, oracle_of, parser, prepare, relative_error, title
 from common.text import Text, padded
 
 EXPLANATION = """\
@@ -52,7 +53,7 @@ class TrainStep(Case):
         self.oracle = {}
 
     def run(self, provider: str) -> torch.Tensor:
-        self.models.bitune.zero_grad(set_to_none=True)
+        self.models.zero_grad()
         with scope(self.models, provider) as model:
             if provider != "authors-schedule":
                 return self._step(model, self.ids, self.mask, self.labels)
@@ -69,9 +70,9 @@ class TrainStep(Case):
 
     def errors(self, provider: str) -> dict[str, float]:
         # What LoRA learns is not what Bitune learns: its oracle is PEFT's over the padded batch in float32.
-        oracle = "lora" if provider.startswith("lora") else "one-pass[reference]"
+        oracle = oracle_of(provider)
         if oracle not in self.oracle:
-            with float32_weights(self.models.bitune):
+            with float32_weights(self.models.of(oracle)):
                 self.oracle[oracle] = self._outputs(oracle)
         (loss, gradient), (found_loss, found_gradient) = self.oracle[oracle], self._outputs(provider)
         return {
@@ -82,14 +83,16 @@ class TrainStep(Case):
     def _outputs(self, provider: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss, and all gradients as one vector; 0 where a provider has none."""
         loss = self.run(provider).float()
-        trained = [p for p in self.models.bitune.parameters() if p.requires_grad]
+        # whichever model runs plain LoRA, its adapter is Bitune's
+        model = self.models.bitune if provider.startswith("lora") else self.models.of(provider)
+        trained = [p for p in model.parameters() if p.requires_grad]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
         vector = torch.cat([g.float().flatten() for g in gradients])
-        self.models.bitune.zero_grad(set_to_none=True)
+        self.models.zero_grad()
         return loss, vector
 
     def memory(self, device: torch.device, provider: str) -> Memory:
-        self.models.bitune.zero_grad(set_to_none=True)  # or a GPU would count the last step's as there before
+        self.models.zero_grad()  # or a GPU would count the last step's as there before
         return super().memory(device, provider)
 
     def forget_oracle(self) -> None:
@@ -99,8 +102,8 @@ class TrainStep(Case):
 def parse(argv: list[str] | None):
     p = parser(
         __doc__.partition("\n")[0],
-        "authors-schedule, three-pass, one-pass, one-pass+peft, lora-packed (the usual backends, or with [BACKEND]), "
-        "lora; default: all of these",
+        "authors-schedule, three-pass, one-pass, one-pass+peft, single-stream, single-stream-dual, lora-packed (the "
+        "usual backends, or with [BACKEND]), lora; default: all but the single-stream ones",
     )
     p.add_argument("--samples", type=int, nargs="+", metavar="B", help="default: 10; on a CPU 4")
     p.add_argument("--max-lengths", type=int, nargs="+", metavar="L", help="default: 512; on a CPU 128")
@@ -113,7 +116,7 @@ def parse(argv: list[str] | None):
         p.error(f"--samples: expected numbers >= 1, got {bad[0]}")
     if bad := [n for n in args.max_lengths if not 4 <= n <= setup.max_length]:
         p.error(f"--max-lengths: expected 4 to {setup.max_length} tokens ({setup.name}), got {bad[0]}")
-    names = args.providers or ["authors-schedule", "three-pass", *PER_BACKEND, "lora"]
+    names = args.providers or ["authors-schedule", "three-pass", "one-pass", "one-pass+peft", "lora-packed", "lora"]
     extra = ("authors-schedule",)
     args.providers, notes = choose_providers(p, setup, names, extra=extra, training=True)
     return args, setup, notes
@@ -123,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     args, setup, notes = parse(argv)
     print(EXPLANATION)
     results, facts, text, models, dims = prepare("train_step", args, setup, notes, TrainStep.outputs)
-    for model in models:
+    for model in models.all:
         model.train()
     right = measure(
         sorted({(b, n) for b in args.samples for n in args.max_lengths}),

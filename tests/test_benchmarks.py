@@ -41,6 +41,7 @@ PROVENANCE = "timestamp_utc bitune_kernels git_sha git_dirty torch triton transf
 PROVENANCE += ["gpu", "driver", "cuda"]
 SCRIPTS = {"prefill": prefill, "train_step": train_step}
 PACKED = ["one-pass+peft[sdpa]", "lora-packed[sdpa]"]
+SINGLE = ["single-stream[sdpa]", "single-stream-dual[sdpa]"]
 
 
 # The attention operator alone: no model.
@@ -84,8 +85,8 @@ def step(text):
     setup = common_run.check_setup(p, p.parse_args(["--model", "tiny", "--dtype", "float32", "--device", "cpu"]))
     base = common_models.load_base(setup)
     dims = common_floor.dims_of(base)
-    models = common_models.attach(base)
-    for model in models:
+    models = common_models.attach(base, common_models.TWINS)
+    for model in models.all:
         model.train()
     return train_step.TrainStep(models, dims, text, 3, 24)
 
@@ -127,10 +128,10 @@ def test_a_run_leaves_a_table_rows_and_a_plot(name, dtype, tmp_path, capsys):
 
 
 def test_rows_are_appended_and_other_columns_are_refused(tmp_path):
-    lora = ["--providers", "lora", *PACKED]
+    lora = ["--providers", "lora", *PACKED, *SINGLE]
     assert run("prefill", tmp_path, *lora) == 0 and run("prefill", tmp_path, *lora) == 0
     rows = rows_of(tmp_path / "prefill.csv")
-    assert len(rows) == 12 and {row["provider"] for row in rows} == {"lora", *PACKED}
+    assert len(rows) == 20 and {row["provider"] for row in rows} == {"lora", *PACKED, *SINGLE}
     assert {row["speedup_over_three_pass"] for row in rows} == {""}
     (tmp_path / "prefill.csv").write_text("a,b\n1,2\n")
     with pytest.raises(SystemExit, match="other columns"):
@@ -142,8 +143,9 @@ def test_rows_are_appended_and_other_columns_are_refused(tmp_path):
 def test_a_wrong_provider_is_not_timed(name, tmp_path, capsys, monkeypatch):
     scope = common_models.scope
     other = {"three-pass": "lora", "lora-packed[sdpa]": "one-pass[sdpa]", "one-pass+peft[sdpa]": "lora-packed[sdpa]"}
+    other |= {"single-stream[sdpa]": "single-stream-dual[sdpa]", "single-stream-dual[sdpa]": "one-pass[sdpa]"}
     monkeypatch.setattr(SCRIPTS[name], "scope", lambda models, provider: scope(models, other.get(provider, provider)))
-    assert run(name, tmp_path, "--providers", *other, "lora", "one-pass") == 1
+    assert run(name, tmp_path, "--providers", *other, "lora", "one-pass[sdpa]") == 1
     printed = capsys.readouterr().out
     assert all(f"not timed: {provider} differs from the oracle" in printed for provider in other)
     assert {row["provider"] for row in rows_of(tmp_path / f"{name}.csv")} == {"lora", "one-pass[sdpa]"}
@@ -156,11 +158,11 @@ def test_committed_rows_have_the_columns_of_this_version():
         assert shared == [*common_report.CASE_FIELDS, *common_report.TIME_FIELDS]
 
 
-@pytest.mark.parametrize("name", ["authors-schedule", "three-pass", "one-pass[sdpa]", *PACKED, "lora"])
+@pytest.mark.parametrize("name", ["authors-schedule", "three-pass", "one-pass[sdpa]", *PACKED, *SINGLE, "lora"])
 def test_memory_against_the_allocator(name, step):
     found = step.memory(step.device, name)
     assert step.memory(step.device, name) == found
-    step.models.bitune.zero_grad()
+    step.models.zero_grad()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
         step.run(name)
     events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -181,7 +183,7 @@ def test_packed_lora_has_the_rows_and_the_layer_of_one_pass(step, monkeypatch):
         found[name] += args[0].numel() // args[0].shape[-1] * getattr(module, "base_layer", module).weight.numel()
 
     monkeypatch.setattr(layer, "_rows", rows)
-    for model in step.models:
+    for model in step.models.all:
         for module in [*model.modules()]:
             if isinstance(module, lora.Linear) or module is model.get_output_embeddings():
                 module.register_forward_pre_hook(count)

@@ -6,11 +6,11 @@ import argparse
 import copy
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -138,44 +138,73 @@ def load_base(setup: Setup) -> torch.nn.Module:
     return model.to(setup.device).eval()
 
 
-class Models(NamedTuple):
-    """Two models over the same base weights: what runs beside what.
+# What is timed beside Bitune over the same weights, as fields of its config. "lora-packed" is plain LoRA through
+# Bitune's path: one causal stream, all of whose rows have the adapter "causal".
+TWINS = {
+    "lora-packed": dict(variant="naive_bidir"),
+    "single-stream": dict(variant="single_stream"),
+    "single-stream-dual": dict(variant="single_stream_dual"),
+}
+
+
+@dataclass
+class Models:
+    """Models over the same weights: what runs beside what.
 
     Attributes:
         bitune: Bitune; with both streams off also plain LoRA in PEFT's own layers.
-        packed: plain LoRA through Bitune's path: one causal stream, all of whose rows have the adapter "causal" of
-            ``bitune``. The weights are those of ``bitune``, so its gradients arrive there too.
+        twins: of ``TWINS``. Base weights and adapters are those of ``bitune``, so their gradients arrive there too.
     """
 
     bitune: BituneModel
-    packed: BituneModel
+    twins: dict[str, BituneModel]
+
+    def of(self, provider: str) -> BituneModel:
+        """The model that a provider's name asks for."""
+        return self.twins.get(provider.partition("[")[0], self.bitune)
+
+    @property
+    def all(self) -> list[BituneModel]:
+        return [self.bitune, *self.twins.values()]
+
+    def zero_grad(self) -> None:
+        for model in self.all:
+            model.zero_grad(set_to_none=True)
 
 
-def attach(base: torch.nn.Module) -> Models:
-    """Two LoRA adapters (r=8, every linear) that differ and do something, in the dtype of the model."""
+def attach(base: torch.nn.Module, providers: Sequence[str] = ()) -> Models:
+    """Two LoRA adapters (r=8, every linear) that differ and do something, in the dtype of the model, and the twins that
+    these providers need."""
     peft = LoraConfig(r=8, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    plain = BituneConfig(peft=peft, variant="naive_bidir", skip_bidir=base.config.get_text_config().num_hidden_layers)
+    layers = base.config.get_text_config().num_hidden_layers
+
+    def make(model: torch.nn.Module, **options) -> BituneModel:
+        config = BituneConfig(peft=peft, **options)
+        return get_bitune_model(model, config, autocast_adapter_dtype=False).eval()
+
+    twins = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # names in transformers that PEFT still asks for
-        twin = copy.deepcopy(base, {id(p): p for p in base.parameters()})  # other modules, the same parameters
-        models = Models(
-            *(
-                get_bitune_model(m, config, autocast_adapter_dtype=False).eval()
-                for m, config in ((base, BituneConfig(peft=peft)), (twin, plain))
-            )
-        )
+        for name, options in TWINS.items():
+            if name in {provider.partition("[")[0] for provider in providers}:
+                twin = copy.deepcopy(base, {id(p): p for p in base.parameters()})  # other modules, the same parameters
+                causal = dict(skip_bidir=layers) if name == "lora-packed" else {}
+                twins[name] = make(twin, **options, **causal)
+        models = Models(make(base), twins)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, parameter in models.bitune.named_parameters():
+        for name, parameter in [x for model in models.all for x in model.named_parameters()]:
             if "lora_B" in name:  # PEFT starts them at zero, where a lost adapter would go unnoticed
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
             elif "theta" in name:
                 parameter.copy_(torch.rand(parameter.shape, generator=generator) * 0.03 + 0.002)
-    for name, module in list(models.packed.named_modules()):
-        if isinstance(module, lora.Linear):
-            original = models.bitune.get_submodule(name)
-            for own, theirs in ((module.lora_A, original.lora_A), (module.lora_B, original.lora_B)):
-                own["causal"] = theirs["causal"]
+    for twin in twins.values():
+        for name, module in list(twin.named_modules()):
+            if isinstance(module, lora.Linear):
+                original = models.bitune.get_submodule(name)
+                for own, theirs in ((module.lora_A, original.lora_A), (module.lora_B, original.lora_B)):
+                    for adapter in list(own):
+                        own[adapter] = theirs[adapter]
     return models
 
 
@@ -183,7 +212,7 @@ def attach(base: torch.nn.Module) -> Models:
 def scope(models: Models, provider: str):
     """Yields the model whose calls, inside, are what the provider's name says."""
     name, _, backend = provider.removesuffix("]").partition("[")
-    model = models.packed if name == "lora-packed" else models.bitune
+    model = models.of(provider)
     schedule = model.use_schedule(use_fused=bool(backend), backend=backend or None)
     layers = patch.object(SegmentLora, "_rows", _peft_rows) if name == "one-pass+peft" else nullcontext()
     with model.disable_bitune() if name == "lora" else schedule, layers:

@@ -18,7 +18,7 @@ from bitune_kernels.testing.timing import interleaved, provenance
 
 from .floor import Floor, dims_of, head_dim_of
 from .memory import Memory, memory_of
-from .models import MODELS, Machine, Setup, attach, default_dtype, find_device, load_base, model_config
+from .models import MODELS, TWINS, Machine, Setup, attach, default_dtype, find_device, load_base, model_config
 from .report import CASE_FIELDS, TIME_FIELDS, WHOLE_MODEL, Results, Table
 from .text import Text
 
@@ -27,7 +27,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 # A provider may be off by twice the error of the reference backend in the same dtype, or by this much: relative,
 # norm of the difference over norm. A mask that is wrong in one layer of many shows as several percent.
 SMALLEST_BOUND = {"bfloat16": 2 * 2**-7, "float16": 2 * 2**-10, "float32": 1e-4}
-PER_BACKEND = ("one-pass", "one-pass+peft", "lora-packed")  # providers with an attention backend in brackets
+PER_BACKEND = ("one-pass", "one-pass+peft", *TWINS)  # providers with an attention backend in brackets
 
 
 def parser(description: str, providers: str) -> argparse.ArgumentParser:
@@ -193,7 +193,7 @@ def prepare(benchmark: str, args, setup: Setup, notes: Sequence[str], outputs: S
     try:
         base = load_base(setup)
         dims = dims_of(base)
-        models = attach(base)
+        models = attach(base, args.providers)
     except (OSError, ValueError) as e:
         raise SystemExit(f"{benchmark}.py: error: {e}") from None
     return results, facts, text, models, dims
@@ -206,6 +206,14 @@ def title(setup: Setup, facts: dict) -> str:
 
 def machine_name(facts: dict) -> str:
     return facts["gpu"] or f"{facts['cpu']}, {facts['threads']} threads"
+
+
+def oracle_of(provider: str) -> str:
+    """The provider that computes the same in float32 by the formula; for plain LoRA PEFT's own."""
+    if provider.startswith("lora"):
+        return "lora"
+    name = provider.partition("[")[0]
+    return f"{name if name in TWINS else 'one-pass'}[reference]"
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
