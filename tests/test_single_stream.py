@@ -14,6 +14,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from bitune_kernels import BituneModel
 from bitune_kernels.modeling import stream_attention, stream_distance
+from bitune_kernels.modeling.probe import find_structure
+from tests.families import BY_ID
 from tests.tiny import base_model, bitune_model, lora, ragged_batch
 
 CONFIGS = {
@@ -249,6 +251,28 @@ def test_other_tuners_run_twice_and_give_the_same(dtype):
                 logits.append(model(input_ids=ids, attention_mask=mask, labels=labels).logits.float())
         error = float((logits[0] - logits[1]).norm() / logits[1].norm())
         assert error < (1e-5 if dtype == torch.float32 else 0.02), (peft, error)
+
+
+def test_beta_starts_where_it_was_asked_to():
+    for options, beta in (
+        (dict(beta_init=0.9), 0.9),
+        (dict(beta_init=0.1, theta_init=0.1, mixing="relu"), 0.1),
+        ({}, 0.5),
+    ):
+        model = bitune_model(randomize=False, variant="single_stream_dual", **options)
+        assert float(model.mixing.beta(1)) == pytest.approx(beta, rel=1e-6)
+        assert [float(x) for x in model.mixing.alpha(1)] == pytest.approx([0.5, 0.5])
+
+
+def test_modules_in_front_of_attention_are_found():
+    for name in ("llama", "qwen3"):
+        structure = find_structure(BY_ID[name].build())
+        for projections in structure.projections:
+            attention = projections.attention
+            direct = {attention.q_proj, attention.k_proj, attention.v_proj}
+            norms = {attention.q_norm, attention.k_norm} if name == "qwen3" else set()  # of what q_proj and k_proj made
+            assert (projections.direct, projections.before) == (direct, direct | norms)
+            assert projections.exit is attention.o_proj and direct <= structure.direct
 
 
 def test_what_the_streams_see():
