@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -44,6 +45,8 @@ class OnePass(Pass):
         self.separate_adapters = separate_adapters
         self.trims = trims and structure.trim is not None and plan.answer_start > 0
         self.caches: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = {} if keep_cache else None
+        # one row for each slot of a cache: on the size of a tensor a compiled layer doesn't specialize
+        self._slots = torch.empty(math.prod(plan.padded_shape), 0) if keep_cache else None
         self.observer = observer
 
     # properties, since a compiled layer specializes on plain numbers
@@ -87,8 +90,7 @@ class OnePass(Pass):
         if self.caches is None:
             out, _, _ = bitune_attention(q, k, v, alpha_k, alpha_v, plan, backend=self.backend, **options)
         else:
-            batch, seq = plan.padded_shape
-            k_cache, v_cache = (x.new_zeros(batch * seq, *x.shape[1:]) for x in (k, v))
+            k_cache, v_cache = (x.new_zeros(self._slots.shape[0], *x.shape[1:]) for x in (k, v))
             out = bitune_prefill(
                 q,
                 k,
@@ -102,10 +104,18 @@ class OnePass(Pass):
                 backend=self.backend,
                 **options,
             )
-            self.caches[layer] = tuple(x.unflatten(0, (batch, seq)).transpose(1, 2) for x in (k_cache, v_cache))
+            self.caches[layer] = k_cache, v_cache
         if last:  # attention must return as many rows as it was given; the module behind it drops these again
             out = pad(out, (0, 0, 0, 0, plan.answer_start, 0))
         return out[None]
+
+    def take_caches(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]] | None:
+        """Per layer k, v [batch, num_heads_kv, seq, head_dim], which are not kept here any longer."""
+        if self.caches is None:
+            return None
+        caches, self.caches = self.caches, None
+        shape = self.plan.padded_shape
+        return {layer: tuple(x.unflatten(0, shape).transpose(1, 2) for x in kv) for layer, kv in caches.items()}
 
     def _earlier_turns(self, x: torch.Tensor, alpha: torch.Tensor | None) -> torch.Tensor:
         # x [T, heads, dim], the keys or values -> [num_prefix, heads, dim]: mixed prompts and answers, turn by turn
