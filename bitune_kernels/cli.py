@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from ._version import __version__
 from .commands import chat, export, generate, plot, serve, train
 
 
@@ -34,6 +35,7 @@ def _env(given) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0, or 2 after an error in what was asked for, which goes to stderr in one line."""
     parser = _Parser(prog="bitune", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"bitune_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for command in (train, generate, chat, serve, export, plot):
         command.add(commands)

@@ -17,7 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bitune_kernels import backends, masks
 from bitune_kernels.backends import sdpa
+from bitune_kernels.modeling import row_chunks
 from bitune_kernels.testing import timing
+from tests.tiny import base_model, bitune_model
 
 for _needed in ("matplotlib", "tokenizers", "tqdm"):
     pytest.importorskip(_needed)
@@ -28,7 +30,7 @@ common_floor, common_memory, common_models, common_report, common_run, common_te
     importlib.import_module(f"common.{name}") for name in ("floor", "memory", "models", "report", "run", "text")
 )
 attention, prefill, train_step = (importlib.import_module(name) for name in ("attention", "prefill", "train_step"))
-generate, lora_linear = importlib.import_module("generate"), importlib.import_module("lora")
+generate, lora_linear, memory = (importlib.import_module(name) for name in ("generate", "lora", "memory"))
 gpu_check = importlib.import_module("gpu_check")
 
 # One thread, so that tests in parallel don't wait for each other's threads.
@@ -902,6 +904,52 @@ def test_a_request_to_generate(tmp_path, capsys, monkeypatch):
     assert generate.main(command) == 1 and len(rows_of(tmp_path / "generate.csv")) == len(rows)
 
 
+def test_memory_of_a_prefill(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(row_chunks, "ROWS", 32)
+    command = "--model tiny --device cpu --dtype float32 --threads 1 --lengths 256 512".split()
+    command += ["--out", str(tmp_path), "--providers", *memory.PROVIDERS]
+    assert memory.main(command) == 0
+    rows = rows_of(tmp_path / "memory.csv")
+    assert [(int(r["length"]), r["provider"]) for r in rows] == [(n, p) for n in (256, 512) for p in memory.PROVIDERS]
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+    for r in rows:
+        length, count = int(r["length"]), int(r["rows"])
+        assert count == (2 * length - 1 if r["provider"].startswith("one-pass") else length)
+        # tiny: 2 layers of 2 key/value heads of 16, 64 hidden and 4 heads
+        floor = 4 * (length * 2 * 2 * 32 + count * (2 * 64 + 2 * 64 + 2 * 32)) / 2**20
+        assert float(r["floor_mib"]) == pytest.approx(floor, abs=1e-3)
+        assert (
+            float(r["over_floor"]) == pytest.approx(float(r["step_mib"]) / floor, rel=1e-2)
+            and float(r["step_mib"]) > floor
+        )
+    step = {(int(r["length"]), r["provider"]): float(r["step_mib"]) for r in rows}
+    assert (
+        step[512, "one-pass"] < 0.9 * step[512, "one-pass+whole-mlp"]
+        and step[512, "one-pass"] < 2.1 * step[256, "one-pass"]
+    )
+    right = memory.Prefill.run
+
+    def wrong(case, provider):
+        out = right(case, provider)
+        out.logits *= 1 if provider == "one-pass" else 2
+        return out
+
+    monkeypatch.setattr(memory.Prefill, "run", wrong)
+    assert memory.main([*command[:-4], "one-pass", "lora", "three-pass"]) == 1 and len(
+        rows_of(tmp_path / "memory.csv")
+    ) == len(rows)
+
+
+def test_one_layers_cache_is_there_twice_and_not_all():
+    layers, heads, tokens = 24, 4, 100
+    options = dict(num_hidden_layers=layers, head_dim=64, num_key_value_heads=heads, max_position_embeddings=tokens)
+    model = bitune_model(base=base_model(**options)).eval()
+    with torch.no_grad(), common_memory.LiveBytes() as live:
+        out = model(torch.full((1, tokens), 5), use_cache=True, logits_to_keep=1)
+    cache = 4 * layers * heads * tokens * 64 * 2
+    assert out.past_key_values.get_seq_length() == tokens and cache < live.peak < 1.6 * cache
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
@@ -910,6 +958,9 @@ def test_a_request_to_generate(tmp_path, capsys, monkeypatch):
         (generate, "--new-tokens 1", "--new-tokens: expected a number >= 2, got 1"),
         (generate, "--lengths 2047 --model tiny", "--lengths: expected at most 2048 tokens with the new ones"),
         (generate, "--providers x --model tiny", "--providers: expected names of lora, bitune; got 'x'"),
+        (memory, "--lengths 1 --model tiny", "--lengths: expected 2 to 2048 tokens (tiny), got 1"),
+        (memory, "--layers 3 --model tiny", "--layers: expected at most 2 (tiny), got 3"),
+        (memory, "--providers x --model tiny", "--providers: expected names of one-pass, one-pass+whole-mlp, lora"),
     ],
 )
 def test_bad_arguments_of_the_smaller_benchmarks(script, arguments, message, capsys):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from bitune_kernels import BituneChat, BituneConfig, BituneModel
+from bitune_kernels import BituneChat, BituneConfig, BituneModel, __version__
 from bitune_kernels.cli import main
 from bitune_kernels.modeling import export_merged, stream_attention, stream_distance
 from bitune_kernels.training.data import TEMPLATE
@@ -125,10 +125,23 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(place, capsys):
     assert not (place / "run" / "final").exists()
 
 
-def test_the_command_loads_nothing_heavy_to_print_its_help():
-    code = "import sys, bitune_kernels.cli; assert not {'transformers', 'peft', 'datasets'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
-    subprocess.run([sys.executable, "-m", "bitune_kernels.cli", "train", "--help"], check=True, capture_output=True)
+def test_help_and_version_load_nothing_heavy():
+    commands = ["train", "generate", "chat", "serve", "export", "plot", "plot alpha", "env"]
+    calls = [["--version"], ["--help"], *([*command.split(), "--help"] for command in commands)]
+    code = f"""if True:
+        import sys
+        from bitune_kernels.cli import main
+        for arguments in {calls}:
+            try:
+                main(arguments)
+            except SystemExit as end:
+                assert end.code == 0, arguments
+        assert main(["chat", "--histry", "x"]) == 2
+        assert not {{"torch", "numpy", "transformers", "peft", "datasets"}} & set(sys.modules)
+    """
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert printed.startswith(f"bitune_kernels {__version__}\nusage: bitune [-h] [--version]")
+    assert printed.count("example: bitune") >= len(commands) - 2
 
 
 def test_the_commands_of_the_readme_run(place, monkeypatch, capsys):

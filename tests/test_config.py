@@ -1,9 +1,11 @@
 """BituneConfig: what each variant means, what is refused, the json file; and what an import loads."""
 
+import ast
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from peft import IA3Config, LoraConfig
@@ -162,22 +164,27 @@ def test_missing_file_is_named(tmp_path):
 
 def loaded_in_a_fresh_process(code):
     """The names of the heavy packages that the code leaves in sys.modules."""
-    script = f"{code}\nimport sys\nprint(*({{'transformers', 'peft', 'triton'}} & set(sys.modules)))"
+    script = f"{code}\nimport sys\nprint(*({{'torch', 'transformers', 'peft', 'triton'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     return set(done.stdout.split())
 
 
-def test_import_loads_torch_only():
+def test_import_loads_nothing():
     assert loaded_in_a_fresh_process("import bitune_kernels") == set()
 
 
 def test_attention_loads_torch_only():
     use = "from bitune_kernels.testing import CASES, run_case; run_case(CASES[3], 'auto', torch.float32)"
-    assert loaded_in_a_fresh_process(f"import torch; {use}") == set()
+    assert loaded_in_a_fresh_process(f"import torch; {use}") == {"torch"}
 
 
 def test_public_names_exist():
     for name in bitune_kernels.__all__:
-        assert getattr(bitune_kernels, name) is not None
+        assert getattr(bitune_kernels, name) is not None and name in dir(bitune_kernels)
+    # what type checkers read is what is loaded
+    tree = ast.parse(Path(bitune_kernels.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    imported = {alias.name: statement.module for statement in block.body for alias in statement.names}
+    assert imported == bitune_kernels._MODULES and {*imported, "__version__"} == set(bitune_kernels.__all__)
     with pytest.raises(AttributeError, match="no attribute 'bitune'"):
         _ = bitune_kernels.bitune

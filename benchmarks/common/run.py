@@ -30,38 +30,42 @@ SMALLEST_BOUND = {"bfloat16": 2 * 2**-7, "float16": 2 * 2**-10, "float32": 1e-4}
 PER_BACKEND = ("one-pass", "one-pass+peft", *TWINS)  # providers with an attention backend in brackets
 
 
-def parser(description: str, providers: str) -> argparse.ArgumentParser:
-    """The options that all benchmarks of whole models have."""
+def parser(description: str, providers: str, *, timed: bool = True) -> argparse.ArgumentParser:
+    """The options that all benchmarks of whole models have; those of timing only where it is ``timed``."""
     p = argparse.ArgumentParser(description=description)
     p.add_argument("--model", default="small", help=f"{', '.join(MODELS)} (random weights) or a model's folder")
     p.add_argument("--layers", type=int, help="cut the model to its first layers (default: all)")
     p.add_argument("--instructions", type=Path, default=BENCHMARKS / "instructions.jsonl", help='lines of {"prompt"}')
-    add_run_options(p, providers, seconds=10.0, min_rounds=3, warmup=1)
+    if timed:
+        add_run_options(p, providers, seconds=10.0, min_rounds=3, warmup=1)
+    else:
+        add_machine_options(p, providers)
     return p
 
 
-def add_run_options(p: argparse.ArgumentParser, providers: str, *, seconds: float, min_rounds: int, warmup: int):
-    """The options that every benchmark has, with these defaults."""
+def add_machine_options(p: argparse.ArgumentParser, providers: str):
+    """The options that every benchmark has."""
     p.add_argument("--dtype", choices=DTYPES, help="default: bfloat16; on a CPU float32 where that is faster")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     p.add_argument("--providers", nargs="+", metavar="NAME", help=providers)
-    p.add_argument("--seconds", type=float, default=seconds, help=f"of timing per shape (default: {seconds:g})")
-    p.add_argument("--min-rounds", type=int, default=min_rounds, help=f"at least (default: {min_rounds})")
-    p.add_argument("--warmup", type=int, default=warmup, help=f"rounds before that (default: {warmup})")
     p.add_argument("--out", type=Path, default=BENCHMARKS / "results", help="folder of CSV file and plot")
 
 
+def add_run_options(p: argparse.ArgumentParser, providers: str, *, seconds: float, min_rounds: int, warmup: int):
+    """Those, and the ones of benchmarks that time, with these defaults."""
+    add_machine_options(p, providers)
+    p.add_argument("--seconds", type=float, default=seconds, help=f"of timing per shape (default: {seconds:g})")
+    p.add_argument("--min-rounds", type=int, default=min_rounds, help=f"at least (default: {min_rounds})")
+    p.add_argument("--warmup", type=int, default=warmup, help=f"rounds before that (default: {warmup})")
+
+
 def check_machine(p: argparse.ArgumentParser, args) -> Machine:
-    """Everything about ``add_run_options`` that can be wrong, before any work."""
-    for name, value, smallest in (
-        ("threads", args.threads, 1),
-        ("min-rounds", args.min_rounds, 1),
-        ("warmup", args.warmup, 0),
-        ("seconds", args.seconds, 0),
-    ):
+    """Everything about these options that can be wrong, before any work."""
+    for name, smallest in (("threads", 1), ("min_rounds", 1), ("warmup", 0), ("seconds", 0)):
+        value = getattr(args, name, None)
         if value is not None and not smallest <= value < math.inf:
-            p.error(f"--{name}: expected a number >= {smallest}, got {value}")
+            p.error(f"--{name.replace('_', '-')}: expected a number >= {smallest}, got {value}")
     if args.out.exists() and not args.out.is_dir():
         p.error(f"--out: expected a folder, got the file {args.out}")
     if args.threads:

@@ -120,10 +120,10 @@ def by_blocks(module, forward, x: torch.Tensor, n: int) -> torch.Tensor:
     """``forward``, of a tuner layer, on each block of rows with its own adapter."""
     blocks = []
     for name, rows in ((BIDIR, x[:n]), (CAUSAL, x[n:])):
-        if n or name == CAUSAL:
+        if rows.shape[0]:
             with _using(module, name):
                 blocks.append(forward(rows))
-    return torch.cat(blocks) if n else blocks[0]
+    return torch.cat(blocks) if len(blocks) > 1 else blocks[0]
 
 
 def _before(module, args):

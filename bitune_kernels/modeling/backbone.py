@@ -20,6 +20,7 @@ from .doubling import DoublingHooks
 from .generate import Generation, check_cache
 from .one_pass import Observer, OnePass, TrimHooks
 from .passes import Past, current
+from .row_chunks import run_in_chunks
 from .structure import Structure, refuse_partitioned
 from .three_pass import ThreePass
 
@@ -77,6 +78,7 @@ class BackboneHooks:
             backbone.register_forward_pre_hook(self._before, with_kwargs=True),
             backbone.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
+        self._handles += run_in_chunks(structure.mlps)
         self._handles += TrimHooks(structure).handles
         if config.doubles_rows:
             self._handles += DoublingHooks(structure).handles
@@ -341,13 +343,14 @@ class BackboneHooks:
             return None
         rows, plan = output.last_hidden_state, call.plan
         if call.one_pass is not None:
-            rows, caches = rows[0, rows.shape[1] - plan.num_answer :], call.one_pass.caches
+            rows, caches = rows[0, rows.shape[1] - plan.num_answer :], call.one_pass.take_caches()
         else:
             rows = call.three_pass.answer_rows(rows)
             caches = None if call.cache is None else call.three_pass.caches(call.answer_pass)
         output.last_hidden_state = rows[None] if call.request is not None else _each(plan.unpack_answers(rows), call)
         if call.cache is not None:
-            for layer, (k, v) in sorted(caches.items()):
+            for layer in sorted(caches):
+                k, v = caches.pop(layer)  # the cache copies them, so one layer's are there twice and not all
                 if self.structure.kv_layers[layer] == layer:
                     call.cache.update(_each(k, call), _each(v, call), self.structure.cache_index(layer))
             output.past_key_values = call.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -45,6 +46,8 @@ class OnePass(Pass):
         self.attended = replace(plan, num_streams=2) if config.doubles_rows else plan  # the rows that attention gets
         self.trims = trims and structure.trim is not None and plan.answer_start > 0
         self.caches: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = {} if keep_cache else None
+        # one row for each slot of a cache: on the size of a tensor a compiled layer doesn't specialize
+        self._slots = torch.empty(math.prod(plan.padded_shape), 0) if keep_cache else None
         self.observer = observer
         if config.dynamic_mixing:
             lengths = torch.tensor(plan.prompt_lengths)
@@ -124,16 +127,22 @@ class OnePass(Pass):
                 **options,
             )
         if self.caches is not None:
-            shape = plan.padded_shape
-            self.caches[layer] = tuple(x.unflatten(0, shape).transpose(1, 2) for x in (k_cache, v_cache))
+            self.caches[layer] = k_cache, v_cache
         # attention must return as many rows as it was given; the module behind it drops these again
         if out.shape[0] < rows:
             out = pad(out, (0, 0, 0, 0, rows - out.shape[0], 0))
         return out[None]
 
     def _empty_caches(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        batch, seq = self.plan.padded_shape
-        return tuple(x.new_zeros(batch * seq, *x.shape[1:]) for x in (k, v))
+        return tuple(x.new_zeros(self._slots.shape[0], *x.shape[1:]) for x in (k, v))
+
+    def take_caches(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]] | None:
+        """Per layer k, v [batch, num_heads_kv, seq, head_dim], which are not kept here any longer."""
+        if self.caches is None:
+            return None
+        caches, self.caches = self.caches, None
+        shape = self.plan.padded_shape
+        return {layer: tuple(x.unflatten(0, shape).transpose(1, 2) for x in kv) for layer, kv in caches.items()}
 
     def _alphas(self, layer: int, v: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         # scalars or [heads] of a layer, or with dynamic mixing [N, 1 or heads]

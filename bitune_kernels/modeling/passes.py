@@ -41,6 +41,7 @@ class Pass:
         num_rows: rows of every linear's input (T), of which the first ``bidir_rows`` use the adapter "bidir".
         residual_rows: rows outside of attention, fewer than T where that ``doubles``; they use the adapter "causal".
         answer_rows: rows after the last layer's trimming; they all use the adapter "causal".
+        chunk: (first, end) of the rows that an MLP's own modules get now (``row_chunks``), or None: all.
         packed: whether the rows are those of all streams and segments, without padding.
         doubles: whether attention is given the prompt rows twice, the rest of the model once.
         adapter: the adapter that serves all rows, where that isn't the active one ("causal"); else None.
@@ -56,11 +57,12 @@ class Pass:
     shared: tuple[torch.Tensor, ...] = ()
     trims = False
     bidir_rows = num_rows = residual_rows = answer_rows = 0
+    chunk: tuple[int, int] | None = None
 
     def __init__(self, structure: Structure, device):
         self.structure = structure
         self.mask = torch.zeros(1, 1, 1, 1, device=device)
-        self.pending = []  # blocks of rows that adapter hooks have run and not yet joined
+        self.pending = []  # what hooks have run of a module's rows, until its own call has run the rest
 
     def attend(self, module, query, key, value, scaling, softcap, sinks):
         """The attention of one layer, [batch, heads, rows, head_dim] -> [batch, rows, heads, head_dim]."""
@@ -92,6 +94,9 @@ class Pass:
         flat = x.ndim == 1 or (x.ndim == 2 and x.is_floating_point()) or x.shape[0] != 1
         dim = 0 if flat else 1
         rows = x.shape[dim]
+        if self.chunk is not None and rows == self.chunk[1] - self.chunk[0]:
+            n = 0 if self.doubles else min(max(self.bidir_rows - self.chunk[0], 0), rows)
+            return (dim, n) if n else None
         if rows == self.num_rows:
             return dim, self.bidir_rows
         if rows in (self.answer_rows, self.residual_rows):

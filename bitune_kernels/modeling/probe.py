@@ -23,6 +23,7 @@ class _Probe:
         self.calls = []  # (attention module, query, key, value [1, heads, tokens, head_dim], window)
         self.problems = []
         self.before, self.attention_input, self.produced = [], {}, {}
+        self.maps = {}  # module -> x and output, of modules that were called with x alone
         self.local_sizes = {}
         self.keep = []  # tensors whose id is remembered must stay alive
 
@@ -59,7 +60,9 @@ class _Probe:
         self.before.append(("module", module))
         self.attention_input[id(module)] = hidden
 
-    def left(self, module, args, output):
+    def left(self, module, args, kwargs, output):
+        if len(args) == 1 and not kwargs and all(isinstance(x, torch.Tensor) for x in (*args, output)):
+            self.maps[module] = args[0], output
         output = output[0] if isinstance(output, tuple) else output
         if isinstance(output, torch.Tensor):
             self.produced[id(output)] = module
@@ -94,7 +97,7 @@ def _probing(model: nn.Module, configs: list):
     handles = []
     for m in model.modules():
         handles.append(m.register_forward_pre_hook(probe.entered, with_kwargs=True))
-        handles.append(m.register_forward_hook(probe.left))
+        handles.append(m.register_forward_hook(probe.left, with_kwargs=True))
     model.eval()
     try:
         for c in configs:
@@ -154,10 +157,8 @@ def find_structure(model: nn.Module) -> Structure:
     names = {id(m): n for n, m in backbone.named_modules()}
     modules = dict(backbone.named_modules())
     last = attentions[-1]
-    layer_name = names[id(last)]
-    while layer_name and not isinstance(modules[layer_name.rpartition(".")[0]], nn.ModuleList):
-        layer_name = layer_name.rpartition(".")[0]
-    layer = modules[layer_name] if layer_name else None
+    layers = [_layer_of(names[id(m)], modules) for m in attentions]
+    layer = layers[-1]
     return Structure(
         backbone=backbone,
         attentions=attentions,
@@ -172,8 +173,27 @@ def find_structure(model: nn.Module) -> Structure:
         projections=projections,
         trim=None if layer is None else _find_trim(layer, projections[-1], probe),
         max_positions=_max_positions(model, backbone),
+        mlps=_find_mlps(layers, attentions, probe),
         unused_bidir=_unused(model, layer, last, probe),
     )
+
+
+def _layer_of(name: str, modules: dict[str, nn.Module]) -> nn.Module | None:
+    """The element of a ModuleList that holds the module of this name."""
+    while name and not isinstance(modules[name.rpartition(".")[0]], nn.ModuleList):
+        name = name.rpartition(".")[0]
+    return modules[name] if name else None
+
+
+def _find_mlps(layers: list[nn.Module | None], attentions: list[nn.Module], probe: _Probe) -> list[nn.Module]:
+    # Row by row they work in any model that one pass is right for, which the self-test shows.
+    found = []
+    for m in dict.fromkeys(m for layer in layers if layer is not None for m in layer.children()):
+        x, y = probe.maps.get(m, (None, None))
+        inner = set(m.modules())
+        if x is not None and x.ndim == 3 and x.shape == y.shape and len(inner) > 1 and inner.isdisjoint(attentions):
+            found.append(m)
+    return found
 
 
 def _max_positions(model: nn.Module, backbone: nn.Module) -> int | None:

@@ -52,6 +52,7 @@ class Structure:
         trim: how to trim the last layer, or None where that isn't possible.
         adapted: the PEFT layers, once there are adapters.
         max_positions: how many tokens of a row the backbone has learned positions for, or None if it has learned none.
+        mlps: modules of the layers beside attention that map x [1, rows, hidden] alone, row by row, to the same shape.
         direct: the modules that read the input of an attention module.
         unused_bidir: modules behind the keys and values of the last layer, where the bidirectional stream ends.
     """
@@ -69,6 +70,7 @@ class Structure:
     projections: list[Projections]
     trim: Trim | None
     max_positions: int | None
+    mlps: list[nn.Module]
     unused_bidir: set[nn.Module]
     adapted: list[nn.Module] = field(default_factory=list)
 

@@ -1,0 +1,51 @@
+"""The MLPs of a long prompt, a few thousand rows at a time: their intermediate tensors would set the peak of memory.
+
+Inference alone: training keeps the activations of all rows anyway. A compiled layer is left whole, since it would be
+compiled again for every number of chunks, and fuses what lies between an MLP's products.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .passes import current
+
+# A chunk's products are as fast as whole ones, and its intermediate tensors small beside what attention needs.
+ROWS = 4096
+
+
+def run_in_chunks(mlps: list[nn.Module]) -> list:
+    """Hooks that let these modules, called with x [1, T, hidden] alone, run on chunks of its rows; their handles."""
+    return [h for m in mlps for h in (m.register_forward_pre_hook(_before), m.register_forward_hook(_after))]
+
+
+def _before(module, args):
+    # All chunks but the last run here, and the module's own call then gets that one.
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or module.training:
+        return None
+    p = current()
+    if p is None or not p.packed or args[0].shape[1] <= 2 * ROWS:
+        return None
+    (x,) = args
+    *chunks, last = x.tensor_split(-(-x.shape[1] // ROWS), dim=1)
+    out, first = None, 0
+    for chunk in chunks:
+        p.chunk = first, first + chunk.shape[1]
+        y = module.forward(chunk)
+        out = y.new_empty(1, x.shape[1], y.shape[2]) if out is None else out
+        out[:, slice(*p.chunk)] = y
+        first = p.chunk[1]
+    p.chunk = first, x.shape[1]
+    p.pending.append((module, out))
+    return last
+
+
+def _after(module, args, output):
+    p = current()
+    if p is None or p.chunk is None:
+        return None
+    _, out = p.pending.pop()
+    out[:, slice(*p.chunk)] = output
+    p.chunk = None
+    return out
