@@ -1,4 +1,4 @@
-"""``torch.nn.functional.scaled_dot_product_attention`` per segment and sample: fast wherever PyTorch runs.
+"""``torch.nn.functional.scaled_dot_product_attention`` per segment and run of samples: fast wherever PyTorch runs.
 
 A mask tensor is built only where a flag of SDPA can't express the visibility, for a few queries at a time and the keys
 that they may see: memory is linear in the length of a prompt, and so is the work behind a sliding window.
@@ -7,6 +7,7 @@ that they may see: memory is linear in the length of a prompt, and so is the wor
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -26,29 +27,30 @@ def unsupported(*, softcap=None, sinks=None, **call) -> str | None:
 
 
 _ROWS = 1024  # queries that share a mask tensor
+_PROMPT, _ANSWER, _PAST = 1, 2, 3  # places in a run of samples
 
 
 def _attend(q, k, v, scale: float, see: Callable | str | None):
-    # q [Lq, Hq, D], k and v [Lk, Hkv, D] -> [Lq, Hq, Dv]. see: None = everything, "causal", or (first, end) of queries
-    # -> (first, end) of the keys that any of them sees and bool [queries, keys].
-    if not q.shape[0]:
-        return q.new_zeros(0, q.shape[1], v.shape[2])
+    # Samples of equal lengths: q [B, Lq, Hq, D], k and v [B, Lk, Hkv, D] -> [B, Lq, Hq, Dv]. see: None = everything,
+    # "causal", or (first, end) of queries -> (first, end) of the keys that any of them sees and bool [queries, keys].
+    if not q.shape[1]:
+        return q.new_zeros(*q.shape[:3], v.shape[3])
     if not callable(see):
         return _sdpa(q, k, v, scale, None, causal=see == "causal")
     out = []
-    for first in range(0, q.shape[0], _ROWS):
-        rows = first, min(first + _ROWS, q.shape[0])
+    for first in range(0, q.shape[1], _ROWS):
+        rows = first, min(first + _ROWS, q.shape[1])
         (low, high), mask = see(rows)
-        out.append(_sdpa(q[slice(*rows)], k[low:high], v[low:high], scale, mask))
-    return torch.cat(out) if len(out) > 1 else out[0]
+        out.append(_sdpa(q[:, slice(*rows)], k[:, low:high], v[:, low:high], scale, mask))
+    return torch.cat(out, 1) if len(out) > 1 else out[0]
 
 
 def _sdpa(q, k, v, scale: float, mask: torch.Tensor | None, causal: bool = False):
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     o = scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
-    return o.squeeze(0).transpose(0, 1)
+    return o.transpose(1, 2)
 
 
 def _prompt_visibility(mask: str, n: int, m: int, window: int | None, device):
@@ -114,24 +116,28 @@ def attention(
     else:
         k_mixed, v_mixed = k_split[0], v_split[0]
 
-    def split(x, lengths):
-        return x.split(lengths) if len(lengths) != 1 else (x,)
+    past = [0] * plan.batch_size if prefix is None else plan.prefix_lengths
+    lengths = zip(plan.prompt_lengths, plan.answer_lengths, past, strict=True)
+    # Neighbours of equal lengths share one call: (samples, prompt, answer, past) of each run.
+    runs = [(len(list(same)), *each) for each, same in groupby(lengths)]
 
-    prompt, answer = list(plan.prompt_lengths), list(plan.answer_lengths)
-    past = [0] * plan.batch_size if prefix is None else list(plan.prefix_lengths)
-    prefixes = None if prefix is None else (split(prefix[0], past), split(prefix[1], past))
+    def split(x, part):  # rows of all samples -> [samples, length, ...] of each run
+        pieces = x.split([run[0] * run[part] for run in runs]) if len(runs) != 1 else (x,)
+        return [piece.unflatten(0, (run[0], run[part])) for piece, run in zip(pieces, runs, strict=True)]
 
-    def seen(b, k, v):  # the sample's prefix, then these rows
-        if not past[b]:
+    prefixes = None if prefix is None else tuple(split(x, _PAST) for x in prefix)
+
+    def seen(r, k, v):  # the samples' prefixes, then these rows
+        if not runs[r][_PAST]:
             return k, v
-        return torch.cat([prefixes[0][b], k]), torch.cat([prefixes[1][b], v])
+        return torch.cat([prefixes[0][r], k], 1), torch.cat([prefixes[1][r], v], 1)
 
-    def stream(mask, rows):  # the prompt's attention in one stream, sample by sample
-        samples = zip(*(split(x[rows], prompt) for x in (q_prompt, k, v)), strict=True)
-        return [
-            _attend(qs, *seen(b, ks, vs), softmax_scale, _prompt_visibility(mask, prompt[b], past[b], window, q.device))
-            for b, (qs, ks, vs) in enumerate(samples)
-        ]
+    def stream(mask, rows):  # the prompts' attention in one stream
+        out = []
+        for r, (qs, ks, vs) in enumerate(zip(*(split(x[rows], _PROMPT) for x in (q_prompt, k, v)), strict=True)):
+            see = _prompt_visibility(mask, runs[r][_PROMPT], runs[r][_PAST], window, q.device)
+            out.append(_attend(qs, *seen(r, ks, vs), softmax_scale, see).flatten(0, 1))
+        return out
 
     out = []
     if q_prompt.shape[0] or (N == 0 and q.shape[0] == plan.num_rows):
@@ -140,11 +146,12 @@ def attention(
         if beta is not None:
             bidir, causal = [mix(c, o, beta) for c, o in zip(causal, bidir, strict=True)], []
         out = [*bidir, *causal]
-    rows = zip(*(split(x, answer) for x in (q_answer, k[S:], v[S:])), strict=True)
-    mixed = tuple(zip(split(k_mixed, prompt), split(v_mixed, prompt), strict=True))
-    for b, (qs, ks, vs) in enumerate(rows):
-        before = past[b] + prompt[b]
-        keys, values = seen(b, torch.cat([mixed[b][0], ks]), torch.cat([mixed[b][1], vs]))
-        out.append(_attend(qs, keys, values, softmax_scale, _answer_visibility(answer[b], before, window, q.device)))
+    rows = zip(*(split(x, _ANSWER) for x in (q_answer, k[S:], v[S:])), strict=True)
+    mixed = tuple(zip(split(k_mixed, _PROMPT), split(v_mixed, _PROMPT), strict=True))
+    for r, (qs, ks, vs) in enumerate(rows):
+        _, prompt, answer, before = runs[r]
+        keys, values = seen(r, torch.cat([mixed[r][0], ks], 1), torch.cat([mixed[r][1], vs], 1))
+        see = _answer_visibility(answer, before + prompt, window, q.device)
+        out.append(_attend(qs, keys, values, softmax_scale, see).flatten(0, 1))
     out = [o for o in out if o.shape[0]]
     return (torch.cat(out) if out else q.new_zeros(0, q.shape[1], v.shape[2])), k_mixed, v_mixed

@@ -200,6 +200,9 @@ CASES = [
     Case(**EDGES, beta="scalar"),
     Case(**EDGES, prefix=(3, 65, 0, 1, 63, 5)),
     Case(prompts=(5, 3), answers=(4, 2), prefix=(0, 0)),
+    # neighbours of equal lengths, which a backend may compute together
+    Case(prompts=(5, 5, 5, 3, 3), answers=(2, 2, 4, 1, 1), prefix=(3, 3, 0, 2, 2), window=4),
+    Case(prompts=(5, 5, 5), answers=(4, 4, 4), beta="head", stream_mask="anti_causal"),
     # the whole prompt is cached already; the answer is one token: a step of decoding
     Case(prompts=(0, 0), answers=(1, 1), prefix=(70, 5)),
     # options together, as models and variants use them
