@@ -190,13 +190,19 @@ def test_choices_in_one_pass_are_those_one_by_one(family, variant):
             assert score == pytest.approx(expected[0], abs=1e-5) and greedy == expected[1]
 
 
+@pytest.fixture(scope="module")
+def short() -> BituneLM:
+    """A model of 20 tokens."""
+    return plugin(max_length=20)
+
+
 def requests(*pairs, kind="loglikelihood") -> list[Instance]:
     options = dict(metadata=("quiz", 7, 1))
     return [Instance(request_type=kind, doc={}, arguments=pair, idx=i, **options) for i, pair in enumerate(pairs)]
 
 
-def test_long_and_empty_prompts(caplog):
-    lm, tok = plugin(max_length=20), byte_tokenizer()
+def test_long_and_empty_prompts(caplog, short):
+    lm, tok = short, byte_tokenizer()
     long, answer = "What is the answer to this question?", " forty-two"
     found = lm.loglikelihood(requests((long, answer), (long, " no"), ("Why?", " no"), ("", "no")), disable_tqdm=True)
     ids = tok(long)["input_ids"]
@@ -204,6 +210,24 @@ def test_long_and_empty_prompts(caplog):
     for prompt, text, (score, _) in zip(prompts, (answer, " no", " no", "no"), found, strict=True):
         assert score == pytest.approx(by_hand(lm.model, prompt, tok(text)["input_ids"])[0], abs=1e-4)
     assert "2 of 4 prompts are cut on the left, to the 20 tokens" in caplog.text
+
+
+def test_an_answer_ends_at_the_tokenizers_end_token():
+    model, tok, prompts = tiny(), byte_tokenizer(), ("Is it so?", "Why is that?")
+
+    def greedy(prompt):
+        ids = torch.tensor([tok(prompt)["input_ids"]])
+        return model.generate(input_ids=ids, max_new_tokens=9, do_sample=False, pad_token_id=0)[
+            0, ids.shape[1] :
+        ].tolist()
+
+    first, second = map(greedy, prompts)
+    # the second goes on while the first has ended
+    end = next(i for i, token in enumerate(first) if 0 < i < 8 and token not in [*first[:i], *second])
+    tok.eos_token = tok.convert_ids_to_tokens(first[end])
+    lm = BituneLM(model, tokenizer=tok, batch_size=2)
+    found = lm.generate_until(requests(*((p, {"max_gen_toks": 9}) for p in prompts), kind="generate_until"))
+    assert found == [tok.decode(tokens, skip_special_tokens=True) for tokens in (first[:end], second)]
 
 
 @pytest.mark.parametrize(
@@ -222,7 +246,10 @@ def test_long_and_empty_prompts(caplog):
             lambda lm: lm.loglikelihood_rolling(requests(("a text",), kind="loglikelihood_rolling")),
             "quiz: expected tasks with a prompt and an answer",
         ),
-        (lambda lm: plugin(batch_size="auto"), "batch_size: expected a number of questions"),
+        (
+            lambda lm: BituneLM(lm.model, tokenizer=lm.tokenizer, batch_size="auto"),
+            "batch_size: expected a number of questions",
+        ),
         (lambda lm: BituneLM(lm.model), "tokenizer: expected that of the BituneModel"),
         (lambda lm: BituneLM(base_model()), "pretrained: expected a folder, an id or a BituneModel"),
         (lambda lm: BituneLM("model"), "adapter: expected a folder of BituneModel.save_pretrained"),
@@ -236,9 +263,9 @@ def test_long_and_empty_prompts(caplog):
         (lambda lm: score_choices(base_model(), [[1]], [[[1]]]), "model: expected a BituneModel"),
     ],
 )
-def test_what_is_asked_wrongly_is_named(ask, message):
+def test_what_is_asked_wrongly_is_named(ask, message, short):
     with pytest.raises((ValueError, TypeError, FileNotFoundError), match=f"^{message}"):
-        ask(plugin(max_length=20))
+        ask(short)
 
 
 def test_the_command_line(tasks, tmp_path, capsys):
