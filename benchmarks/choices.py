@@ -24,7 +24,8 @@ lora: the plain LoRA model over the choices of a question as a padded batch, eac
 model. one-by-one: a Bitune pass for each choice with its prompt. one-pass: all choices in one pass over their prompt.
 """
 PROVIDERS = ("lora", "one-by-one", "one-pass")
-FIELDS = ("prompt", "choices", "answer", "provider", "rounds", "p50_ms", "cost_in_lora", "speedup_over_one_by_one")
+FIELDS = ("prompt", "choices", "answer", "provider", "rounds", "rows", "p50_ms", "cost_in_lora")
+FIELDS += ("speedup_over_one_by_one", "fewer_rows")
 
 
 class Question:
@@ -35,6 +36,14 @@ class Question:
         (self.prompt,) = text.prompts(1, prompt)
         self.choices = [text.prompts(1, answer, seed)[0] for seed in range(1, choices + 1)]
         self.device = next(self.model.parameters()).device
+
+    def rows(self, provider: str) -> int:
+        """Rows that run through the layers: the speedup of linear layers that multiply at one speed."""
+        prompt, choices = len(self.prompt), [len(choice) for choice in self.choices]
+        if provider == "one-pass":  # both streams, the last prompt token once, each choice but its last token
+            return 2 * (prompt - 1) + 1 + sum(choices) - len(choices)
+        streams = 1 if provider == "lora" else 2
+        return sum(streams * (prompt - 1) + choice for choice in choices)
 
     @torch.no_grad()
     def run(self, provider: str) -> torch.Tensor:
@@ -74,10 +83,12 @@ def measure(question: Question, args, setup, shape) -> list[dict]:
     rows = []
     for name, timing in times.items():
         row = dict(zip(FIELDS[:3], shape, strict=True)) | {"provider": name, "rounds": timing.rounds}
+        row["rows"] = question.rows(name)
         row["p50_ms"] = round(timing.quantile(0.5) * 1e3, 3)
         row["cost_in_lora"] = round(timing.ratio(times["lora"]), 4) if "lora" in times else ""
         one = times.get("one-by-one")
         row["speedup_over_one_by_one"] = round(one.ratio(timing), 4) if one else ""
+        row["fewer_rows"] = round(question.rows("one-by-one") / row["rows"], 4)
         rows.append(row)
     return rows
 
@@ -88,7 +99,7 @@ def table_line(row: dict) -> str:
         f"{row['provider']:<10}",
         f"{row['p50_ms']:9.1f}",
     ]
-    return "  ".join(cells + ["  n/a" if row[f] == "" else f"{row[f]:5.2f}" for f in FIELDS[-2:]])
+    return "  ".join(cells + ["  n/a" if row[f] == "" else f"{row[f]:5.2f}" for f in FIELDS[-3:]])
 
 
 def draw(path, rows, title: str) -> str | None:
@@ -148,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, KeyError) as e:
         raise SystemExit(f"choices.py: error: {e}") from None
     print(f"{EXPLANATION}\n{title(setup, facts)}")
-    print("prompt + choices, provider, p50 ms, cost in lora's, speedup over one-by-one")
+    print("prompt + choices, provider, p50 ms, cost in lora's, speedup over one-by-one, and how many times fewer rows")
     right = True
     for shape in [(n, c, args.answer_tokens) for n in sorted(set(args.lengths)) for c in sorted(set(args.choices))]:
         try:

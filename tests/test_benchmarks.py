@@ -907,6 +907,7 @@ def test_the_choices_of_a_question(tmp_path, capsys, monkeypatch):
     assert [r["provider"] for r in rows] == list(choices.PROVIDERS)
     assert all(set(PROVENANCE) <= r.keys() and float(r["p50_ms"]) > 0 for r in rows)
     assert [r["provider"] for r in rows if float(r["speedup_over_one_by_one"]) == 1] == ["one-by-one"]
+    assert [int(r["rows"]) for r in rows] == [2 * (11 + 3), 2 * (22 + 3), 22 + 1 + 2 * 2]
     assert (tmp_path / "choices.png").read_bytes().startswith(b"\x89PNG")
     right = choices.score_choices
     monkeypatch.setattr(choices, "score_choices", lambda *args: [each[::-1] for each in right(*args)])

@@ -217,16 +217,15 @@ def test_an_answer_ends_at_the_tokenizers_end_token():
 
     def greedy(prompt):
         ids = torch.tensor([tok(prompt)["input_ids"]])
-        return model.generate(input_ids=ids, max_new_tokens=9, do_sample=False, pad_token_id=0)[
-            0, ids.shape[1] :
-        ].tolist()
+        out = model.generate(input_ids=ids, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
+        return out[0, ids.shape[1] :].tolist()
 
     first, second = map(greedy, prompts)
-    # the second goes on while the first has ended
-    end = next(i for i, token in enumerate(first) if 0 < i < 8 and token not in [*first[:i], *second])
-    tok.eos_token = tok.convert_ids_to_tokens(first[end])
+    # a character, after which the first goes on while the second has none of it
+    end = next(i for i, t in enumerate(first) if i and t not in [*first[:i], *second] and tok.decode([t]).isascii())
+    tok.add_special_tokens({"eos_token": tok.convert_ids_to_tokens(first[end])})
     lm = BituneLM(model, tokenizer=tok, batch_size=2)
-    found = lm.generate_until(requests(*((p, {"max_gen_toks": 9}) for p in prompts), kind="generate_until"))
+    found = lm.generate_until(requests(*((p, {"max_gen_toks": 40}) for p in prompts), kind="generate_until"))
     assert found == [tok.decode(tokens, skip_special_tokens=True) for tokens in (first[:end], second)]
 
 
