@@ -157,7 +157,7 @@ def test_measured_figures_stand_in_the_results():
     measured = README[README.index("## Measured") : README.index("## Limits")]
     shas = re.findall(r"commit `(\w+)`", measured)
     rows = results("prefill")
-    every = [row for name in ("prefill", "train_step", "lora", "generate") for row in results(name)]
+    every = [row for name in ("prefill", "train_step", "lora", "generate", "choices") for row in results(name)]
     for sha in shas:
         assert any(row["git_sha"].startswith(sha) and row["git_dirty"] == "0" for row in every), sha
     table = re.findall(
@@ -195,3 +195,7 @@ def test_measured_figures_stand_in_the_results():
     request = [r for r in results("generate") if r["provider"] == "bitune" and r["dtype"] == "float32"][-1]
     first, rest, whole = (f"{float(request[f'cost_of_{c}']):.2f}" for c in ("first", "decoding", "request"))
     assert f"first token {first} times its time, decoding {rest}, the whole {whole} in float32" in text
+    scored = ("speedup_over_one_by_one", "fewer_rows", "cost_in_lora")
+    short, long = ([f"{float(r[c]):.2f}" for c in scored] for r in results("choices") if r["provider"] == "one-pass")
+    assert f"{short[0]} times faster than a pass for each ({short[1]} times fewer rows)" in text
+    assert f"of 200 tokens {long[0]} times ({long[1]}). That is {short[2]} and {long[2]} times what" in text

@@ -196,6 +196,11 @@ def short() -> BituneLM:
     return plugin(max_length=20)
 
 
+def switched_off(model):
+    with model.disable_bitune():
+        score_choices(model, [[1]], [[[1]]])
+
+
 def requests(*pairs, kind="loglikelihood") -> list[Instance]:
     options = dict(metadata=("quiz", 7, 1))
     return [Instance(request_type=kind, doc={}, arguments=pair, idx=i, **options) for i, pair in enumerate(pairs)]
@@ -260,6 +265,7 @@ def test_an_answer_ends_at_the_tokenizers_end_token():
         ),
         (lambda lm: score_choices(lm.model, [[1]], []), "choices: expected those of each of the 1 prompts, got 0"),
         (lambda lm: score_choices(base_model(), [[1]], [[[1]]]), "model: expected a BituneModel"),
+        (lambda lm: switched_off(lm.model), "model: expected its streams to be on"),
     ],
 )
 def test_what_is_asked_wrongly_is_named(ask, message, short):

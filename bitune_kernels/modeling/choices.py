@@ -33,38 +33,22 @@ def score_choices(
     """
     if not isinstance(model, BituneModel):
         raise TypeError(f"model: expected a BituneModel, got {type(model).__name__}")
+    if not model._hooks.enabled:
+        raise ValueError(
+            "model: expected its streams to be on, got a model inside of disable_bitune or disable_adapter"
+        )
     if len(prompts) != len(choices):
         raise ValueError(f"choices: expected those of each of the {len(prompts)} prompts, got {len(choices)}")
-    if not prompts:
-        return []
-    tokens, turns, prompt_lengths, history = [], [], [], []
-    rows, targets = [], []  # of each token of each choice: the answer row that predicts it, and the token
-
-    def add_turn(ids, prompt_length: int, past: tuple[int, int]) -> None:
-        turns.append((len(tokens), len(ids)))
-        prompt_lengths.append(prompt_length)
-        history.append(past)
-        tokens.extend(ids)
-
-    answer_rows = 0
     for i, (prompt, answers) in enumerate(zip(prompts, choices, strict=True)):
         for name, ids in (("prompts", prompt), *(("choices", ids) for ids in answers)):
             if not len(ids):
                 raise ValueError(f"{name}: expected at least one token in each, got none in {name}[{i}]")
-        first, last_of_prompt = len(tokens), answer_rows
-        add_turn(prompt, len(prompt), (first, 0))
-        answer_rows += 1
-        for ids in answers:
-            read = ids[:-1]  # the last token is predicted and not read
-            if len(read):
-                add_turn(read, 1, (first, len(prompt)))
-            rows += [last_of_prompt, *range(answer_rows, answer_rows + len(read))]
-            targets += ids
-            answer_rows += len(read)
-
+    if not prompts:
+        return []
+    tokens, turns, rows = _layout(prompts, choices)
     ids = torch.tensor([tokens], device=model.device)
     streams = model.bitune_config.num_streams
-    plan = SegmentPlan.from_turns(ids.shape, turns, prompt_lengths, history, num_streams=streams, device=ids.device)
+    plan = SegmentPlan.from_turns(ids.shape, *zip(*turns, strict=True), num_streams=streams, device=ids.device)
     training = model.training
     model.eval()
     try:
@@ -72,9 +56,32 @@ def score_choices(
             logits = model(input_ids=ids, use_cache=False).logits[0].float()  # [A, vocab]
     finally:
         model.train(training)
+    targets = [token for answers in choices for ids in answers for token in ids]
     rows, targets = (torch.tensor(x, dtype=torch.long, device=logits.device) for x in (rows, targets))
     each = (logits[rows, targets] - logits.logsumexp(-1)[rows]).cpu()
     greedy = (logits.argmax(-1)[rows] == targets).cpu()
     lengths = [len(ids) for answers in choices for ids in answers]
     scores = ((x.sum().item(), bool(g.all())) for x, g in zip(each.split(lengths), greedy.split(lengths), strict=True))
     return [[next(scores) for _ in answers] for answers in choices]
+
+
+def _layout(prompts, choices):
+    """One row of tokens: each prompt, then its choices less their last tokens, which are predicted and not read.
+
+    Returns the tokens; of each turn its (first token, number of tokens), its prompt tokens and what it attends to; and
+    of each token of each choice the answer row that predicts it. A choice has a prompt of one token, which is no prompt
+    row: its first token opens its answer segment.
+    """
+    tokens, turns, rows, answer_rows = [], [], [], 0
+    for prompt, answers in zip(prompts, choices, strict=True):
+        first, last_of_prompt = len(tokens), answer_rows
+        turns.append(((first, len(prompt)), len(prompt), (first, 0)))
+        tokens += prompt
+        answer_rows += 1
+        for read in (ids[:-1] for ids in answers):
+            if len(read):
+                turns.append(((len(tokens), len(read)), 1, (first, len(prompt))))
+                tokens += read
+            rows += [last_of_prompt, *range(answer_rows, answer_rows + len(read))]
+            answer_rows += len(read)
+    return tokens, turns, rows
