@@ -315,6 +315,7 @@ def test_figures_show_the_model(place, trained, monkeypatch, capsys):
         ("chat", "--seed 1", "--seed: expected --temperature or --top-p with it"),
         ("chat", "--history none", "--history: invalid choice: 'none'"),
         ("talk", "", "invalid choice: 'talk'"),
+        ("evaluate", "--adapter none --tasks piqa", "--adapter: expected a folder with"),
         ("export", "--output adapter", "--output: expected a new or empty folder, got adapter"),
     ],
 )
