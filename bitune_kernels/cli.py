@@ -1,4 +1,4 @@
-"""The command bitune: train a model, let it answer, talk with it, serve it, look inside, and see what is installed."""
+"""The command bitune: train and score a model, let it answer, talk with it, serve it, look inside, see what is here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from ._version import __version__
-from .commands import chat, export, generate, plot, serve, train
+from .commands import chat, evaluate, export, generate, plot, serve, train
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,12 +37,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _Parser(prog="bitune", description=__doc__)
     parser.add_argument("--version", action="version", version=f"bitune_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (train, generate, chat, serve, export, plot):
+    for command in (train, evaluate, generate, chat, serve, export, plot):
         command.add(commands)
     _add_env(commands)
     try:
         given, given.fields = parser.parse_known_args(arguments)
-        if given.fields and given.command != "train":
+        if given.fields and given.command not in ("train", "evaluate"):
             raise ValueError(f"{given.fields[0]}: expected an option of bitune {given.command}, got an unknown one")
         given.run(given)
     except (OSError, ValueError, TypeError, FloatingPointError) as error:

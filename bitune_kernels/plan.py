@@ -275,23 +275,25 @@ class SegmentPlan:
         shape: tuple[int, int],
         turns: Sequence[tuple[int, int]],
         prompt_lengths: Sequence[int],
-        history: Sequence[int],
+        history: Sequence[tuple[int, int]],
         *,
         num_streams: int = 2,
         device: torch.device | str | None = None,
     ) -> SegmentPlan:
-        """A plan for conversations whose turns attend to the mixed prompts and the answers of the turns before.
+        """A plan for turns that attend to the mixed prompts and the answers of turns before them.
 
         Args:
             shape, turns, prompt_lengths: as ``samples`` in ``from_samples``, without overlaps.
-            history: tokens of earlier turns of each one's conversation, which stand right before it.
+            history: (first token, number of tokens) of the whole turns that each one attends to. Several turns may
+                share theirs.
             num_streams, device: as in ``from_batch``.
         """
-        options = dict(prefix_lengths=history, num_streams=num_streams, device=device)
+        lengths = [length for _, length in history]
+        options = dict(prefix_lengths=lengths, num_streams=num_streams, device=device)
         plan = cls.from_samples(shape, turns, prompt_lengths, **options)
         row = torch.empty(shape[0] * shape[1], dtype=torch.int64)  # of each token
         row[plan.token_index.cpu()] = torch.arange(plan.num_prompt + plan.num_answer)
-        past = [torch.arange(first - m, first) for (first, _), m in zip(turns, history, strict=True)]
+        past = [torch.arange(first, first + length) for first, length in history]
         return replace(plan, prefix_index=row[torch.cat(past)].to(device))
 
     def with_prefix(self, length: int) -> SegmentPlan:

@@ -30,7 +30,9 @@ common_floor, common_memory, common_models, common_report, common_run, common_te
     importlib.import_module(f"common.{name}") for name in ("floor", "memory", "models", "report", "run", "text")
 )
 attention, prefill, train_step = (importlib.import_module(name) for name in ("attention", "prefill", "train_step"))
-generate, lora_linear, memory = (importlib.import_module(name) for name in ("generate", "lora", "memory"))
+choices, generate, lora_linear, memory = (
+    importlib.import_module(name) for name in ("choices", "generate", "lora", "memory")
+)
 gpu_check = importlib.import_module("gpu_check")
 
 # One thread, so that tests in parallel don't wait for each other's threads.
@@ -950,9 +952,24 @@ def test_one_layers_cache_is_there_twice_and_not_all():
     assert out.past_key_values.get_seq_length() == tokens and cache < live.peak < 1.6 * cache
 
 
+def test_the_choices_of_a_question(tmp_path, capsys, monkeypatch):
+    command = [*QUICK, *"--lengths 12 --choices 2 --answer-tokens 3 --dtype float32 --out".split(), str(tmp_path)]
+    assert choices.main(command) == 0
+    rows = rows_of(tmp_path / "choices.csv")
+    assert [r["provider"] for r in rows] == list(choices.PROVIDERS)
+    assert all(set(PROVENANCE) <= r.keys() and float(r["p50_ms"]) > 0 for r in rows)
+    assert [r["provider"] for r in rows if float(r["speedup_over_one_by_one"]) == 1] == ["one-by-one"]
+    assert [int(r["rows"]) for r in rows] == [2 * (11 + 3), 2 * (22 + 3), 22 + 1 + 2 * 2]
+    assert (tmp_path / "choices.png").read_bytes().startswith(b"\x89PNG")
+    right = choices.score_choices
+    monkeypatch.setattr(choices, "score_choices", lambda *args: [each[::-1] for each in right(*args)])
+    assert choices.main(command) == 1 and len(rows_of(tmp_path / "choices.csv")) == len(rows)
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
+        (choices, "--answer-tokens 0", "--answer-tokens: expected numbers >= 1, got 0"),
         (lora_linear, "--rows 1", "--rows: expected numbers >= 2, got 1"),
         (lora_linear, "--providers x", "--providers: expected names of peft, segment, base; got 'x'"),
         (generate, "--new-tokens 1", "--new-tokens: expected a number >= 2, got 1"),

@@ -163,13 +163,14 @@ def test_the_commands_of_the_readme_run(place, monkeypatch, capsys):
     for program, command, *options in commands:
         assert program == "bitune"
         options = [{"google/gemma-2b": "model"}.get(word, word) for word in options]
-        if command == "serve":  # tests/test_serve.py
+        if command in ("serve", "evaluate"):  # tests/test_serve.py, tests/test_evaluation.py
             with pytest.raises(SystemExit, match="0"):
                 main([command, "--help"])
             continue
         assert main([command, *options, *quick.get(command, [])]) == 0, capsys.readouterr().err
     assert (place / "runs" / "answers" / "final" / "bitune_config.json").is_file()
-    assert {command for _, command, *_ in commands} == {"train", "generate", "chat", "serve", "export", "plot", "env"}
+    every = {"train", "evaluate", "generate", "chat", "serve", "export", "plot", "env"}
+    assert {command for _, command, *_ in commands} == every
 
 
 PROMPTS = ["1 + 1?", "Is the sky blue,\u2028and the sea?", "why"]
@@ -327,6 +328,7 @@ def test_figures_show_the_model(place, trained, monkeypatch, capsys):
         ("chat", "--seed 1", "--seed: expected --temperature or --top-p with it"),
         ("chat", "--history none", "--history: invalid choice: 'none'"),
         ("talk", "", "invalid choice: 'talk'"),
+        ("evaluate", "--adapter none --tasks piqa", "--adapter: expected a folder with"),
         ("export", "--output adapter", "--output: expected a new or empty folder, got adapter"),
     ],
 )

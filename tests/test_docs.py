@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import re
+import shlex
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,11 +19,13 @@ from tests.tiny import base_model
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-DOCS = {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")}
+DOCS = {
+    name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/reproducing.md")
+}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, document: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", document, re.DOTALL)
 
 
 def test_the_example_runs(monkeypatch, tmp_path):
@@ -64,7 +68,7 @@ def test_its_module_commands_run():
 def test_paths_and_public_names_exist(name):
     import bitune_kernels
 
-    for path in re.findall(r"`((?:[\w.]+/)*[\w.]+(?:/|\.(?:py|md|csv|png|jsonl|txt|h|cuh|cu)))`", DOCS[name]):
+    for path in re.findall(r"`((?:[\w.]+/)*[\w.]+(?:/|\.(?:py|md|yaml|csv|png|jsonl|txt|h|cuh|cu)))`", DOCS[name]):
         places = (ROOT / path, ROOT / "bitune_kernels" / path, ROOT / "bitune_kernels" / "modeling" / path)
         assert any(p.exists() for p in (*places, ROOT / "bitune_kernels" / "backends" / path)), f"{name} names {path}"
     for public in re.findall(
@@ -74,6 +78,63 @@ def test_paths_and_public_names_exist(name):
             assert public in (ROOT / "setup.py").read_text(), f"{name} names {public}"
         elif public not in ("Trainer", "bitune_kernels"):
             assert hasattr(bitune_kernels, public), f"{name} names {public}"
+
+
+def test_the_commands_of_the_paper_are_right(monkeypatch, tmp_path):
+    """Each is parsed by its own program, with its recipe loaded and its tasks looked up; none is run."""
+    pytest.importorskip("lm_eval")
+    import lm_eval.__main__ as harness
+    from lm_eval._cli import HarnessCLI
+    from lm_eval.tasks import TaskManager
+
+    import bitune_kernels.training.run as training
+    from bitune_kernels import cli
+    from bitune_kernels.commands import evaluate, plot
+
+    adapters, scored = set(), []
+
+    def train(recipe, model, output, resume):
+        adapters.add(output)
+
+    def parse():
+        scored.append(HarnessCLI().parse_args())
+
+    def draw(given):
+        assert given.adapter in adapters
+
+    tasks = Path(harness.__file__).parent / "tasks"
+    places = [tasks / name for name in "piqa arc commonsense_qa siqa mmlu/default gsm8k".split()]
+    known = TaskManager(include_path=[*places, ROOT / "recipes" / "tasks"], include_defaults=False).all_tasks
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "conversations.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(harness, "cli_evaluate", parse)
+    monkeypatch.setattr(evaluate, "adapter_folder", lambda folder: adapters.__contains__(folder) or pytest.fail(folder))
+    monkeypatch.setattr(plot, "_alpha", draw)
+    monkeypatch.setattr(plot, "_attention", draw)
+    programs = Counter()
+    for line in "".join(blocks("sh", DOCS["docs/reproducing.md"])).splitlines():
+        program, *words = shlex.split(line)
+        programs[program] += 1
+        if program == "bitune":
+            assert cli.main(words) == 0, line
+        elif program == "lm_eval":
+            monkeypatch.setattr(sys, "argv", [program, *words])
+            parse()
+        else:
+            assert words[:-1] == ["install"]
+            (extras,) = re.findall(r"bitune-kernels\[(.*)\]", words[-1])
+            assert set(extras.split(",")) <= set(
+                re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M)
+            )
+    for given in scored:
+        assert set(given.tasks) <= set(known) and Path(given.include_path).is_dir(), given.tasks
+    assert programs["bitune"] > 20 and len(scored) == 9 and programs["lm_eval"] == programs["pip"] == 1
+    recipes = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
+    assert recipes == {
+        path.partition(".")[0] for path in re.findall(r"recipes/(\w+\.yaml)", DOCS["docs/reproducing.md"])
+    }
 
 
 def test_the_families_are_those_that_are_tested():
@@ -96,7 +157,7 @@ def test_measured_figures_stand_in_the_results():
     measured = README[README.index("## Measured") : README.index("## Limits")]
     shas = re.findall(r"commit `(\w+)`", measured)
     rows = results("prefill")
-    every = [row for name in ("prefill", "train_step", "lora", "generate") for row in results(name)]
+    every = [row for name in ("prefill", "train_step", "lora", "generate", "choices") for row in results(name)]
     for sha in shas:
         assert any(row["git_sha"].startswith(sha) and row["git_dirty"] == "0" for row in every), sha
     table = re.findall(
@@ -134,3 +195,7 @@ def test_measured_figures_stand_in_the_results():
     request = [r for r in results("generate") if r["provider"] == "bitune" and r["dtype"] == "float32"][-1]
     first, rest, whole = (f"{float(request[f'cost_of_{c}']):.2f}" for c in ("first", "decoding", "request"))
     assert f"first token {first} times its time, decoding {rest}, the whole {whole} in float32" in text
+    scored = ("speedup_over_one_by_one", "fewer_rows", "cost_in_lora")
+    short, long = ([f"{float(r[c]):.2f}" for c in scored] for r in results("choices") if r["provider"] == "one-pass")
+    assert f"{short[0]} times faster than a pass for each ({short[1]} times fewer rows)" in text
+    assert f"of 200 tokens {long[0]} times ({long[1]}). That is {short[2]} and {long[2]} times what" in text

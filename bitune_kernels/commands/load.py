@@ -128,8 +128,11 @@ def load_tokenizer(given):
         return AutoTokenizer.from_pretrained(given.model)
 
 
-def load_model(given):
-    """The ``BituneModel`` of ``--model`` and ``--adapter``, for inference, on ``--device``."""
+def load_model(given, **changes):
+    """The ``BituneModel`` of ``--model`` and ``--adapter``, for inference, on ``--device``.
+
+    ``changes`` override fields of its ``BituneConfig``.
+    """
     folder, device = adapter_folder(given.adapter), _device(given.device)
     import torch
     from transformers import AutoModelForCausalLM
@@ -140,7 +143,7 @@ def load_model(given):
     with _blaming("--model", f"a causal language model, got {given.model}"):
         base = AutoModelForCausalLM.from_pretrained(given.model, dtype=dtype).to(device)
     with _blaming("--adapter", f"adapters of {given.model}, got {folder}"):
-        return BituneModel.from_pretrained(base, folder)
+        return BituneModel.from_pretrained(base, folder, **changes)
 
 
 def _device(name: str | None):

@@ -1,6 +1,7 @@
 """Bitune on Hugging Face models: transformers decoders with PEFT adapters."""
 
 from .chat import BituneChat
+from .choices import score_choices
 from .export import export_merged
 from .model import BituneModel, get_bitune_model
 from .official import load_official_checkpoint
@@ -12,6 +13,7 @@ __all__ = [
     "export_merged",
     "get_bitune_model",
     "load_official_checkpoint",
+    "score_choices",
     "stream_attention",
     "stream_distance",
 ]

@@ -317,7 +317,8 @@ class BituneModel(PeftModelForCausalLM):
                 prompts = [n + m for n, m in zip(prompts, history, strict=True)]
                 plan = SegmentPlan.from_samples(shape, whole, prompts, **options)
             else:
-                plan = SegmentPlan.from_turns(shape, turns, prompts, history, **options)
+                earlier = [(first - m, m) for (first, _), m in zip(turns, history, strict=True)]
+                plan = SegmentPlan.from_turns(shape, turns, prompts, earlier, **options)
         if labels is not None:
             labels = plan.pack_answers(labels)
             labels[plan.cu_answer[:-1].long()] = -100  # the last prompt token is not predicted

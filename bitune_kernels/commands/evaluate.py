@@ -1,0 +1,40 @@
+"""``bitune evaluate``: tasks of the lm-evaluation-harness, run by its own command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from .load import adapter_folder, add_model_options
+
+
+def add(commands) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="score a model on tasks of the lm-evaluation-harness",
+        description="Runs lm_eval --model bitune and hands every further option on to it: --tasks, --num_fewshot, "
+        "--include_path, --limit, --output_path, ... --batch_size counts questions.",
+        epilog="example: bitune evaluate --model google/gemma-2b --adapter runs/answers --tasks piqa,mmlu",
+        allow_abbrev=False,
+    )
+    add_model_options(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(given) -> None:
+    adapter_folder(given.adapter)
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        from .. import evaluation  # noqa: F401  registers the model
+    except ImportError as error:
+        raise ValueError(f"evaluate: expected lm-eval (pip install 'bitune-kernels[eval]'), got {error}") from None
+    model_args = {"pretrained": given.model, "adapter": given.adapter, "dtype": given.dtype}
+    options = ["--model", "bitune", "--model_args", json.dumps(model_args)]
+    options += [] if given.device is None else ["--device", given.device]
+    before = sys.argv
+    sys.argv = ["lm_eval", "run", *options, *given.fields]
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = before
