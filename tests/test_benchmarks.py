@@ -922,7 +922,7 @@ def test_memory_of_a_prefill(tmp_path, capsys, monkeypatch):
         )
     step = {(int(r["length"]), r["provider"]): float(r["step_mib"]) for r in rows}
     assert (
-        step[512, "one-pass"] < 0.9 * step[512, "one-pass+whole-mlp"]
+        step[512, "one-pass"] < 0.95 * step[512, "one-pass+whole-mlp"]
         and step[512, "one-pass"] < 2.1 * step[256, "one-pass"]
     )
     right = memory.Prefill.run
@@ -958,7 +958,7 @@ def test_one_layers_cache_is_there_twice_and_not_all():
         (generate, "--providers x --model tiny", "--providers: expected names of lora, bitune; got 'x'"),
         (memory, "--lengths 1 --model tiny", "--lengths: expected 2 to 2048 tokens (tiny), got 1"),
         (memory, "--layers 3 --model tiny", "--layers: expected at most 2 (tiny), got 3"),
-        (memory, "--providers x --model tiny", "--providers: expected names of one-pass, one-pass+whole-mlp, lora"),
+        (memory, "--providers x --model tiny", "--providers: expected names of one-pass, one-pass+whole-mlp, three"),
     ],
 )
 def test_bad_arguments_of_the_smaller_benchmarks(script, arguments, message, capsys):
