@@ -108,8 +108,9 @@ def draw(path, rows, title: str) -> None:
             lengths = [r["length"] for r in points]
             kib = [r["bytes_per_token"] / 1024 for r in points]
             axes.plot(lengths, kib, marker="o", color=f"C{i}", label=name)
+            beside = dict(textcoords="offset points", xytext=(0, -12 if name == "lora" else 5), ha="center", fontsize=7)
             for x, y in zip(lengths, kib, strict=True):
-                axes.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=(0, 5), ha="center", fontsize=7)
+                axes.annotate(f"{y:.1f}", (x, y), **beside)
             if name in ("one-pass", "lora"):
                 least = [y / r["over_floor"] for y, r in zip(kib, points, strict=True)]
                 axes.plot(lengths, least, color=f"C{i}", linestyle="dashed", label=f"floor of {name}")
@@ -117,7 +118,7 @@ def draw(path, rows, title: str) -> None:
         axes.set_ylim(bottom=0)
         axes.set_xlabel(f"tokens of the prompt (batch {batch})")
     figure.axes[0].set_ylabel("KiB per token at the peak, without the weights")
-    figure.axes[0].legend(fontsize=7)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=150)
 

@@ -157,7 +157,8 @@ def test_measured_figures_stand_in_the_results():
     measured = README[README.index("## Measured") : README.index("## Limits")]
     shas = re.findall(r"commit `(\w+)`", measured)
     rows = results("prefill")
-    every = [row for name in ("prefill", "train_step", "lora", "generate", "choices") for row in results(name)]
+    names = ("prefill", "train_step", "lora", "generate", "choices", "memory")
+    every = [row for name in names for row in results(name)]
     for sha in shas:
         assert any(row["git_sha"].startswith(sha) and row["git_dirty"] == "0" for row in every), sha
     table = re.findall(
@@ -199,3 +200,13 @@ def test_measured_figures_stand_in_the_results():
     short, long = ([f"{float(r[c]):.2f}" for c in scored] for r in results("choices") if r["provider"] == "one-pass")
     assert f"{short[0]} times faster than a pass for each ({short[1]} times fewer rows)" in text
     assert f"of 200 tokens {long[0]} times ({long[1]}). That is {short[2]} and {long[2]} times what" in text
+    memory_providers = ("one-pass", "one-pass+whole-mlp", "three-pass", "lora")
+    memory = {(r["length"], r["provider"]): r for r in results("memory")}
+    lines = re.findall(r"^\| (\d+) " + r"\| ([\d.]+) " * 5 + r"\|$", measured, re.M)
+    assert len(lines) == len({length for length, _ in memory})
+    for length, one, over_floor, *others in lines:
+        assert f"{float(memory[length, 'one-pass']['over_floor']):.2f}" == over_floor
+        for provider, kib in zip(memory_providers, (one, *others), strict=True):
+            assert f"{float(memory[length, provider]['bytes_per_token']) / 1024:.1f}" == kib, (length, provider)
+    now, before = (f"{float(memory['32768', p]['over_lora']):.2f}" for p in memory_providers[:2])
+    assert f"then needs {now} times its memory, where it would need {before} times" in text

@@ -21,17 +21,27 @@ ARCHS = (80, 89, 90, 100)
 KB = 1024
 
 
-def compiled(tmp_path, *command):
-    """What a fresh Python, in which kernels are compiled and not interpreted, prints."""
+@pytest.fixture
+def compiled(cache):
+    """Runs a command in a fresh Python, in which kernels are compiled and not interpreted.
+
+    Binaries are kept in pytest's cache from run to run, under Triton's own hash of their source, options and compiler:
+    what didn't change is not compiled again, which takes minutes, but is loaded and inspected as before.
+    """
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
+    env |= {"TRITON_CACHE_DIR": str(cache.mkdir("triton")), "TRITON_STORE_BINARY_ONLY": "1"}
+    env |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+    def run(*command):
+        return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
+
+    return run
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_every_tile_of_the_table_compiles_within_its_gpu(arch, tmp_path):
+def test_every_tile_of_the_table_compiles_within_its_gpu(arch, compiled):
     # No spills, matrix instructions, and shared memory that Triton itself accepts: a row is broken by OutOfResources.
-    done = compiled(tmp_path, "-m", "bitune_kernels.testing.compiled", "--arch", str(arch))
+    done = compiled("-m", "bitune_kernels.testing.compiled", "--arch", str(arch))
     assert done.returncode == 0, done.stdout + done.stderr
     for kernel in tiles.KERNELS:
         for head_dim in tiles.HEAD_DIMS:
@@ -61,12 +71,12 @@ print(*sorted(name for name, _, _ in compiled.binaries))
 """
 
 
-def test_one_kernel_serves_all_lengths(tmp_path):
-    done = compiled(tmp_path, "-c", LENGTHS)
+def test_one_kernel_serves_all_lengths(compiled):
+    done = compiled("-c", LENGTHS)
     assert done.stdout.split() == ["dkv", "dq", "forward", "mix_backward"], done.stdout + done.stderr
 
 
-def test_a_tile_beyond_shared_memory_is_refused(tmp_path):
+def test_a_tile_beyond_shared_memory_is_refused(compiled):
     # Otherwise the stand-in for the driver would let everything through.
     code = """
 import torch
@@ -74,7 +84,7 @@ from bitune_kernels.backends.triton.tiles import Tile
 from bitune_kernels.testing.compiled import compile_rows
 print(*compile_rows(89, "one", 128, torch.bfloat16, backward=False, chosen={"forward": Tile(128, 64, 8, 4)}))
 """
-    done = compiled(tmp_path, "-c", code)
+    done = compiled("-c", code)
     assert "out of resource: shared memory" in done.stdout, done.stdout + done.stderr
 
 
