@@ -39,7 +39,7 @@ from bitune_kernels.testing.timing import provenance
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SIZES = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4)
 SIZES |= dict(max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=3)
-PRETRAINING = dict(steps=1500, samples_per_skill=16, lr=3e-3)
+PRETRAINING = dict(steps=2000, samples_per_skill=16, lr=3e-3)
 TUNING = dict(batch=64, lr=5e-3, warmup=0.1, clip=1.0)
 TEST = dict(task=2048, skill=256)
 BASES = 3  # seed s tunes the base of seed s % BASES
@@ -75,7 +75,6 @@ METHODS = {
     "dynamic mixing": Method(dict(dynamic_mixing=True)),
     "No Mixing": Method(dict(variant="no_mixing")),
     "Naive Bidir": Method(dict(variant="naive_bidir")),
-    "Naive Bidir r16": Method(dict(variant="naive_bidir"), r=16),
     "Shared Weights": Method(dict(variant="shared_weights")),
     "Only Causal": Method(dict(variant="only_causal")),
     "anti-causal": Method(dict(variant="anti_causal")),
@@ -85,8 +84,6 @@ METHODS = {
     "dual beta 0.1": Method(dict(variant="single_stream_dual", beta_init=0.1)),
     "dual beta 0.9": Method(dict(variant="single_stream_dual", beta_init=0.9)),
     "dual per head": Method(dict(variant="single_stream_dual", mixing_granularity="head")),
-    "dual dynamic": Method(dict(variant="single_stream_dual", dynamic_mixing=True)),
-    "dual r14": Method(dict(variant="single_stream_dual"), r=14),
 }
 MAIN = ["LoRA r8", "LoRA r16", "Bitune", "No Mixing", "Naive Bidir", "Only Causal", "single stream", "dual"]
 FIELDS = ("task", "method", "seed", "base", "settings", "parameters", "accuracy", "skills_before", "skills_after")
@@ -132,9 +129,10 @@ def accuracy(model: torch.nn.Module, batch: Batch) -> float:
 
 
 def skills(model: torch.nn.Module) -> float:
-    """Mean accuracy on what the base was pretrained on."""
+    """Mean accuracy on what the base has learned (LOOK, of which it learns little, aside)."""
     generator = torch.Generator().manual_seed(2**20)
-    return statistics.mean(accuracy(model, samples(name, TEST["skill"], generator)) for name in SKILLS)
+    known = [name for name in SKILLS if name != "LOOK"]
+    return statistics.mean(accuracy(model, samples(name, TEST["skill"], generator)) for name in known)
 
 
 def pretrained(seed: int, cache: Path) -> LlamaForCausalLM:

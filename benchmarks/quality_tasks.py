@@ -1,8 +1,8 @@
 """The synthetic language of ``quality.py``: skills that a base model is pretrained on, and tasks that it is tuned for.
 
-A text is ``ASK x1 .. x8 OPERATION : answer END``, one token each but the answer; the prompt ends with the colon. What
-is to be done with the items is said behind them, so a causal model reads them before it knows. The operation of a
-task does not occur in the pretraining text.
+A text is ``ASK x1 .. x8 OPERATION : answer END`` (LOOK has an argument behind it), one token each but the answer; the
+prompt ends with the colon. What is to be done with the items is said behind them, so a causal model reads them before
+it knows. The operation of a task does not occur in the pretraining text.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 ITEMS = 8  # between ASK and the operation
 PAD, ASK, COLON, END = range(4)
 SYMBOLS = range(4, 20)
-OPERATIONS = ("SORT", "COPY", "REV", "UNQ", "BACK")
+OPERATIONS = ("SORT", "COPY", "REV", "LOOK", "UNQ", "BACK")
 VOCAB = SYMBOLS.stop + len(OPERATIONS)
 
 
@@ -36,41 +36,54 @@ class Batch(NamedTuple):
         return Batch(*(x[samples] for x in self))
 
 
+def _distinct(n: int, count: int, generator: torch.Generator) -> torch.Tensor:
+    """[n, count] symbols that differ within each row."""
+    return torch.rand(n, len(SYMBOLS), generator=generator).argsort(1)[:, :count] + SYMBOLS.start
+
+
 def _any(n: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randint(SYMBOLS.start, SYMBOLS.stop, (n, ITEMS), generator=generator)
 
 
 def _sort(n: int, generator: torch.Generator):
     x = _any(n, generator)
-    return x, x.sort(1).values
+    return x, None, x.sort(1).values
 
 
 def _copy(n: int, generator: torch.Generator):
     x = _any(n, generator)
-    return x, x
+    return x, None, x
 
 
 def _reverse(n: int, generator: torch.Generator):
     x = _any(n, generator)
-    return x, x.flip(1)
+    return x, None, x.flip(1)
+
+
+def _look_up(n: int, generator: torch.Generator):
+    """Four edges a b in any order, and one of the a, whose b is the answer."""
+    x = _distinct(n, ITEMS, generator)
+    edge = torch.randint(ITEMS // 2, (n, 1), generator=generator)
+    return x, x.gather(1, 2 * edge), x.gather(1, 2 * edge + 1)
 
 
 def _unique(n: int, generator: torch.Generator):
     """The one symbol that occurs once; the others occur two, two and three times."""
-    symbols = torch.rand(n, len(SYMBOLS), generator=generator).argsort(1)[:, :4] + SYMBOLS.start
+    symbols = _distinct(n, 4, generator)
     items = symbols.repeat_interleave(torch.tensor([1, 2, 2, 3]), dim=1)
-    return items.gather(1, torch.rand(n, ITEMS, generator=generator).argsort(1)), symbols[:, :1]
+    return items.gather(1, torch.rand(n, ITEMS, generator=generator).argsort(1)), None, symbols[:, :1]
 
 
-# Operation -> (n, generator) -> items [n, 8], answers [n, length].
+# Operation -> (n, generator) -> items [n, 8], an argument [n, 1] or None, answers [n, length].
 SAMPLERS: dict[str, Callable] = {
     "SORT": _sort,
     "COPY": _copy,
     "REV": _reverse,
+    "LOOK": _look_up,
     "UNQ": _unique,
     "BACK": _reverse,
 }
-SKILLS = ("SORT", "COPY", "REV")  # of the pretraining text
+SKILLS = ("SORT", "COPY", "REV", "LOOK")  # of the pretraining text
 
 
 class Task(NamedTuple):
@@ -89,18 +102,18 @@ class Task(NamedTuple):
 
 # unique: the items have to be compared with each other, for which a causal prompt knows too little. renamed: the base
 # can do it already, under another name, and few examples are there to say so: what the base computes has to survive.
-TASKS = {"unique": Task("UNQ", None, 150), "renamed": Task("BACK", 32, 60)}
+TASKS = {"unique": Task("UNQ", None, 200), "renamed": Task("BACK", 32, 60)}
 
 
 def samples(operation: str, n: int, generator: torch.Generator) -> Batch:
     """``n`` samples of one operation, all of one length."""
-    items, answer = SAMPLERS[operation](n, generator)
+    items, argument, answer = SAMPLERS[operation](n, generator)
 
     def column(token: int) -> torch.Tensor:
         return torch.full((n, 1), token)
 
     name = column(SYMBOLS.stop + OPERATIONS.index(operation))
-    prompt = torch.cat([column(ASK), items, name, column(COLON)], dim=1)
+    prompt = torch.cat([column(ASK), items, name, *([] if argument is None else [argument]), column(COLON)], dim=1)
     answer = torch.cat([answer, column(END)], dim=1)
     ids = torch.cat([prompt, answer], dim=1)
     return Batch(ids, torch.ones_like(ids), torch.cat([torch.full_like(prompt, -100), answer], dim=1))

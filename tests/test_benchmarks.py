@@ -1017,7 +1017,9 @@ def test_the_tasks_are_what_they_say():
     rules = {"SORT": sorted, "COPY": list, "REV": lambda x: x[::-1], "BACK": lambda x: x[::-1]}
     for name, rule in rules.items():
         assert all(answer == rule(items) for items, answer in parts(name))
-    # what is tuned for doesn't occur in the pretraining text, nor do its examples in the test
+    batch = quality_tasks.samples("LOOK", 50, torch.Generator().manual_seed(3)).ids.tolist()
+    assert all(row[1:9].index(row[10]) % 2 == 0 and row[12] == row[1:9][row[1:9].index(row[10]) + 1] for row in batch)
+    # what is tuned for doesn't occur in the pretraining text
     for task in quality_tasks.TASKS.values():
         assert task.operation not in quality_tasks.SKILLS
     names = [quality_tasks.SYMBOLS.stop + quality_tasks.OPERATIONS.index(name) for name in quality_tasks.SKILLS]
