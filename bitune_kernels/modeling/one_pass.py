@@ -101,48 +101,26 @@ class OnePass(Pass):
             plan, options["prefix"] = plan.with_prefix(k_past.shape[0]), (k_past, v_past)
         elif plan.prefix_index is not None:
             options["prefix"] = self._earlier_turns(k, alpha_k), self._earlier_turns(v, alpha_v)
-        if self.config.dynamic_mixing:
-            out, k_mixed, v_mixed = self._attend_mixed(q, k, v, alpha_k, alpha_v, plan, **options)
-            if self.caches is not None:
-                answer = slice(plan.answer_start, None)
-                both = (torch.cat([mixed, own[answer]]) for mixed, own in ((k_mixed, k), (v_mixed, v)))
-                k_cache, v_cache = self._empty_caches(k, v)
-                for cache, x in zip((k_cache, v_cache), both, strict=True):
-                    cache.index_copy_(0, plan.token_index, x)
-        elif self.caches is None:
-            out, _, _ = bitune_attention(q, k, v, alpha_k, alpha_v, plan, backend=self.config.backend, **options)
-        else:
-            k_cache, v_cache = self._empty_caches(k, v)
-            out = bitune_prefill(
-                q,
-                k,
-                v,
-                alpha_k,
-                alpha_v,
-                plan,
-                k_cache=k_cache,
-                v_cache=v_cache,
-                cache_positions=plan.token_index,
-                backend=self.config.backend,
-                **options,
-            )
-        if self.caches is not None:
-            self.caches[layer] = k_cache, v_cache
-        # attention must return as many rows as it was given; the module behind it drops these again
-        if out.shape[0] < rows:
+        out = self._run(layer, (q, k, v, alpha_k, alpha_v, plan), options)
+        if last or self.doubles:
+            # attention must return as many rows as it was given; the module behind it drops these again
             out = pad(out, (0, 0, 0, 0, rows - out.shape[0], 0))
         return out[None]
 
-    def _empty_caches(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return tuple(x.new_zeros(self._slots.shape[0], *x.shape[1:]) for x in (k, v))
-
-    def take_caches(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]] | None:
-        """Per layer k, v [batch, num_heads_kv, seq, head_dim], which are not kept here any longer."""
+    def _run(self, layer: int, call: tuple, options: dict) -> torch.Tensor:
+        """The operator, and with ``caches`` what it leaves in the layer's."""
+        _, k, v, _, _, plan = call
         if self.caches is None:
-            return None
-        caches, self.caches = self.caches, None
-        shape = self.plan.padded_shape
-        return {layer: tuple(x.unflatten(0, shape).transpose(1, 2) for x in kv) for layer, kv in caches.items()}
+            attention = self._attend_mixed if self.config.dynamic_mixing else bitune_attention
+            return attention(*call, backend=self.config.backend, **options)[0]
+        self.caches[layer] = k_cache, v_cache = [x.new_zeros(self._slots.shape[0], *x.shape[1:]) for x in (k, v)]
+        if not self.config.dynamic_mixing:
+            places = dict(k_cache=k_cache, v_cache=v_cache, cache_positions=plan.token_index)
+            return bitune_prefill(*call, backend=self.config.backend, **places, **options)
+        out, *mixed = self._attend_mixed(*call, backend=self.config.backend, **options)
+        for cache, prompt, own in zip((k_cache, v_cache), mixed, (k, v), strict=True):
+            cache.index_copy_(0, plan.token_index, torch.cat([prompt, own[plan.answer_start :]]))
+        return out
 
     def _alphas(self, layer: int, v: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         # scalars or [heads] of a layer, or with dynamic mixing [N, 1 or heads]
@@ -160,7 +138,6 @@ class OnePass(Pass):
         n, start = plan.num_prompt, plan.answer_start
         mixed = tuple(mix(x[n:start], x[:n], alpha) for x, alpha in ((k, alpha_k), (v, alpha_v)))
         prompts, answers = plan.split()
-        options["backend"] = self.config.backend
         out = []
         if q.shape[0] > plan.num_answer:
             own = [x[:start] for x in (q, k, v)]
@@ -180,6 +157,14 @@ class OnePass(Pass):
         plan = self.attended
         prompts = x[: plan.num_prompt] if alpha is None else mix(*reversed(x[: plan.answer_start].chunk(2)), alpha)
         return torch.cat([prompts, x[plan.answer_start :]]).index_select(0, plan.prefix_index)
+
+    def take_caches(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]] | None:
+        """Per layer k, v [batch, num_heads_kv, seq, head_dim], which are not kept here any longer."""
+        if self.caches is None:
+            return None
+        caches, self.caches = self.caches, None
+        shape = self.plan.padded_shape
+        return {layer: tuple(x.unflatten(0, shape).transpose(1, 2) for x in kv) for layer, kv in caches.items()}
 
     def double(self, x: torch.Tensor) -> torch.Tensor:
         n = self.plan.num_prompt
