@@ -85,6 +85,10 @@ METHODS = {
     "dual beta 0.9": Method(dict(variant="single_stream_dual", beta_init=0.9)),
     "dual per head": Method(dict(variant="single_stream_dual", mixing_granularity="head")),
 }
+# Low-rank adapters whose prompt is read causally alone, and those that read it in both directions.
+CAUSAL = ["LoRA r8", "LoRA r10", "LoRA r16", "DoRA r8", "Only Causal"]
+BOTH = ["Bitune", "theta_init 0.1", "theta_init 0.001", "dynamic mixing", "No Mixing", "Naive Bidir", "Shared Weights"]
+BOTH += ["single stream", "single stream r16", "dual", "dual beta 0.1", "dual beta 0.9", "dual per head"]
 MAIN = ["LoRA r8", "LoRA r16", "Bitune", "No Mixing", "Naive Bidir", "Only Causal", "single stream", "dual"]
 FIELDS = ("task", "method", "seed", "base", "settings", "parameters", "accuracy", "skills_before", "skills_after")
 FIELDS += ("final_loss", "seconds")
@@ -230,6 +234,15 @@ def difference(rows: Sequence[dict], method: str, other: str) -> Estimate | None
     return estimate([found[seed] - expected[seed] for seed in both]) if both and method != other else None
 
 
+def gap(rows: Sequence[dict], methods: Sequence[str], others: Sequence[str]) -> Estimate:
+    """The mean accuracy of some methods less that of others, by seed."""
+
+    def mean(names: Sequence[str], seed: int) -> float:
+        return statistics.mean(r["accuracy"] for r in rows if r["method"] in names and r["seed"] == seed)
+
+    return estimate([mean(methods, seed) - mean(others, seed) for seed in sorted({r["seed"] for r in rows})])
+
+
 def table(rows: Sequence[dict]) -> str:
     """Markdown: each task's methods, the best first."""
     lines = []
@@ -295,20 +308,24 @@ def parse(argv: list[str] | None):
     return args
 
 
-def finished(path: Path, facts: dict) -> list[dict]:
-    """The rows that this commit has written to ``path`` by these settings."""
-    if not path.is_file():
-        return []
+def read(path: Path) -> list[dict]:
+    """The rows of ``path``, numbers as numbers."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    same = []
-    for row in rows:
-        known = row["task"] in TASKS and row["method"] in METHODS
+    whole, real = ("seed", "base", "parameters"), FIELDS[6:]
+    return [r | {n: float(r[n]) for n in real} | {n: int(r[n]) for n in whole} for r in rows]
+
+
+def finished(path: Path, facts: dict) -> list[dict]:
+    """The rows of ``path`` that this commit has written by these settings."""
+
+    def same(row: dict) -> bool:
+        if row["task"] not in TASKS or row["method"] not in METHODS:
+            return False
         here = all(row[name] == str(facts[name]) for name in ("git_sha", "git_dirty", "torch", "cpu"))
-        if known and here and row["settings"] == settings(row["task"], row["method"]):
-            numbers = {name: float(row[name]) for name in FIELDS[6:]}
-            same.append(row | numbers | {name: int(row[name]) for name in ("seed", "base", "parameters")})
-    return same
+        return here and row["settings"] == settings(row["task"], row["method"])
+
+    return [row for row in read(path) if same(row)] if path.is_file() else []
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1077,3 +1077,9 @@ def test_differences_are_paired_by_seed():
     assert not quality.estimate([0.3, -0.1, 0.1]).is_clear and f"{quality.estimate([0.25]):+}" == "+0.250"
     assert quality.difference(rows, "Bitune", "Bitune") is None and quality.difference(rows, "dual", "Bitune") is None
     assert not quality.estimate([0.3]).is_clear
+    two = [r for r in rows if r["seed"] < 2] + [dict(task="t", method="dual", seed=s, accuracy=0.7) for s in (0, 1)]
+    apart = quality.gap(two, ["Bitune", "dual"], ["LoRA r8"])  # .8 - .8 and .6 - .4
+    assert apart.mean == pytest.approx(0.1) and apart.error == pytest.approx(0.1)
+    assert set(quality.CAUSAL).isdisjoint(quality.BOTH) and {*quality.CAUSAL, *quality.BOTH, *quality.MAIN} <= set(
+        quality.METHODS
+    )

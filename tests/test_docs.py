@@ -20,7 +20,8 @@ from tests.tiny import base_model
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 DOCS = {
-    name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/reproducing.md")
+    name: (ROOT / name).read_text()
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/reproducing.md", "docs/quality.md")
 }
 
 
@@ -210,3 +211,32 @@ def test_measured_figures_stand_in_the_results():
             assert f"{float(memory[length, provider]['bytes_per_token']) / 1024:.1f}" == kib, (length, provider)
     now, before = (f"{float(memory['32768', p]['over_lora']):.2f}" for p in memory_providers[:2])
     assert f"then needs {now} times its memory, where it would need {before} times" in text
+
+
+def test_the_quality_tables_are_those_of_the_rows():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    quality = pytest.importorskip("quality")
+    rows, page = quality.read(ROOT / "benchmarks" / "results" / "quality.csv"), DOCS["docs/quality.md"]
+    assert quality.table(rows).strip() in page
+    (sha,) = {row["git_sha"] for row in rows}
+    assert f"commit `{sha[:7]}`" in page and {row["git_dirty"] for row in rows} == {"0"}
+    runs = {(row["task"], row["method"], row["seed"]) for row in rows}
+    seeds = {seed for _, _, seed in runs}
+    assert len(seeds) >= 5 and len(runs) == len(rows) == len(quality.TASKS) * len(quality.METHODS) * len(seeds)
+    apart = quality.gap([row for row in rows if row["task"] == "unique"], quality.BOTH, quality.CAUSAL)
+    assert f"{apart}" in page and apart.mean - 2 * apart.error > 0.1
+    for line in "".join(blocks("sh", page)).splitlines():
+        program, script, *options = shlex.split(line, comments=True)
+        assert (program, script) == ("python", "benchmarks/quality.py") and quality.parse(options).seeds
+    # the cost of a variant stands in the newest rows of its benchmark
+    lines = re.findall(r"^\| ([\w ]+) " + r"\| ([\d.]+) " * 4 + r"\|$", page, re.M)
+    assert len(lines) == 4
+    providers = dict(
+        zip([line[0] for line in lines], ["lora-packed", "single-stream", "single-stream-dual", "one-pass"])
+    )
+    for name, *costs in lines:
+        found = []
+        for benchmark in ("prefill", "train_step"):
+            own = [r for r in results(benchmark) if r["provider"] == f"{providers[name]}[sdpa]"][-1]
+            found += [own["cost_in_lora_passes"], own["cost_in_lora_packed_passes"]]
+        assert [f"{float(x):.2f}" for x in found] == costs, name
