@@ -2,8 +2,8 @@
 recipes and learned instructions."""
 
 from .alpha import AlphaCallback, alpha_history, plot_alpha, read_alpha_csv, write_alpha_csv
+from .bilevel import hypergradient, largest_curvature
 from .checkpointing import selective_checkpointing
-from .hypergradient import hypergradient, largest_curvature
 from .instructions import (
     EncodedInstruction,
     InstructionOptimizer,

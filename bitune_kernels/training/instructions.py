@@ -18,7 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from .hypergradient import check_options, hypergradient, largest_curvature, leaves
+from .bilevel import check_options, hypergradient, largest_curvature, leaves
 
 CHECK_ALPHA_EVERY = 100  # outer steps
 BATCH_KEYS = {"input_ids", "attention_mask", "labels", "task_ids"}
@@ -38,7 +38,7 @@ class InstructionOptimizer:
         outer_optimizer: of what is trained in ``instruction``.
         alpha: step size of the hypergradient's series; None: the inner optimizer's learning rate, which the caller may
             change on the way.
-        k, method: as in ``hypergradient``.
+        k, method, epsilon: as in ``hypergradient``.
         every: outer steps are taken at every so many inner ones, the first included.
         max_grad_norm: the hypergradient is clipped to this norm.
 
@@ -57,10 +57,11 @@ class InstructionOptimizer:
         every: int = 1,
         method: str = "finite",
         max_grad_norm: float = 1.0,
+        epsilon: float = 1e-3,
     ):
         if alpha is None and len(rates := {group["lr"] for group in inner_optimizer.param_groups}) > 1:
             raise ValueError(f"alpha: expected a number where learning rates differ ({sorted(rates)}), got None")
-        check_options(alpha=1.0 if alpha is None else alpha, k=k, method=method)
+        check_options(alpha=1.0 if alpha is None else alpha, k=k, method=method, epsilon=epsilon)
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every: expected an integer >= 1, got {every}")
         if not max_grad_norm > 0:
@@ -68,7 +69,8 @@ class InstructionOptimizer:
         _token_embedding(model)
         self.model, self.instruction = model, instruction
         self.inner_optimizer, self.outer_optimizer = inner_optimizer, outer_optimizer
-        self.k, self.every, self.method, self.max_grad_norm = k, every, method, max_grad_norm
+        self.k, self.every, self.max_grad_norm = k, every, max_grad_norm
+        self.options = {"method": method, "epsilon": epsilon}
         self._alpha, self._steps, self._warned = alpha, 0, False
         self.parameters = [p for group in inner_optimizer.param_groups for p in group["params"] if p.requires_grad]
         self.phi = [p for group in outer_optimizer.param_groups for p in group["params"] if p.requires_grad]
@@ -106,14 +108,15 @@ class InstructionOptimizer:
         loss.backward()
         self.inner_optimizer.step()
         self.inner_optimizer.zero_grad()
-        result = {"train_loss": float(loss)}
+        self.outer_optimizer.zero_grad()
+        result = {"train_loss": float(loss.detach())}
         if remainder == 0:
             result["grad_norm"] = self._outer_step(train_batch, val_batch)
         self._steps += 1
         return result
 
     def _outer_step(self, train_batch, val_batch) -> float:
-        options = dict(alpha=self.alpha, k=self.k, method=self.method)
+        options = dict(alpha=self.alpha, k=self.k, **self.options)
         losses = (lambda: self._train_loss(train_batch), lambda: self._val_loss(val_batch))
         gradients = hypergradient(*losses, self.parameters, self.phi, **options)
         for p, gradient in zip(self.phi, gradients, strict=True):
@@ -130,7 +133,7 @@ class InstructionOptimizer:
         return self.model(**{name: x for name, x in batch.items() if name != "task_ids"}).loss
 
     def _check_alpha(self, train_batch) -> None:
-        curvature = largest_curvature(lambda: self._train_loss(train_batch), self.parameters, method=self.method)
+        curvature = largest_curvature(lambda: self._train_loss(train_batch), self.parameters, **self.options)
         if self.alpha * curvature > 2:
             raise ValueError(
                 f"alpha: expected at most 2 / |lambda| = {2 / curvature:.3g} of the training loss, above which the "
