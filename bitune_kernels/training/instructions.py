@@ -176,8 +176,7 @@ def prepend_instruction(
             f"batch: expected input_ids, labels and perhaps attention_mask and task_ids, got {', '.join(batch)}"
         )
     ids, labels = batch["input_ids"], batch["labels"]
-    given = batch.get("attention_mask")
-    real = torch.ones_like(ids, dtype=torch.bool) if given is None else given.bool()
+    real = _real_tokens(batch)
     longest, limit = int((real.sum(1) + mask.sum(1)).max()), _max_length(model)
     if limit is not None and longest > limit:
         raise ValueError(
@@ -211,6 +210,11 @@ def _token_embedding(model: nn.Module) -> nn.Module:
 def _max_length(model: nn.Module) -> int | None:
     config = getattr(model, "module", model).config
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _real_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
 
 
 def _rows_of_tasks(batch: dict[str, torch.Tensor], num_tasks: int) -> torch.Tensor:
@@ -294,9 +298,8 @@ class EncodedInstruction(nn.Module):
 
     def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         ids = batch["input_ids"]
-        prompt = (batch["labels"] == -100) & batch.get("attention_mask", torch.ones_like(ids)).bool()
         # behind the first label everything is answer, whether it is trained or not
-        prompt &= (batch["labels"] != -100).cumsum(1) == 0
+        prompt = _real_tokens(batch) & ((batch["labels"] != -100).cumsum(1) == 0)
         with torch.no_grad():
             weights = prompt[:, :, None].to(self.encoder[0].weight.dtype)
             mean = (self._embedding[0](ids) * weights).sum(1) / weights.sum(1).clamp(min=1)
