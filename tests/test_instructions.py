@@ -230,7 +230,9 @@ def test_a_chosen_text_is_that_text_in_the_prompt(bitune, side):
     selector.logits.data.copy_(torch.eye(3)[[1, 2, 0]])
     assert selector.choice() == [1, 2, 0]
     given, texts = batch(side, task_ids=torch.tensor([1, 0, 2, 0])), [[], [9, 10], [5, 6, 7, 8], [9, 10]]
-    out = model(**prepend_instruction(model, given, *selector(given)))
+    inputs = prepend_instruction(model, given, *selector(given))
+    assert bool(inputs["attention_mask"][:, 0 if side == "right" else -1].all())  # padded where the batch is
+    out = model(**inputs)
     losses = []
     for row, text in enumerate(texts):
         real = given["attention_mask"][row].bool()
