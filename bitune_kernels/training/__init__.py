@@ -1,15 +1,30 @@
-"""Training a Bitune model with transformers' Trainer: learning rates, logs of alpha, checkpointing, data
-and recipes."""
+"""Training a Bitune model with transformers' Trainer: learning rates, logs of alpha, checkpointing, data,
+recipes and learned instructions."""
 
 from .alpha import AlphaCallback, alpha_history, plot_alpha, read_alpha_csv, write_alpha_csv
+from .bilevel import hypergradient, largest_curvature
 from .checkpointing import selective_checkpointing
+from .instructions import (
+    EncodedInstruction,
+    InstructionOptimizer,
+    InstructionSelector,
+    SoftInstruction,
+    prepend_instruction,
+)
 from .optim import parameter_groups
 
 __all__ = [
     "AlphaCallback",
+    "EncodedInstruction",
+    "InstructionOptimizer",
+    "InstructionSelector",
+    "SoftInstruction",
     "alpha_history",
+    "hypergradient",
+    "largest_curvature",
     "parameter_groups",
     "plot_alpha",
+    "prepend_instruction",
     "read_alpha_csv",
     "selective_checkpointing",
     "write_alpha_csv",
