@@ -79,7 +79,7 @@ def one_by_one(model, x):
 
 
 def in_a_pass(model, x, monkeypatch):
-    current = SimpleNamespace(packed=True, split=lambda x: (0, N), pending=[])
+    current = SimpleNamespace(packed=True, repeats=lambda module: False, split=lambda x: (0, N), pending=[])
     with monkeypatch.context() as patch:
         patch.setattr(adapters, "current", lambda: current)
         return model(x)
