@@ -175,6 +175,14 @@ REFUSED = (
         "computes attention itself",
     ),
     (Family("gptj", dict(n_inner=48, rotary_dim=4)), "computes attention itself"),
+    (
+        Family(
+            "deepseek_v3",
+            dict(num_key_value_heads=4, q_lora_rank=12, kv_lora_rank=8, qk_rope_head_dim=8)
+            | dict(qk_nope_head_dim=8, v_head_dim=16, first_k_dense_replace=3),
+        ),
+        r"a mixed cache has .*got a cache of \[\(1, 8\), \(1, 8\)\]",
+    ),
     (Family("mixtral_experts", GQA | dict(num_local_experts=4), "mixtral"), "expert parameters"),
     (Family("qwen3_moe_experts", QWEN3_MOE, "qwen3_moe"), "expert parameters"),
 )

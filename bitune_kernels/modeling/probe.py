@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from .passes import attention_forward
 from .structure import ATTENTION_NAME, Projections, Structure, Trim
@@ -74,7 +75,6 @@ _probe: _Probe | None = None
 
 def register() -> None:
     """Make our attention and mask functions known to transformers, once."""
-    from transformers import AttentionInterface, AttentionMaskInterface
 
     def attention(module, *args, **kwargs):
         return (attention_forward if _probe is None else _probe.attention)(module, *args, **kwargs)
@@ -159,7 +159,7 @@ def find_structure(model: nn.Module) -> Structure:
     last = attentions[-1]
     layers = [_layer_of(names[id(m)], modules) for m in attentions]
     layer = layers[-1]
-    return Structure(
+    structure = Structure(
         backbone=backbone,
         attentions=attentions,
         layers=[m for m in backbone.modules() if hasattr(m, "gradient_checkpointing") and m is not backbone],
@@ -176,6 +176,31 @@ def find_structure(model: nn.Module) -> Structure:
         mlps=_find_mlps(layers, attentions, probe),
         unused_bidir=_unused(model, layer, last, probe),
     )
+    with _probing(backbone, configs):
+        _check_cached(name, structure, ids)
+    return structure
+
+
+def _check_cached(name: str, structure: Structure, ids: torch.Tensor) -> None:
+    """Refuse a family that caches something else than what its attention is given.
+
+    Multi-head latent attention keeps the latents that keys and values are made of. Keys and values are mixed with
+    weights of their own, which no latent gives.
+    """
+    cache = DynamicCache(config=structure.backbone.config)
+    structure.backbone(input_ids=ids, past_key_values=cache, use_cache=True)
+    for layer, source in enumerate(structure.kv_layers):
+        if layer != source:
+            continue
+        cached = cache.layers[structure.cache_index(layer)]
+        heads = structure.num_heads_kv[layer]
+        expected = [(heads, structure.head_dims[layer]), (heads, structure.value_dims[layer])]
+        found = [(x.shape[1], x.shape[3]) for x in (cached.keys, cached.values)]
+        if found != expected:
+            raise ValueError(
+                f"base_model: {name} can't be used: a mixed cache has keys and values of {expected} heads and sizes, "
+                f"got a cache of {found} in layer {layer}"
+            )
 
 
 def _layer_of(name: str, modules: dict[str, nn.Module]) -> nn.Module | None:
