@@ -153,6 +153,11 @@ def test_weights_become_float32(native):
     assert_seen(native, call)
 
 
+def test_the_tiles_are_where_the_rows_are(native):
+    cuda.forward(**complete(PLAIN, plan=PLAIN.plan("meta")), save=False)
+    assert native.seen["items"] is not None
+
+
 def narrow(x):
     return torch.cat([x, x], dim=2)[..., : x.shape[2]]
 

@@ -436,6 +436,15 @@ def test_gradients_of_one_output_alone(alone):
     assert_equal(gradients(inputs, outputs, nothing), gradients(inputs, outputs, zeros))
 
 
+def test_a_plan_on_another_device():
+    # made on the CPU for rows on a GPU, or on the first GPU for the layers on the second
+    case = Case(prompts=(5,), answers=(4,), heads=(1, 1))
+    inputs = case.make(torch.float32, DEVICE, requires_grad=True)
+    d_outputs = (random_like(inputs["q"]), None, None)
+    elsewhere = inputs | {"plan": case.plan("meta")}
+    assert_equal(outputs_and_gradients(elsewhere, d_outputs), outputs_and_gradients(inputs, d_outputs))
+
+
 # 7: races, and one owner of each sum
 
 OPTIONS = {"alpha": "head", "beta": "head", "sinks": True, "window": 20, "heads": (2, 1)}

@@ -93,6 +93,7 @@ def forward(
     block_m, *_ = native.forward_tile(native.capability(index), dim, dim_v)
     items = schedule.cached(
         plan,
+        q.device,
         schedule.forward_items,
         group_size=q.shape[1] // heads_kv,
         block=block_m,

@@ -83,12 +83,15 @@ BACKWARD_KV = (
 _SCHEDULES: WeakKeyDictionary[SegmentPlan, dict] = WeakKeyDictionary()
 
 
-def cached(plan: SegmentPlan, make, **options) -> torch.Tensor:
-    """``make(plan, **options)`` on the plan's device, made once per plan."""
+def cached(plan: SegmentPlan, device: torch.device, make, **options) -> torch.Tensor:
+    """``make(plan, **options)`` as int32 on ``device``, made once per plan.
+
+    The device is that of the rows: the plan's own tensors may be on another one, and no kernel notices.
+    """
     schedules = _SCHEDULES.setdefault(plan, {})
-    key = (make.__name__, *options.values())
+    key = (device, make.__name__, *options.values())
     if key not in schedules:
-        schedules[key] = make(plan, **options).to(plan.cu_prompt.device, torch.int32)
+        schedules[key] = make(plan, **options).to(device, torch.int32)
     return schedules[key]
 
 

@@ -633,8 +633,8 @@ def backward(
     two_parts = shared_qkv and not answer_only
     tile_q = tile_q or tiles.choose("dq_two_parts" if two_parts else "dq", q, v)
     tile_kv = tile_kv or tiles.choose("dkv", q, v)
-    q_items = schedule.cached(plan, schedule.backward_q_items, **options, block=tile_q.block_m)
-    kv_items = schedule.cached(plan, schedule.backward_kv_items, **options, block=tile_kv.block_n)
+    q_items = schedule.cached(plan, q.device, schedule.backward_q_items, **options, block=tile_q.block_m)
+    kv_items = schedule.cached(plan, q.device, schedule.backward_kv_items, **options, block=tile_kv.block_n)
     inputs = (q, k, v, alpha_k, alpha_v, beta, k_prefix, v_prefix)
     prefix = (k_prefix, v_prefix) if has_prefix else None
     arguments = launch_arguments(q, k, v, alpha_k, beta, prefix, plan, softmax_scale, window, softcap)

@@ -443,6 +443,7 @@ def forward(
     tile = tile or tiles.choose("forward_two_parts" if two_parts else "forward", q, v)
     items = schedule.cached(
         plan,
+        q.device,
         schedule.forward_items,
         group_size=group,
         block=tile.block_m,
