@@ -2,7 +2,8 @@
 
     build      the native extension, as users have it and with an error in place of endless waits (BITUNE_DEBUG)
     first      forward of a few cases: what hangs ends here
-    tests      the table of cases and the list of known bugs on the GPU (tests/test_ops.py, tests/test_kernel_bugs.py)
+    tests      the table of cases, a CUDA graph and the list of known bugs on the GPU (tests/test_ops.py,
+               tests/test_kernel_bugs.py)
     operators  bitune_prefill, torch.compile and torch.library.opcheck
     repeats    250 runs of forward and backward give the same bits, and the right ones
     sanitizer  compute-sanitizer's memcheck, racecheck, initcheck and synccheck on a few small cases
@@ -31,6 +32,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -226,14 +228,17 @@ def _check_compiled(case: Case, backend: str, dtype: torch.dtype, device: str) -
 
     inputs = case.make(dtype, device, requires_grad=True)
     torch._dynamo.reset()
-    results = []
-    for function in (twice, torch.compile(twice, fullgraph=True, backend="aot_eager")):
-        outputs = function(**inputs)
-        grads = torch.autograd.grad([x.square().sum() for x in outputs], leaves(inputs).values())
-        results.append([*outputs, *grads])
-    names = ["out", "k_mixed", "v_mixed", *(f"d_{name}" for name in leaves(inputs))]
-    for name, plain, compiled in zip(names, *results, strict=True):
-        assert torch.equal(plain, compiled), f"{name} differs"
+    compiled = _outputs_and_gradients(torch.compile(twice, fullgraph=True, backend="aot_eager"), inputs)
+    for name, plain in _outputs_and_gradients(twice, inputs).items():
+        assert torch.equal(plain, compiled[name]), f"{name} differs"
+
+
+def _outputs_and_gradients(function, inputs: dict) -> dict[str, torch.Tensor]:
+    # By name: what the function returns, and the gradients of the sum of its squares.
+    outputs, given = function(**inputs), leaves(inputs)
+    grads = torch.autograd.grad([x.square().sum() for x in outputs], given.values())
+    names = ("out", "k_mixed", "v_mixed", *(f"d_{name}" for name in given))
+    return dict(zip(names, (*(x.detach() for x in outputs), *grads), strict=True))
 
 
 def _check_registered(case: Case, backend: str, dtype: torch.dtype, device: str) -> None:
@@ -265,9 +270,12 @@ def repeats(backend: str, device: str, times: int = 250, cases: tuple[Case, ...]
             assert_backend_within_budget(backend, case, dtype, device)
         except AssertionError as e:
             wrong.append(_text_of(e))
-        once, differing = run_case(case, backend, dtype, device), set()
+        # The same tensors again and again: random numbers for new ones would take most of the time.
+        run = partial(_outputs_and_gradients, partial(bitune_attention, backend=backend))
+        inputs, differing = case.make(dtype, device, requires_grad=True), set()
+        once = run(inputs)
         for _ in range(times - 1):
-            again = run_case(case, backend, dtype, device)
+            again = run(inputs)
             # bytes, since NaN is not equal to itself
             differing |= {n for n, x in once.items() if not torch.equal(_bytes(x), _bytes(again[n]))}
         if differing:
@@ -420,13 +428,13 @@ def _benchmarks(stage: str, out: Path, without: list[str], seconds: float) -> li
 def _pytest(names: list[str]) -> list[Command]:
     # A process for each backend: a kernel that ends with an error takes the CUDA context of its process with it.
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
-    table = "tests/test_ops.py::test_backend_against_oracle"
+    table, graph = (f"tests/test_ops.py::{name}" for name in ("test_backend_against_oracle", "test_cuda_graph"))
     parallel = importlib.util.find_spec("xdist") is not None  # Triton's compiler takes most of the time
 
     def processes(most):
         return ["-n", str(min(most, os.cpu_count() or 1))] if parallel else []
 
-    commands = [Command(x, "", [*pytest, *processes(12), table, "-k", f"{x}-"]) for x in names]
+    commands = [Command(x, "", [*pytest, *processes(12), table, graph, "-k", f"{x}- or {x}]"]) for x in names]
     if "triton" in names:
         # some of these have tensors of many gigabytes
         commands.append(

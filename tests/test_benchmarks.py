@@ -601,7 +601,8 @@ def test_a_hang_is_met_once(checkout):
 def test_the_table_runs_in_a_process_for_each_backend(checkout):
     found = commands("tests", "triton")
     assert [*found] == ["triton", "triton-bugs", "peers"]
-    assert found["triton"][-2:] == ["-k", "triton-"]
+    assert found["triton"][-2:] == ["-k", "triton- or triton]"]
+    assert found["triton"][-3].endswith("::test_cuda_graph")
     assert found["peers"][-1] == "not triton- and not cuda- and not flex-"
     assert [*commands("tests", "cuda")] == ["cuda", "peers"]
     if gpu_check.shutil.which("compute-sanitizer"):
@@ -681,14 +682,14 @@ def test_a_compiled_call_is_held_to_the_plain_one(monkeypatch):
 def test_the_small_cases_repeat_bitwise(capsys, monkeypatch):
     assert gpu_check.repeats("sdpa", "cpu", times=3, cases=gpu_check.REPEATED[:1]) == 0
     assert "3 times" in capsys.readouterr().out
-    right, calls = gpu_check.run_case, []
+    right, calls = gpu_check._outputs_and_gradients, []
 
     def changing(*args):
         calls.append(args)
         found = right(*args)
         return found | {"d_q": found["d_q"] * 1.001} if len(calls) == 3 else found
 
-    monkeypatch.setattr(gpu_check, "run_case", changing)
+    monkeypatch.setattr(gpu_check, "_outputs_and_gradients", changing)
     assert gpu_check.repeats("sdpa", "cpu", times=3, cases=SHORT) == 1
     assert "1 of 2 cases" in (printed := capsys.readouterr().out) and "d_q changed between runs" in printed
 
