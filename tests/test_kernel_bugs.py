@@ -88,12 +88,15 @@ def outputs_and_gradients(inputs, d_outputs) -> dict[str, torch.Tensor]:
     return dict(zip(("out", "k_mixed", "v_mixed"), outputs, strict=True)) | gradients(inputs, outputs, d_outputs)
 
 
-def assert_equal(actual: dict, expected: dict) -> None:
-    """Bit by bit."""
+def assert_equal(actual: dict, expected: dict, summed: tuple = ()) -> None:
+    """Bit by bit. ``summed``: names of sums in an order that the compiler takes from the strides of their terms."""
     assert actual.keys() == expected.keys()
     for name, x in actual.items():
         assert torch.isfinite(x).all(), name
-        assert torch.equal(x, expected[name]), name
+        if name in summed:
+            torch.testing.assert_close(x, expected[name])
+        else:
+            assert torch.equal(x, expected[name]), name
 
 
 def random_like(x, seed=0):
@@ -384,7 +387,7 @@ def test_any_strides(case):
         if case.prefix:
             others["prefix"] = tuple(map(changed, inputs["prefix"]))
         actual = outputs_and_gradients(others, [changed(d) for d in d_outputs])
-        assert_equal(actual, expected)
+        assert_equal(actual, expected, summed=("d_alpha_k", "d_alpha_v"))
         assert all(x.is_contiguous() for name, x in actual.items() if name.startswith("d_"))
 
 
@@ -411,9 +414,10 @@ def test_any_strides_of_mix(per_head):
         if change is torch.Tensor.contiguous:
             weight = weight.detach().contiguous().requires_grad_()
         mixed = mix_kv(*given, weight, backend="triton")
-        results.append(dict(enumerate([mixed, *torch.autograd.grad(mixed, [*given, weight], change(d_mixed))])))
-    assert_equal(results[1], results[0])
-    assert_equal(results[2], results[0])
+        grads = torch.autograd.grad(mixed, [*given, weight], change(d_mixed))
+        results.append(dict(zip(("mixed", "d_causal", "d_bidir", "d_alpha"), (mixed, *grads), strict=True)))
+    assert_equal(results[1], results[0], summed=("d_alpha",))
+    assert_equal(results[2], results[0], summed=("d_alpha",))
 
 
 def test_expanded_cotangents():
