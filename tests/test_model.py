@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -278,6 +279,61 @@ def test_bad_calls_name_the_argument_and_leave_the_model_usable(message):
         model(**BAD_CALLS[message](ids, mask, labels))
     assert model.config._attn_implementation == implementation
     model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_interrupt_in_the_middle_of_a_pass_leaves_nothing_behind(fused):
+    # torch runs the hooks behind a module for an Exception, and a KeyboardInterrupt isn't one
+    model, (ids, mask, labels) = bitune_model(use_fused=fused).eval(), ragged_batch()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def disabled():
+        with model.disable_bitune():
+            return model(input_ids=ids, attention_mask=mask).logits
+
+    runs = [
+        lambda: model(input_ids=ids, attention_mask=mask, labels=labels).logits,
+        lambda: model.generate(input_ids=ids[:1, :5], max_new_tokens=3),
+        disabled,
+        lambda: bitune_model(use_fused=fused)(input_ids=ids, attention_mask=mask, labels=labels).loss,
+    ]
+    for run in runs:
+        expected = run()
+        handle = model.get_base_model().model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(input_ids=ids, attention_mask=mask, labels=labels)
+        handle.remove()
+        assert torch.equal(run(), expected)
+
+
+def test_threads_take_turns():
+    model, (ids, mask, labels) = bitune_model().eval(), ragged_batch()
+    calls = [
+        lambda: model(input_ids=ids, attention_mask=mask, labels=labels).logits,
+        lambda: model(input_ids=ids[:1, :6]).logits,
+        lambda: model.generate(input_ids=ids[:1, :5], max_new_tokens=3),
+    ]
+    with torch.no_grad(), ThreadPoolExecutor(len(calls)) as pool:
+        expected = [call() for call in calls]
+        found = [torch.no_grad()(call) for call in calls]
+        for result in [pool.map(lambda call: call(), found) for _ in range(8)]:
+            for x, y in zip(result, expected, strict=True):
+                assert torch.equal(x, y)
+
+
+def test_replicas_of_data_parallel_are_refused():
+    model, (ids, mask, labels) = bitune_model(), ragged_batch()
+
+    def replica(module):  # as torch.nn.parallel.replicate makes them, which needs GPUs
+        twin = module._replicate_for_data_parallel()
+        twin._modules = {name: replica(child) for name, child in module.named_children()}
+        twin.__dict__ |= {name: p.detach() for name, p in module.named_parameters(recurse=False)}
+        return twin
+
+    with pytest.raises(ValueError, match="one process per GPU"):
+        replica(model)(input_ids=ids, attention_mask=mask, labels=labels)
 
 
 def test_training_without_labels_is_refused():

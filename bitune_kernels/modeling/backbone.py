@@ -19,7 +19,7 @@ from .adapters import CausalMerge
 from .doubling import DoublingHooks
 from .generate import Generation, check_cache
 from .one_pass import Observer, OnePass, TrimHooks
-from .passes import Past, current
+from .passes import Past, current, one_at_a_time, open_call, set_open_call
 from .row_chunks import run_in_chunks
 from .structure import Structure, refuse_partitioned
 from .three_pass import ThreePass
@@ -51,11 +51,13 @@ class _Call:
     """One call of the backbone on its way through the hooks.
 
     Attributes:
+        prepares: whether other calls of the backbone run now, before this one's own.
         copies: int64 [batch], which of the distinct prompts in the plan each row is; None: every row its own.
     """
 
     def __init__(self):
         self.scope = ExitStack()
+        self.prepares = False
         self.request: Request | None = None
         self.plan = self.one_pass = self.three_pass = self.answer_pass = self.cache = self.copies = self.past = None
 
@@ -72,7 +74,6 @@ class BackboneHooks:
         self.merge: CausalMerge | None = None
         self.observer: Observer | None = None
         self._request: Request | None = None
-        self._calls: list[_Call | None] = []
         backbone = structure.backbone
         self._names = list(inspect.signature(backbone.forward).parameters)  # of positional arguments
         self._handles = [
@@ -86,6 +87,7 @@ class BackboneHooks:
 
     def remove(self) -> None:
         """Leave the backbone as it was found."""
+        _end_interrupted()
         for handle in self._handles:
             handle.remove()
 
@@ -95,11 +97,8 @@ class BackboneHooks:
 
         Yields the ``Request``, which keeps those rows if it ``holds``.
         """
-        self._request = request = Request(plan, holds)
-        try:
-            yield request
-        finally:
-            self._request = None
+        with one_at_a_time, self._setting("_request", Request(plan, holds)):
+            yield self._request
 
     @contextmanager
     def _setting(self, name: str, value):
@@ -167,16 +166,20 @@ class BackboneHooks:
         return int(past.get_seq_length()) > 0
 
     def _before(self, backbone, args, kwargs):
+        _end_interrupted()
         if not self.enabled or current() is not None:
-            self._calls.append(None)
             return None
+        if backbone is not self.structure.backbone:
+            raise ValueError(
+                "base_model: expected one process per GPU (DistributedDataParallel, as torchrun and accelerate launch "
+                "start it), got a replica of nn.DataParallel"
+            )
         kwargs = kwargs | dict(zip(self._names, args, strict=False))
         past, request = kwargs.get("past_key_values"), self._request
         if request is None and self._decodes(past):
-            self._calls.append(None)
             return None
         call, self._request = _Call(), None
-        self._calls.append(call)
+        set_open_call(call)
         refuse_partitioned([("a weight", next(backbone.parameters()))])  # DeepSpeed partitions after the attach
         name = "inputs_embeds" if kwargs.get("inputs_embeds") is not None else "input_ids"
         tokens = kwargs.get(name)
@@ -332,7 +335,11 @@ class BackboneHooks:
         if call.plan.num_answer:
             known = (*_UNDERSTOOD, "past_key_values")
             inner = {k: v for k, v in kwargs.items() if k not in known} | {"use_cache": False}
-            p = call.answer_pass = schedule.prompts(tokens, name, inner)
+            call.prepares = True
+            try:
+                p = call.answer_pass = schedule.prompts(tokens, name, inner)
+            finally:
+                call.prepares = False
             inputs = schedule.answers(tokens, name, p)
         else:
             p = schedule.streams()[0]
@@ -342,9 +349,10 @@ class BackboneHooks:
         return inputs
 
     def _after(self, backbone, args, kwargs, output):
-        call = self._calls.pop()
-        if call is None:
+        call = open_call()
+        if call is None or call.prepares:
             return None
+        set_open_call(None)
         call.scope.close()
         if call.plan is None or output is None:  # an exception is on its way
             return None
@@ -374,6 +382,14 @@ class BackboneHooks:
             self.generation.filled = cache
         if self.merge is not None:
             self.merge.apply()
+
+
+def _end_interrupted() -> None:
+    """End a call that a KeyboardInterrupt left open: torch runs the hooks behind a module for an Exception alone."""
+    call = open_call()
+    if call is not None and not call.prepares:
+        set_open_call(None)
+        call.scope.close()
 
 
 def _each(x: torch.Tensor, call: _Call) -> torch.Tensor:

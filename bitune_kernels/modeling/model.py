@@ -23,6 +23,7 @@ from .backbone import PACKED, BackboneHooks
 from .generate import prepare
 from .labels import plan_batch
 from .loss import chunked_loss, loss_per_sample
+from .passes import one_at_a_time
 from .probe import find_structure
 from .self_test import check_chunked_loss, check_one_pass
 from .structure import Structure, refuse_packed, refuse_partitioned
@@ -317,7 +318,8 @@ class BituneModel(PeftModelForCausalLM):
             )
         common = dict(attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         if (labels is None and prompt_lengths is None) or not self._hooks.enabled:
-            return super().forward(input_ids, labels=labels, return_dict=return_dict, **common)
+            with one_at_a_time:
+                return super().forward(input_ids, labels=labels, return_dict=return_dict, **common)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None:
             raise ValueError("input_ids: expected token ids [batch, seq] (or inputs_embeds), got None")
@@ -395,12 +397,13 @@ class BituneModel(PeftModelForCausalLM):
         """
         arguments = {"inputs": inputs, "generation_config": generation_config}
         kwargs |= {name: x for name, x in arguments.items() if x is not None}
-        if not self._hooks.enabled:
-            return super().generate(**kwargs)
-        turn = self._hooks.turn
-        run = prepare(self._hooks.structure, self.generation_config, inputs, generation_config, kwargs, turn)
-        with self._hooks.generating(run):
-            return super().generate(**kwargs)
+        with one_at_a_time:
+            if not self._hooks.enabled:
+                return super().generate(**kwargs)
+            turn = self._hooks.turn
+            run = prepare(self._hooks.structure, self.generation_config, inputs, generation_config, kwargs, turn)
+            with self._hooks.generating(run):
+                return super().generate(**kwargs)
 
     def generate_batch(self, *args, **kwargs):
         """Continuous batching is refused: it computes prompts in parts, and packed with other requests."""

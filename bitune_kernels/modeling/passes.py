@@ -16,10 +16,23 @@ from .structure import ATTENTION_NAME, Structure
 
 _state = threading.local()
 
+# A pass switches what belongs to the model (its attention implementation, for one): threads take turns.
+one_at_a_time = threading.RLock()
+
 
 def current() -> Pass | None:
     """The pass that this thread is in, or None."""
     return getattr(_state, "current", None)
+
+
+def open_call():
+    """The call of a backbone, over packed or padded rows, that this thread is in, or None."""
+    return getattr(_state, "call", None)
+
+
+def set_open_call(call) -> None:
+    """Say which one it is from here on."""
+    _state.call = call
 
 
 class Past:
