@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PromptTuningConfig
+from peft import IA3Config, LilyConfig, LoraConfig, PromptTuningConfig
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache
 
@@ -368,6 +368,26 @@ def untouched(base, before):
         (
             lambda base: get_bitune_model(base, BituneConfig(peft=lora(trainable_token_indices=[3]))),
             "expected no trainable_token_indices with the two adapters of 'bitune'",
+        ),
+        (
+            lambda base: get_bitune_model(base, BituneConfig(peft=lora(init_lora_weights="pissa_niter_4"))),
+            "leave the base weights alone, which the two adapters of 'bitune' share, got 'pissa_niter_4'",
+        ),
+        (
+            lambda base: get_bitune_model(base, BituneConfig(peft=lora(alora_invocation_tokens=[3]))),
+            "expected no alora_invocation_tokens",
+        ),
+        (
+            lambda base: get_bitune_model(base, BituneConfig(peft=lora(layer_replication=[[0, 2], [1, 3]]))),
+            "expected no layer_replication",
+        ),
+        (
+            lambda base: get_bitune_model(base, BituneConfig(peft=LilyConfig(target_modules=["q_proj"]))),
+            "work on each token by itself, got LilyConfig",
+        ),
+        (
+            lambda base: get_bitune_model(base, BituneConfig(peft=lora(modules_to_save=["self_attn"]))),
+            "got one around model.layers.0.self_attn",
         ),
         (lambda base: get_bitune_model(base, BituneConfig(peft=lora(target_modules=["nonexistent"]))), "nonexistent"),
         (lambda base: get_bitune_model(base, BituneConfig(peft=lora(), backend="flash")), "flash"),

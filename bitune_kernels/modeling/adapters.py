@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -173,6 +174,46 @@ def restrict(config: PeftConfig, model: nn.Module, modules: set[nn.Module]) -> P
     return replace(config, **changes)
 
 
+# Kinds of PEFT whose result for a token depends on more than that token's features: on the whole batch, on what stands
+# around it, on a task, or on a second network beside the model.
+_BEYOND_TOKENS = ("ADAPTION_PROMPT", "LILY", "POLY", "SHADOW", "XLORA")
+
+# Ways to begin LoRA that take from the base weights what they put into the adapter.
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def refuse_unsupported(config: PeftConfig, variant: str, separate: bool) -> None:
+    """Raise ValueError for adapters that packed rows, or two streams with one each (``separate``), can't have."""
+    kind, given = type(config).__name__, lambda name: getattr(config, name, None)
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"peft: expected adapters inside the model, got {kind}, whose virtual tokens would not be part of the "
+            "prompt"
+        )
+    if config.peft_type in _BEYOND_TOKENS:
+        raise ValueError(
+            f"peft: expected adapters that work on each token by itself, got {kind}; a pass has the rows of several "
+            "samples and of both streams"
+        )
+    for name, reason in (
+        ("alora_invocation_tokens", "aLoRA is off up to these tokens of a sample, and would be off everywhere"),
+        ("layer_replication", "it changes the layers that the streams run through; replicate them in the base model"),
+    ):
+        if given(name):
+            raise ValueError(f"peft: expected no {name}, since {reason}, got {given(name)}")
+    if separate and given("trainable_token_indices"):
+        raise ValueError(
+            f"peft: expected no trainable_token_indices with the two adapters of {variant!r}, since PEFT keeps "
+            "them in layers within layers; modules_to_save=['embed_tokens', 'lm_head'] trains all tokens"
+        )
+    start = given("init_lora_weights")
+    if separate and isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
+        raise ValueError(
+            "peft: expected init_lora_weights that leave the base weights alone, which the two adapters of "
+            f"{variant!r} share, got {start!r}"
+        )
+
+
 def adapter_configs(config: PeftConfig) -> tuple[PeftConfig, PeftConfig]:
     """Two copies of the user's PEFT config, for "causal" and "bidir"."""
     copies = copy.deepcopy(config), copy.deepcopy(config)
@@ -186,8 +227,12 @@ def base_module(module: nn.Module) -> nn.Module:
     return module.base_layer if isinstance(module, BaseTunerLayer) else module.original_module
 
 
-def route_rows(model: nn.Module) -> list[nn.Module]:
-    """Make every adapted module serve each block of rows with its own adapter; returns these modules."""
+def route_rows(model: nn.Module, attentions: Sequence[nn.Module] = ()) -> list[nn.Module]:
+    """Make every adapted module serve each block of rows with its own adapter; returns these modules.
+
+    Args:
+        attentions: modules that must stay what a pass knows them as, without an adapter around them.
+    """
     adapted = []
     for name, module in model.named_modules():
         if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
@@ -196,6 +241,11 @@ def route_rows(model: nn.Module) -> list[nn.Module]:
             raise ValueError(
                 f"peft: adapters on the expert parameters of {name} can't serve two streams, since experts see a "
                 "selection of the tokens; expected target_modules without experts (attention only, for example)"
+            )
+        if not set(base_module(module).modules()).isdisjoint(attentions):
+            raise ValueError(
+                "peft: expected adapters on the projections of attention modules, or beside them, got one around "
+                f"{name}"
             )
         adapted.append(module)
     for module in adapted:

@@ -18,7 +18,16 @@ from torch import nn
 from ..config import CONFIG_NAME, BituneConfig
 from ..mixing import MixingCoefficients
 from ..plan import SegmentPlan
-from .adapters import BIDIR, CAUSAL, CausalMerge, adapter_configs, base_module, restrict, route_rows
+from .adapters import (
+    BIDIR,
+    CAUSAL,
+    CausalMerge,
+    adapter_configs,
+    base_module,
+    refuse_unsupported,
+    restrict,
+    route_rows,
+)
 from .backbone import PACKED, BackboneHooks
 from .generate import prepare
 from .labels import plan_batch
@@ -64,16 +73,8 @@ def get_bitune_model(
             f"base_model: expected a plain causal LM, got {type(base_model).__name__} that has adapters already; "
             "merge or unload them first"
         )
-    if getattr(config.peft, "is_prompt_learning", False):
-        raise ValueError(
-            f"peft: expected adapters inside the model, got {type(config.peft).__name__}, whose virtual tokens would "
-            "not be part of the prompt"
-        )
-    if config.separate_adapters and getattr(config.peft, "trainable_token_indices", None):
-        raise ValueError(
-            f"peft: expected no trainable_token_indices with the two adapters of {config.variant!r}, since PEFT keeps "
-            "them in layers within layers; modules_to_save=['embed_tokens', 'lm_head'] trains all tokens"
-        )
+    if config.peft is not None:
+        refuse_unsupported(config.peft, config.variant, config.separate_adapters)
     refuse_partitioned(base_model.named_parameters())
     refuse_packed(base_model)
     structure = find_structure(base_model)
@@ -197,7 +198,7 @@ class BituneModel(PeftModelForCausalLM):
                 gate_features=[2 * heads * dim for heads, dim in values] if config.dynamic_mixing else None,
                 device=device,
             )
-        structure.adapted = route_rows(base_model)
+        structure.adapted = route_rows(base_model, structure.attentions)
         self._hooks = BackboneHooks(structure, config, self.mixing)
         if config.loss == "sample":
             # The Trainer would hand on the number of tokens in all accumulated batches, and divide by nothing; so it
