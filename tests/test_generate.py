@@ -277,6 +277,20 @@ def test_guidance_reads_its_negative_prompt_in_both_directions(tiny):
             outs = [tiny(input_ids=token, past_key_values=o.past_key_values) for o in outs]
 
 
+def test_a_family_that_reads_everything_again_reads_the_answer_as_an_answer():
+    # phi3 does so where it goes over to the rotary embedding of long texts
+    longrope = dict(short_factor=[1.0] * 4, long_factor=[3.0] * 4, original_max_position_embeddings=8)
+    rope = dict(rope_type="longrope", rope_theta=10000.0, **longrope)
+    model = bitune_model(base=BY_ID["phi3"].build(original_max_position_embeddings=8, rope_parameters=rope)).eval()
+    ids, mask = prompts()
+    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5, pad_token_id=0, eos_token_id=None)
+    for width in range(WIDTH, WIDTH + 5):
+        seen = torch.nn.functional.pad(mask, (0, width - WIDTH), value=1)
+        with torch.no_grad():
+            logits = model(input_ids=out[:, :width], attention_mask=seen, prompt_lengths=mask.sum(1)).logits
+        assert logits[:, -1].argmax(-1).tolist() == out[:, width].tolist(), width
+
+
 def test_streamer_and_stopping_criteria_see_the_answer(tiny):
     class Stream:
         tokens, ended = [], False

@@ -34,8 +34,9 @@ class Generation:
     """One run of ``generate()``, as the hooks on the backbone need to know it.
 
     Attributes:
-        prompt_width: columns of the prompt where its first call may bring candidates for the answer with it (assisted
-            decoding); None: all it brings is prompt.
+        prompt_width: columns of the prompt. A call may bring tokens of the answer with it: candidates in assisted
+            decoding, or all so far where a family reads everything again (phi3, behind the positions for which it
+            switches its rotary embedding). None: all that a call brings is prompt, as there may be two prompts.
         filled: the first cache that a prompt was written to.
     """
 
@@ -75,7 +76,8 @@ def prepare(structure: Structure, defaults, inputs, generation_config, kwargs: d
             "elsewhere that may run the prompt again"
         )
     assisted = mode == "assisted_generation"
-    if assisted and config.guidance_scale not in (None, 1):
+    guided = config.guidance_scale not in (None, 1)  # which reads a negative prompt too
+    if assisted and guided:
         raise ValueError(
             "guidance_scale: expected None in assisted decoding, whose rejected candidates would stay in the cache of "
             f"the negative prompt, got {config.guidance_scale}"
@@ -92,7 +94,7 @@ def prepare(structure: Structure, defaults, inputs, generation_config, kwargs: d
     elif assisted:
         raise ValueError("generation_config: expected no assisted decoding in a turn over earlier ones, got it")
     _refuse_length(structure, kwargs, config, width)
-    return Generation(prompt_width=width if assisted else None)
+    return Generation(prompt_width=None if guided else width)
 
 
 def _width(name: str, tokens, mask) -> int:
