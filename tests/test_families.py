@@ -328,6 +328,8 @@ TUNERS = (
     Case("vera", LLAMA, peft.VeraConfig(r=8, target_modules=["q_proj", "o_proj", "down_proj"])),
     Case("loha", LLAMA, peft.LoHaConfig(r=4, alpha=4, target_modules=[*ATTENTION, "gate_proj", "down_proj"])),
     Case("embedding", LLAMA, lora(LLAMA, target_modules=["embed_tokens", *ATTENTION])),
+    # its vectors are one parameter, which a layer shares that the bidirectional stream never reaches
+    Case("vblora", LLAMA, peft.VBLoRAConfig(target_modules=["q_proj", "o_proj"], vector_length=8, num_vectors=16)),
     Case("full", LLAMA, None, scale=0.02),
 )
 
@@ -339,6 +341,14 @@ def test_tuners(case, padding):
     found, expected = (step(m, ragged(padding)) for m in (models.one, models.three))
     assert_meaningful(found, models.one)
     assert_same_step(found, expected, case.gradients)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_trained_biases_of_the_base_layers(use_dora):
+    models = attach_pair(PHI, adapters=lora(PHI, bias="all", use_dora=use_dora), variant="shared_weights")
+    found, expected = (step(m, ragged("left")) for m in (models.one, models.three))
+    assert any(n.endswith("base_layer.bias") for n in found.grads)
+    assert_same_step(found, expected)
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,8 @@ def _is_plain(base: nn.Module, x: torch.Tensor) -> bool:
     if type(base) is not nn.Linear or type(base.weight) not in (nn.Parameter, torch.Tensor):
         return False
     autocast = torch.is_autocast_enabled(x.device.type)
-    return not base.weight.requires_grad and (autocast or base.weight.dtype == x.dtype)
+    frozen = not any(p.requires_grad for p in base.parameters(recurse=False))
+    return frozen and (autocast or base.weight.dtype == x.dtype)
 
 
 @cache

@@ -226,12 +226,12 @@ class BituneModel(PeftModelForCausalLM):
             self.mixing.requires_grad_(trainable)
         if not trainable or BIDIR not in self.peft_config:
             return
-        unused = self._hooks.structure.unused_bidir
+        used, unused = set(), set()  # some tuners have parameters that several layers share
         for module in self._hooks.structure.adapted:
-            if base_module(module) in unused:
-                for name, parameter in module.named_parameters():
-                    if BIDIR in name.split("."):
-                        parameter.requires_grad_(False)
+            own = {p for name, p in module.named_parameters() if BIDIR in name.split(".")}
+            (unused if base_module(module) in self._hooks.structure.unused_bidir else used).update(own)
+        for parameter in unused - used:
+            parameter.requires_grad_(False)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Only "causal" can be active: it decodes, and each stream finds its own adapter by itself."""
