@@ -287,7 +287,7 @@ def test_models_that_cannot_encode_are_refused():
     encode(gpt2, ids)
     with pytest.raises(ValueError, match=r"input_ids: expected at most 64 tokens per row.*got 80"):
         encode(gpt2, ids, repeat=True)
-    base = BY_ID["qwen3_moe"].build(output_router_logits=True)
-    experts = bitune_model(base=base, peft=lora(target_modules=["q_proj"]))
+    experts = bitune_model(base=BY_ID["qwen3_moe"].build(), peft=lora(target_modules=["q_proj"]))
+    experts.get_base_model().config.output_router_logits = True
     with pytest.raises(ValueError, match=r"output_router_logits: expected False.*got True"):
         masked_next_token_loss(experts, IDS, IDS)

@@ -154,14 +154,17 @@ def test_a_family_whose_loss_is_no_sum_is_refused():
     get_bitune_model(base, BituneConfig(peft=lora()))
 
 
-def test_the_experts_auxiliary_loss_is_refused():
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_the_experts_auxiliary_loss_is_refused(chunk):
     family = BY_ID["qwen3_moe"]
-    model = bitune_model(base=family.build(), peft=lora(target_modules=list(family.targets)), loss_chunk_rows=2)
+    model = bitune_model(base=family.build(), peft=lora(target_modules=list(family.targets)), loss_chunk_rows=chunk)
     with pytest.raises(ValueError, match="output_router_logits"):
         loss_and_gradients(model, output_router_logits=True)
     model.get_base_model().config.output_router_logits = True
     with pytest.raises(ValueError, match="output_router_logits"):
         loss_and_gradients(model)
+    with pytest.raises(ValueError, match="output_router_logits"):
+        model.eval().generate(input_ids=torch.ones(1, 4, dtype=torch.long), max_new_tokens=2)
 
 
 @pytest.mark.parametrize("make", [hf_trainer, sft_trainer])

@@ -270,6 +270,12 @@ class BackboneHooks:
         for flag in ("output_attentions", "output_hidden_states"):
             if kwargs.get(flag):
                 raise ValueError(f"{flag}: expected False, since the rows of a Bitune pass are not the input's tokens")
+        routed = kwargs.get("output_router_logits")
+        if getattr(self.structure.backbone.config, "output_router_logits", False) if routed is None else routed:
+            raise ValueError(
+                "output_router_logits: expected False (in the model's config too), since experts see the rows of a "
+                "Bitune pass and not the input's tokens, got True"
+            )
         given = [name for name in PACKED if kwargs.get(name) is not None]
         if given:
             raise ValueError(f"{given[0]}: expected packed samples in training alone, with labels; got neither")

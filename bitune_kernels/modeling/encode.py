@@ -95,12 +95,6 @@ def masked_next_token_loss(
     _check_tokens("labels", labels)
     if labels.shape != input_ids.shape:
         raise ValueError(f"labels: expected shape {list(input_ids.shape)} as the tokens, got {list(labels.shape)}")
-    causal_lm = model.get_base_model()
-    if getattr(causal_lm.config, "output_router_logits", False):
-        raise ValueError(
-            "output_router_logits: expected False in the model's config, since masked tokens have no auxiliary loss of "
-            "the experts, got True"
-        )
     texts = _texts(input_ids.shape, attention_mask)
     targets = labels.flatten()[torch.cat(texts).to(labels.device)].long().clone()
     if int((targets != -100).sum()) < int((labels != -100).sum()):
@@ -115,7 +109,7 @@ def masked_next_token_loss(
     masked, targets = masked.to(rows.device), targets.to(rows.device)
     # The causal LM shifts labels: row i predicts the label of row i + 1, and the last row nothing.
     return chunked_loss(
-        causal_lm,
+        model.get_base_model(),
         model._hooks.structure.backbone,
         type(output),
         torch.cat([rows[masked - 1], rows[:1]]),

@@ -365,18 +365,11 @@ class BituneModel(PeftModelForCausalLM):
     def _forward_in_chunks(self, plan: SegmentPlan, labels: torch.Tensor, chunk_rows: int, input_ids, common: dict):
         # labels [1, A]. The causal LM runs as ever, but over the first answer row; its output has neither loss nor
         # logits of the others.
-        causal_lm = self.get_base_model()
-        routed = common.get("output_router_logits")
-        if getattr(causal_lm.config, "output_router_logits", False) if routed is None else routed:
-            raise ValueError(
-                "output_router_logits: expected False with loss_chunk_rows, whose chunks know nothing of the experts' "
-                "auxiliary loss, got True"
-            )
         with self._hooks.request(plan, holds=True) as request:
             out = super().forward(input_ids, return_dict=True, **common)
         tokens = {"attention_mask", "inputs_embeds", "position_ids", "past_key_values", "cache_position", "use_cache"}
         loss = chunked_loss(
-            causal_lm,
+            self.get_base_model(),
             self._hooks.structure.backbone,
             type(request.output),
             request.output.last_hidden_state[0],
