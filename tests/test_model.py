@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -232,9 +233,10 @@ def test_disable_adapter_is_the_base_model():
         assert torch.equal(model.unload()(ids).logits, expected)
 
 
-def test_a_copy_is_independent():
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_is_independent(make):
     model = bitune_model().eval()
-    other = copy.deepcopy(model)
+    other = make(model)
     ids, mask, labels = ragged_batch()
     with torch.no_grad():
         before = model(input_ids=ids, attention_mask=mask, labels=labels).loss
@@ -243,6 +245,8 @@ def test_a_copy_is_independent():
             p.mul_(1.1)
         assert torch.equal(model(input_ids=ids, attention_mask=mask, labels=labels).loss, before)
         assert not torch.equal(other(input_ids=ids, attention_mask=mask, labels=labels).loss, before)
+        other.unload()
+        assert torch.equal(model(input_ids=ids, attention_mask=mask, labels=labels).loss, before)
 
 
 BAD_CALLS = {

@@ -41,6 +41,11 @@ def _using(module, adapter: str):
 class _SegmentLayer:
     """Before a tuner layer of PEFT: in a pass it serves the rows of both streams with their own adapters."""
 
+    def __reduce_ex__(self, protocol):
+        # for pickle and copy: the class is made here and has no name, PEFT's has
+        _, (segment,), *state = super().__reduce_ex__(protocol)
+        return _new_segment, (segment.__bases__[1],), *state
+
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         p = current()
         if p is None or self.disable_adapters or self.merged:
@@ -116,6 +121,11 @@ def _segment_class(layer: type) -> type | None:
     if issubclass(layer, ia3.Linear):
         return type(f"Segment{layer.__name__}", (SegmentIA3, layer), {})
     return None
+
+
+def _new_segment(layer: type) -> nn.Module:
+    segment = _segment_class(layer)
+    return segment.__new__(segment)
 
 
 def by_blocks(module, forward, x: torch.Tensor, n: int) -> torch.Tensor:

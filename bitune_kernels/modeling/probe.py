@@ -73,8 +73,8 @@ class _Probe:
 _probe: _Probe | None = None
 
 
-def register() -> None:
-    """Make our attention and mask functions known to transformers, once."""
+def _register() -> None:
+    # makes our attention and mask functions known to transformers
 
     def attention(module, *args, **kwargs):
         return (attention_forward if _probe is None else _probe.attention)(module, *args, **kwargs)
@@ -86,6 +86,9 @@ def register() -> None:
 
     AttentionInterface.register(ATTENTION_NAME, attention)
     AttentionMaskInterface.register(ATTENTION_NAME, mask)
+
+
+_register()  # here, since a model that was pickled is never probed
 
 
 @contextmanager
@@ -129,7 +132,6 @@ def find_structure(model: nn.Module) -> Structure:
     if device.type == "meta":
         raise ValueError("base_model: expected real weights, got parameters on the meta device")
     ids = torch.arange(1, _PROBE_TOKENS + 1, device=device)[None]
-    register()
     with _probing(backbone, configs) as probe:
         try:
             out = backbone(input_ids=ids, use_cache=False)

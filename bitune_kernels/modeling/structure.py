@@ -76,13 +76,7 @@ class Structure:
 
     def __post_init__(self):
         self.direct = set().union(*(p.direct for p in self.projections))
-        self._index = {id(m): i for i, m in enumerate(self.attentions)}
-
-    def __deepcopy__(self, memo):
-        from copy import deepcopy
-
-        fields = {name: deepcopy(getattr(self, name), memo) for name in self.__dataclass_fields__}
-        return type(self)(**fields)
+        self._index = {m: i for i, m in enumerate(self.attentions)}
 
     @property
     def num_layers(self) -> int:
@@ -100,7 +94,7 @@ class Structure:
         return any(k.get("use_reentrant", True) for k in keywords)
 
     def layer_index(self, attention: nn.Module) -> int:
-        return self._index[id(attention)]
+        return self._index[attention]
 
     def cache_index(self, layer: int) -> int:
         """The layer of a transformers cache that belongs to one of the model's."""
