@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache
 
 from bitune_kernels import BituneConfig, BituneModel, get_bitune_model
+from bitune_kernels.modeling import score_choices, stream_distance
 from tests.tiny import VOCAB, base_model, bitune_model, lora, ragged_batch
 
 
@@ -346,6 +347,46 @@ def test_training_without_labels_is_refused():
         model(input_ids=torch.ones(1, 4, dtype=torch.long))
 
 
+def test_the_adapters_of_the_streams_are_not_deleted():
+    model, (ids, mask, labels) = bitune_model().eval(), ragged_batch()
+    expected = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    model.add_adapter("other", lora(target_modules=["q_proj"]))
+    for name in ("causal", "bidir"):
+        with pytest.raises(ValueError, match=f"adapter_name: expected none of a stream's .*got '{name}'"):
+            model.delete_adapter(name)
+    model.delete_adapter("other")
+    assert torch.equal(model(input_ids=ids, attention_mask=mask, labels=labels).loss, expected)
+
+
+@pytest.mark.parametrize("trained", ["inputs", "mixing."])
+def test_gradients_without_labels_where_the_model_is_frozen(trained):
+    model, ids = bitune_model().eval(), torch.randint(3, VOCAB, (2, 6))
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith(trained))
+    embeds = model.get_input_embeddings()(ids).detach().requires_grad_(trained == "inputs")
+    leaves = [x for x in (embeds, *model.mixing.parameters()) if x.requires_grad]
+    found = []
+    for fused in (True, False):
+        with model.use_schedule(use_fused=fused):
+            out = model(inputs_embeds=embeds)
+        assert out.past_key_values is None
+        found.append(torch.autograd.grad(out.logits[:, -1].square().sum(), leaves))
+    for x, y in zip(*found, strict=True):
+        assert x.abs().max() > 1e-4
+        torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+
+
+def test_modules_keep_their_own_modes(tmp_path):
+    model = bitune_model().train()
+    model.get_base_model().model.layers[0].eval()
+    model.save_pretrained(tmp_path)
+    before = [m.training for m in model.modules()]
+    score_choices(model, [[3, 4, 5]], [[[6], [7, 8]]])
+    stream_distance(model, torch.tensor([[3, 4, 5]]))
+    model.load_adapter(tmp_path / "causal", "causal")
+    assert [m.training for m in model.modules()] == before
+
+
 def untouched(base, before):
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -356,6 +397,11 @@ def untouched(base, before):
     assert base.training == before["training"]
     with torch.no_grad():
         assert torch.equal(base.eval()(before["ids"]).logits, before["logits"])
+
+
+def dispatched(base):
+    base.hf_device_map = {"model": 0, "lm_head": "disk"}  # as accelerate writes it down
+    return base
 
 
 @pytest.mark.parametrize(
@@ -396,6 +442,7 @@ def untouched(base, before):
         (lambda base: get_bitune_model(base, BituneConfig(peft=lora(target_modules=["nonexistent"]))), "nonexistent"),
         (lambda base: get_bitune_model(base, BituneConfig(peft=lora(), backend="flash")), "flash"),
         (lambda base: get_bitune_model(base.model, BituneConfig(peft=lora())), "causal LM"),
+        (lambda base: get_bitune_model(dispatched(base), BituneConfig(peft=lora())), "device_map over 0, disk"),
     ],
 )
 def test_a_refused_attach_leaves_the_model_as_it_was(make, match):

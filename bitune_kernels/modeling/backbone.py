@@ -211,7 +211,7 @@ class BackboneHooks:
                 "gradient checkpointing: layers that share keys and values hand them on outside of what is recomputed "
                 "and need gradient_checkpointing_kwargs={'use_reentrant': False}, got use_reentrant=True"
             )
-        call.cache = self._cache(backbone, kwargs, request is not None)
+        call.cache = self._cache(backbone, kwargs, tokens, request is not None)
         if past is not None:
             check_cache(past, self.structure, batch, tokens.shape[1], empty=call.past is None)
         if self.config.use_fused:
@@ -302,7 +302,7 @@ class BackboneHooks:
                 f"{longest}"
             )
 
-    def _cache(self, backbone, kwargs, packed: bool):
+    def _cache(self, backbone, kwargs, tokens, packed: bool):
         past, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
         if packed:  # training: a cache only on demand
             use_cache = bool(use_cache) and not torch.is_grad_enabled()
@@ -310,7 +310,8 @@ class BackboneHooks:
             use_cache = getattr(backbone.config, "use_cache", True)
         if not (use_cache or past is not None):
             return None
-        if torch.is_grad_enabled() and any(p.requires_grad for p in backbone.parameters()):
+        leaves = [tokens, *backbone.parameters(), *(() if self.mixing is None else self.mixing.parameters())]
+        if torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
             if past is not None:
                 raise ValueError("past_key_values: expected a cache only under torch.no_grad(), got one in training")
             return None

@@ -8,6 +8,7 @@ import torch
 
 from ..config import HISTORIES
 from .model import BituneModel
+from .passes import evaluating
 
 
 class BituneChat:
@@ -114,7 +115,7 @@ class BituneChat:
 
         cache, read = DynamicCache(config=self.model.get_base_model().config), []
         for prompt, answer in turns:
-            with torch.no_grad(), self.model._hooks.turn_over(cache):
+            with self.model._hooks.turn_over(cache):
                 self._step(prompt, cache)
             read += [*prompt, *answer]
             self._decode(read, cache)
@@ -124,16 +125,12 @@ class BituneChat:
         # The last token of an answer was returned and not read yet.
         held = int(cache.get_seq_length())
         if held < len(read):
-            with torch.no_grad():
-                self._step(read[held:], cache)
+            self._step(read[held:], cache)
 
     def _step(self, tokens: list[int], cache) -> None:
-        training, ids = self.model.training, torch.tensor([tokens], device=self.model.device)
-        self.model.eval()
-        try:
+        ids = torch.tensor([tokens], device=self.model.device)
+        with evaluating(self.model):
             self.model(input_ids=ids, past_key_values=cache, use_cache=True)
-        finally:
-            self.model.train(training)
 
     def _render(self, messages, add_generation_prompt: bool = True) -> str:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)

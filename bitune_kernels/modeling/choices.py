@@ -8,9 +8,9 @@ import torch
 
 from ..plan import SegmentPlan
 from .model import BituneModel, check_streams_on
+from .passes import evaluating
 
 
-@torch.no_grad()
 def score_choices(
     model: BituneModel, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[Sequence[int]]]
 ) -> list[list[tuple[float, bool]]]:
@@ -44,13 +44,8 @@ def score_choices(
     ids = torch.tensor([tokens], device=model.device)
     streams = model.bitune_config.num_streams
     plan = SegmentPlan.from_turns(ids.shape, *zip(*turns, strict=True), num_streams=streams, device=ids.device)
-    training = model.training
-    model.eval()
-    try:
-        with model.use_schedule(use_fused=True), model._hooks.request(plan):
-            logits = model(input_ids=ids, use_cache=False).logits[0].float()  # [A, vocab]
-    finally:
-        model.train(training)
+    with evaluating(model), model.use_schedule(use_fused=True), model._hooks.request(plan):
+        logits = model(input_ids=ids, use_cache=False).logits[0].float()  # [A, vocab]
     targets = [token for answers in choices for ids in answers for token in ids]
     rows, targets = (torch.tensor(x, dtype=torch.long, device=logits.device) for x in (rows, targets))
     each = (logits[rows, targets] - logits.logsumexp(-1)[rows]).cpu()

@@ -32,10 +32,10 @@ from .backbone import PACKED, BackboneHooks
 from .generate import prepare
 from .labels import plan_batch
 from .loss import chunked_loss, loss_per_sample
-from .passes import one_at_a_time
+from .passes import evaluating, one_at_a_time
 from .probe import find_structure
 from .self_test import check_chunked_loss, check_one_pass
-from .structure import Structure, refuse_packed, refuse_partitioned
+from .structure import Structure, refuse_dispatched, refuse_packed, refuse_partitioned
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +76,7 @@ def get_bitune_model(
     if config.peft is not None:
         refuse_unsupported(config.peft, config.variant, config.separate_adapters)
     refuse_partitioned(base_model.named_parameters())
+    refuse_dispatched(base_model)
     refuse_packed(base_model)
     structure = find_structure(base_model)
     config.stream_masks(structure.num_layers)  # skip_bidir against the number of layers
@@ -239,6 +240,15 @@ class BituneModel(PeftModelForCausalLM):
             raise ValueError(f"adapter_name: expected {CAUSAL!r} (streams choose their adapters), got {adapter_name!r}")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         self._train_adapters(not inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter that was added to those of the streams."""
+        if adapter_name in (CAUSAL, BIDIR):
+            raise ValueError(
+                f"adapter_name: expected none of a stream's ({CAUSAL!r}, {BIDIR!r}), got {adapter_name!r}; unload() "
+                "removes both"
+            )
+        super().delete_adapter(adapter_name)
 
     @contextmanager
     def disable_adapter(self):
@@ -446,10 +456,8 @@ class BituneModel(PeftModelForCausalLM):
         """Load one adapter's weights from its own folder, and with "causal" the mixing coefficients beside it."""
         if adapter_name not in self.peft_config:
             raise ValueError(f"adapter_name: expected one of {', '.join(self.peft_config)}, got {adapter_name!r}")
-        training = self.training
-        with _trainable_kept(self):
+        with _trainable_kept(self), evaluating(self):
             result = super().load_adapter(str(model_id), adapter_name, is_trainable=is_trainable, **kwargs)
-        self.train(training)
         if result.unexpected_keys:
             raise ValueError(f"{model_id}: unexpected weights {', '.join(result.unexpected_keys[:3])}, ...")
         if adapter_name == CAUSAL and self.mixing is not None:

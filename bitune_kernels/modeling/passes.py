@@ -35,6 +35,19 @@ def set_open_call(call) -> None:
     _state.call = call
 
 
+@contextmanager
+def evaluating(model: nn.Module):
+    """Inside, evaluation without gradients; behind it each module is in its own mode again."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m in training:
+            m.training = True
+
+
 class Past:
     """What a user's cache holds of earlier turns, for a turn that is read by both streams over it."""
 

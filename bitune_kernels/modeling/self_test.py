@@ -4,29 +4,17 @@ loss in chunks against the causal LM's own."""
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager
 
 import torch
 
 from ..plan import SegmentPlan
+from .passes import evaluating
 
 logger = logging.getLogger(__name__)
 
 # Relative error of the answer's hidden states that rounding explains; a wrong path is off by tens of percent.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _ROUNDED = 0.1
-
-
-@contextmanager
-def _evaluating(model):
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for m in training:
-            m.training = True
 
 
 def _few_tokens(model) -> tuple[torch.Tensor, torch.Tensor, SegmentPlan]:
@@ -53,7 +41,7 @@ def check_one_pass(model) -> None:
         with model.use_schedule(use_fused=fused), hooks.request(plan):
             return backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.double()
 
-    with _evaluating(model):
+    with evaluating(model):
         expected = run(fused=False)
         error = _failure(run, expected, dtype)
         if error and hooks.structure.trim is not None:
@@ -89,7 +77,7 @@ def check_chunked_loss(model) -> None:
     labels = ids.clone()
     labels[:, :5] = -100
     common = dict(attention_mask=mask, inputs_embeds=None)
-    with _evaluating(model):
+    with evaluating(model):
         expected = model(input_ids=ids, labels=labels, attention_mask=mask).loss.double()
         try:
             found = model._forward_in_chunks(plan, plan.pack_answers(labels)[None], 3, ids, common).loss.double()

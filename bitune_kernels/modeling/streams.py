@@ -8,6 +8,7 @@ from ..backends.reference import attention_weights
 from ..masks import visible_to_prompt
 from .model import BituneModel
 from .one_pass import Observer
+from .passes import evaluating
 
 
 def stream_attention(model: BituneModel, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -72,7 +73,6 @@ def stream_distance(model: BituneModel, input_ids: torch.Tensor) -> dict[str, to
     return {name: torch.stack(layers) for name, layers in distances.items()}
 
 
-@torch.no_grad()
 def _prefill(model: BituneModel, input_ids: torch.Tensor, observer: Observer) -> None:
     if not isinstance(model, BituneModel):
         raise TypeError(f"model: expected a BituneModel, got {type(model).__name__}")
@@ -80,10 +80,5 @@ def _prefill(model: BituneModel, input_ids: torch.Tensor, observer: Observer) ->
         raise TypeError(f"input_ids: expected a tensor [1, seq], got {type(input_ids).__name__}")
     if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 2:
         raise ValueError(f"input_ids: expected [1, seq] with at least two tokens, got {list(input_ids.shape)}")
-    training = model.training
-    model.eval()
-    try:
-        with model.use_schedule(use_fused=True), model._hooks.observing(observer):
-            model(input_ids=input_ids, use_cache=False)
-    finally:
-        model.train(training)
+    with evaluating(model), model.use_schedule(use_fused=True), model._hooks.observing(observer):
+        model(input_ids=input_ids, use_cache=False)

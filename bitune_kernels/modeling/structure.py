@@ -112,6 +112,16 @@ def refuse_packed(model: nn.Module) -> None:
             )
 
 
+def refuse_dispatched(model: nn.Module) -> None:
+    """Raise ValueError if accelerate moves weights or rows from device to device while the model runs."""
+    devices = sorted(set(map(str, getattr(model, "hf_device_map", {}).values())))
+    if len(devices) > 1:
+        raise ValueError(
+            f"base_model: expected all layers on one device, got a device_map over {', '.join(devices)}; FSDP2 spreads "
+            "a model over several GPUs"
+        )
+
+
 def refuse_partitioned(parameters) -> None:
     """Raise ValueError if DeepSpeed ZeRO-3 has partitioned one of the named parameters.
 
