@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from bitune_kernels import BituneConfig, BituneModel, get_bitune_model
-from tests.tiny import base_model, bitune_model, lora
+from tests.tiny import base_model, bitune_model, lora, ragged_batch
 
 WORDS = "the a cat dog sat ran on mat what who did where is it ? . yes no at home".split()
 TEXTS = [
@@ -237,6 +237,65 @@ def test_sft_on_packed_samples_and_conversations_equals_padded_three_passes(rows
 def test_sft_samples_without_a_prompt_are_refused(options, place, tmp_path):
     with pytest.raises(ValueError, match=f"^labels: expected -100 on the prompt, got a label on {place}"):
         sft_trainer(bitune_model(), tmp_path, **options).train()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("use_fused", [True, False])
+def test_trls_head_gives_each_token_its_own_log_probability(use_fused, side):
+    from trl.trainer.utils import add_fused_lm_head
+
+    ids, mask, labels = ragged_batch(side)
+    batch = dict(input_ids=ids, attention_mask=mask, labels=labels)
+    with torch.no_grad():
+        logits = bitune_model(use_fused=False).eval()(**batch).logits[:, :-1].log_softmax(-1)
+    scored = labels[:, 1:] != -100
+    expected = {
+        "log_probs": logits.gather(2, labels[:, 1:, None].clamp(min=0))[..., 0] * scored,
+        "entropy": -(logits.exp() * logits).sum(-1) * scored,
+        "label_mask": scored,
+    }
+    base = base_model()
+    add_fused_lm_head(base, outputs=("log_probs", "entropy"))
+    out = bitune_model(base=base, use_fused=use_fused).train()(**batch, fused_lm_head=True)
+    for name, values in expected.items():
+        torch.testing.assert_close(out[name], values, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def dpo_trainer(model, folder):
+    from trl import DPOConfig, DPOTrainer
+
+    rows = [{"prompt": p + " ", "chosen": a, "rejected": TEXTS[i - 1][1]} for i, (p, a) in enumerate(TEXTS)]
+    return DPOTrainer(
+        model=model,
+        ref_model=base_model(),
+        args=arguments(DPOConfig, folder),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
+    )
+
+
+def grpo_trainer(model, folder):
+    from trl import GRPOConfig, GRPOTrainer
+
+    return GRPOTrainer(
+        model=model,
+        reward_funcs=lambda completions, **kwargs: [float(len(c)) for c in completions],
+        args=arguments(GRPOConfig, folder, num_generations=2, num_iterations=2, max_completion_length=4),
+        train_dataset=Dataset.from_list([{"prompt": p} for p, _ in TEXTS]),
+        processing_class=tokenizer(),
+    )
+
+
+@pytest.mark.parametrize("make", [dpo_trainer, grpo_trainer])
+def test_trls_trainers_by_log_probabilities_equal_the_three_pass_schedule(make, tmp_path):
+    curves = []
+    for fused in (True, False):
+        trainer = make(bitune_model(use_fused=fused), tmp_path / str(fused))
+        trainer.train()
+        curves.append([(row["loss"], row["grad_norm"]) for row in trainer.state.log_history if "loss" in row])
+    assert len(curves[0]) == STEPS and all(grad_norm > 0.01 for _, grad_norm in curves[0])
+    for found, expected in zip(*curves, strict=True):
+        assert found == pytest.approx(expected, rel=2e-4, abs=1e-6)
 
 
 def test_a_loop_under_accelerate_equals_the_same_loop_without():

@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.functional import pad
 
 from ..config import CONFIG_NAME, BituneConfig
 from ..mixing import MixingCoefficients
@@ -370,6 +371,9 @@ class BituneModel(PeftModelForCausalLM):
                 out = super().forward(input_ids, labels=labels, return_dict=True, **common)
             if getattr(out, "logits", None) is not None:
                 out.logits = plan.unpack_answers(out.logits[0])
+            for name, x in out.items() if kwargs.get("fused_lm_head") else ():
+                if isinstance(x, torch.Tensor) and x.ndim == 2:  # of TRL's head, [1, A - 1]: of each row but the last
+                    out[name] = plan.unpack_answers(pad(x[0], (0, 1)))[:, :-1]
         return out if return_dict is not False else out.to_tuple()
 
     def _forward_in_chunks(self, plan: SegmentPlan, labels: torch.Tensor, chunk_rows: int, input_ids, common: dict):
