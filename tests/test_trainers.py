@@ -75,11 +75,12 @@ def collate(rows):
     return {k: torch.tensor([r[k] + [f] * (width - len(r[k])) for r in rows]) for k, f in fill.items()}
 
 
-def hf_trainer(model, folder, **changes):
+def hf_trainer(model, folder, eval_dataset=None, **changes):
     return Trainer(
         model=model,
         args=arguments(TrainingArguments, folder, **changes),
         train_dataset=tokenized(),
+        eval_dataset=eval_dataset,
         data_collator=collate,
     )
 
@@ -150,6 +151,21 @@ def test_a_checkpoint_of_the_trainer_reloads_exactly_and_resumes(make, tmp_path)
         whole.model.load_adapter(checkpoint / name, name)
     for (name, a), b in zip(loaded.named_parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end_and_resumed(tmp_path):
+    best = dict(load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True)  # the first one
+    options = dict(eval_strategy="steps", eval_steps=1, save_steps=1, lr_scheduler_type="constant")
+    trainer = hf_trainer(bitune_model(), tmp_path, eval_dataset=tokenized(), **options, **best)
+    trainer.train()
+    evaluated = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    assert max(evaluated) == evaluated[0] > evaluated[-1]
+    assert trainer.evaluate()["eval_loss"] == evaluated[0]
+    frozen = {n for n, p in bitune_model().named_parameters() if not p.requires_grad}
+    assert frozen == {n for n, p in trainer.model.named_parameters() if not p.requires_grad}
+    resumed = hf_trainer(bitune_model(seed=5, base=base_model()), tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS}"))
+    assert resumed.evaluate(tokenized())["eval_loss"] == evaluated[-1]
 
 
 def test_evaluation_reports_the_loss_of_the_answers(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -450,6 +451,8 @@ class BituneModel(PeftModelForCausalLM):
         super().save_pretrained(str(save_directory), **kwargs)
         if kwargs.get("is_main_process", True):
             self.bitune_config.save(save_directory)
+            # empty: the Trainer's load_best_model_at_end takes a folder without it for no checkpoint
+            save_file({}, Path(save_directory, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
             if self.mixing is not None:
                 state = kwargs.get("state_dict") or {}
                 thetas = {n: state.get(f"mixing.{n}", p) for n, p in self.mixing.named_parameters()}
@@ -457,7 +460,14 @@ class BituneModel(PeftModelForCausalLM):
                 save_file(thetas, Path(save_directory, MIXING_NAME), metadata={"format": "pt"})
 
     def load_adapter(self, model_id: str | Path, adapter_name: str, is_trainable: bool = False, **kwargs):
-        """Load one adapter's weights from its own folder, and with "causal" the mixing coefficients beside it."""
+        """Load one adapter's weights from its own folder, and with "causal" the mixing coefficients beside it.
+
+        From a folder of ``save_pretrained`` everything is loaded, as the Trainer asks for the best checkpoint.
+        """
+        if Path(model_id, CONFIG_NAME).is_file():
+            folders = {name: Path(model_id, name) for name in self.peft_config}
+            *_, result = (self.load_adapter(path, name, is_trainable, **kwargs) for name, path in folders.items())
+            return result
         if adapter_name not in self.peft_config:
             raise ValueError(f"adapter_name: expected one of {', '.join(self.peft_config)}, got {adapter_name!r}")
         with _trainable_kept(self), evaluating(self):
