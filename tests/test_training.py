@@ -65,8 +65,13 @@ class Listener(TrainerCallback):
     [("layer", "bitune"), ("head", "bitune"), ("global", "bitune"), ("head", "single_stream_dual")],
 )
 def test_alpha_is_logged_to_every_listener_and_kept(granularity, variant, tmp_path):
-    model, listener = bitune_model(mixing_granularity=granularity, variant=variant), Listener()
-    trainer = hf_trainer(model, tmp_path)
+    listener = Listener()
+    trainer = Trainer(
+        model_init=lambda: bitune_model(mixing_granularity=granularity, variant=variant),  # a new one in train()
+        args=arguments(TrainingArguments, tmp_path),
+        train_dataset=tokenized(),
+        data_collator=collate,
+    )
     trainer.add_callback(listener)  # before AlphaCallback, as what the Trainer reports to stands before both
     trainer.add_callback(AlphaCallback(trainer))
     trainer.train()

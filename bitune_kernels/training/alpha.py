@@ -23,13 +23,16 @@ class AlphaCallback(TrainerCallback):
 
     def __init__(self, trainer):
         self.trainer = trainer
-        self.mixing = getattr(trainer.accelerator.unwrap_model(trainer.model), "mixing", None)
-        if self.mixing is None:
+        if self._mixing() is None:
             raise ValueError("trainer: expected a Bitune model that mixes two streams, got one without alpha")
+
+    def _mixing(self):
+        # of the model that is trained: with model_init each run makes another one
+        return getattr(self.trainer.accelerator.unwrap_model(self.trainer.model), "mixing", None)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in (logs or {}):  # the log of a training step, and not the one made here
-            self.trainer.log(alphas(self.mixing))
+            self.trainer.log(alphas(self._mixing()))
 
 
 @torch.no_grad()
