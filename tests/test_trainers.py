@@ -178,6 +178,32 @@ def test_evaluation_reports_the_loss_of_the_answers(tmp_path):
     assert found == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_label_smoothing_needs_prompt_lengths_and_is_that_of_three_passes(tmp_path):
+    def collate_lengths(rows):
+        return collate(rows) | {"prompt_lengths": torch.tensor([r["labels"].count(-100) for r in rows])}
+
+    options = dict(label_smoothing_factor=0.1, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    with pytest.raises(ValueError, match=r"^labels: .* label_smoothing_factor .*: give prompt_lengths"):
+        hf_trainer(bitune_model(), tmp_path, **options).train()
+    trainer = hf_trainer(bitune_model(), tmp_path, **options)
+    trainer.data_collator = collate_lengths
+    found = trainer.evaluate(tokenized())["eval_loss"]
+    batch = collate_lengths(list(tokenized()))
+    with torch.no_grad():
+        logits = bitune_model(use_fused=False).eval()(**batch).logits[:, :-1].flatten(0, 1)
+    targets = batch["labels"][:, 1:].flatten()
+    expected = torch.nn.functional.cross_entropy(logits, targets, label_smoothing=0.1)
+    assert found == pytest.approx(float(expected), rel=1e-5)
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+def test_noise_on_embeddings_is_refused(tmp_path):
+    trainer = hf_trainer(bitune_model(), tmp_path, neftune_noise_alpha=5.0)
+    with pytest.raises(ValueError, match=r"^neftune_noise_alpha: expected None"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("make", [hf_trainer, sft_trainer])

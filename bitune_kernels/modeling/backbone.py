@@ -226,7 +226,8 @@ class BackboneHooks:
         """Plan a call whose tokens are prompts; returns the tokens and positions of the distinct ones."""
         if backbone.training and torch.is_grad_enabled():
             raise ValueError(
-                "labels: expected labels (or prompt_lengths) in training, to know where the prompt ends; got neither"
+                "labels: expected labels (or prompt_lengths) in training, to know where the prompt ends; got neither "
+                "(Trainer keeps labels with label_smoothing_factor or compute_loss_func: give prompt_lengths)"
             )
         if not (mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)):
             mask = _padding(positions)
@@ -266,6 +267,13 @@ class BackboneHooks:
         if self.config.separate_adapters and any(getattr(m, "merged", False) for m in self.structure.adapted):
             raise ValueError(
                 "adapters: expected unmerged ones to run both streams (call unmerge_adapter()), got merged weights"
+            )
+        embedding = self.structure.backbone.get_input_embeddings()
+        noise = getattr(embedding, "neftune_noise_alpha", None)
+        if noise and embedding.training:
+            raise ValueError(
+                "neftune_noise_alpha: expected None, since all samples are one row, whose length the noise would be made "
+                f"for, and each stream would get its own, got {noise}"
             )
         for flag in ("output_attentions", "output_hidden_states"):
             if kwargs.get(flag):
