@@ -25,9 +25,8 @@ def byte_tokenizer(**options) -> PreTrainedTokenizerFast:
     from tokenizers import decoders
 
     model.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>", **options
-    )
+    special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=model, **special | options)
 
 
 ROWS = {
@@ -98,15 +97,21 @@ def test_recipes_read_their_data_sets(name, tmp_path):
 def test_messages_go_through_the_chat_template():
     tok = byte_tokenizer()
     tok.chat_template = (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}\n{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     )
     turns = [("user", "hi"), ("assistant", "hello"), ("user", "sky?"), ("assistant", "blue")]
     messages = [{"role": role, "content": text} for role, text in turns]
-    (sample,) = tokenize([{"messages": messages}, {"messages": messages[:3]}], tok)
+    without_answers = [{"messages": messages[:n]} for n in (0, 3)] + [
+        {"messages": [*messages[:3], {"role": "assistant"}]}
+    ]
+    (sample,) = tokenize([{"messages": messages}, *without_answers], tok)
     n = sample["labels"].count(-100)
-    assert tok.decode(sample["input_ids"][:n]).endswith("<user>sky?</s><assistant>")
+    assert tok.decode(sample["input_ids"][:n]).endswith("<user>sky?</s>\n<assistant>")
     assert tok.decode(sample["input_ids"][n:]) == "blue</s>"
+    with pytest.raises(ValueError, match=r"^messages: expected messages as the chat template takes them; no system"):
+        tokenize([{"messages": [{"role": "system", "content": "s"}, *messages]}], tok)
 
 
 def test_every_answer_of_a_conversation_can_be_trained():
@@ -137,6 +142,17 @@ def test_what_is_skipped_is_counted_once(caplog):
         tokenize(rows[1:3], byte_tokenizer())
     with pytest.raises(ValueError, match="expected a column 'prompt', got question"):
         tokenize([{"question": "?"}], byte_tokenizer())
+    for wrong in ("{}", "{prompt.text}"):
+        with pytest.raises(ValueError, match=r"^prompt, completion: expected format strings over the columns"):
+            tokenize(rows, byte_tokenizer(), prompt=wrong)
+    with pytest.raises(ValueError, match=r"^tokenizer: expected one with an end token"):
+        tokenize(rows, byte_tokenizer(eos_token=None))
+
+
+def test_null_is_no_text_and_the_word_none_is():
+    tok = byte_tokenizer()
+    (sample,) = tokenize([{"prompt": "{}", "completion": "None", "input": None}], tok, prompt="{prompt}{input}")
+    assert tok.decode(sample["input_ids"]) == "Question: {}\n\nAnswer: None</s>"
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -176,3 +192,7 @@ def test_wrong_files_are_refused_by_name(tmp_path):
         load_recipe(tmp_path / "none.yaml")
     with pytest.raises(FileNotFoundError, match=r"^data: expected a file"):
         load_rows(str(tmp_path / "none.jsonl"))
+    for text in ("", "\n", '{"prompt": "x"}\n{"prompt"'):
+        path.with_suffix(".jsonl").write_text(text)
+        with pytest.raises(ValueError, match=r"^data: expected JSON rows with the same columns in .*mine.jsonl, got"):
+            load_rows(str(path.with_suffix(".jsonl")))

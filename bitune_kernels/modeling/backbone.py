@@ -272,8 +272,8 @@ class BackboneHooks:
         noise = getattr(embedding, "neftune_noise_alpha", None)
         if noise and embedding.training:
             raise ValueError(
-                "neftune_noise_alpha: expected None, since all samples are one row, whose length the noise would be made "
-                f"for, and each stream would get its own, got {noise}"
+                "neftune_noise_alpha: expected None, since all samples are one row, whose length would size the noise, "
+                f"and each stream would get its own, got {noise}"
             )
         for flag in ("output_attentions", "output_hidden_states"):
             if kwargs.get(flag):

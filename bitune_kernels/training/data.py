@@ -58,21 +58,42 @@ def load_rows(data: str, name: str | None = None, split: str = "train", revision
 
     Raises:
         FileNotFoundError: ``data`` names a file that isn't there.
+        ValueError: the file isn't made of JSON rows.
     """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     if Path(data).suffix in (".json", ".jsonl"):
         if not Path(data).is_file():
             raise FileNotFoundError(f"data: expected a file, got {data}, which does not exist")
-        return load_dataset("json", data_files=data, split="train")
+        try:
+            return load_dataset("json", data_files=data, split="train")
+        except (DatasetGenerationError, StopIteration, ValueError) as error:  # the last two: a file without rows
+            found = str(error.__cause__ or error) or "none"
+            raise ValueError(f"data: expected JSON rows with the same columns in {data}, got {found}") from None
     return load_dataset(data, name, split=split, revision=revision)
 
 
+def _is_answer(message: dict[str, Any]) -> bool:
+    return message.get("role") == "assistant" and bool(message.get("content"))
+
+
 def _before_and_with_answer(messages: list[dict[str, Any]], tokenizer) -> tuple[list[int], list[int]]:
-    """Token ids of a conversation up to where its last message, an answer, is to begin, and of the whole."""
+    """Token ids of a conversation up to where its last message, an answer, is to begin, and of the whole.
+
+    Without the white space that templates write behind an answer's end token and ``generate()`` never makes.
+    """
+    from jinja2 import TemplateError
+
     options = dict(tokenize=True, return_dict=True)
-    before = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **options)["input_ids"]
-    return before, tokenizer.apply_chat_template(messages, **options)["input_ids"]
+    try:
+        before = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **options)["input_ids"]
+        both = tokenizer.apply_chat_template(messages, **options)["input_ids"]
+    except TemplateError as error:
+        raise ValueError(f"messages: expected messages as the chat template takes them; {error}") from None
+    while len(both) > len(before) and not tokenizer.decode(both[-1:]).strip():
+        both = both[:-1]
+    return before, both
 
 
 def tokenize_row(row: dict[str, Any], tokenizer, prompt="{prompt}", completion="{completion}", reader=None):
@@ -91,7 +112,7 @@ def tokenize_row(row: dict[str, Any], tokenizer, prompt="{prompt}", completion="
     """
     if reader is None and row.get("messages") is not None:
         messages = row["messages"]
-        if len(messages) < 2 or messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
+        if len(messages) < 2 or not _is_answer(messages[-1]):
             return [], []
         first, both = _before_and_with_answer(messages, tokenizer)
         if both[: len(first)] != first:
@@ -101,10 +122,12 @@ def tokenize_row(row: dict[str, Any], tokenizer, prompt="{prompt}", completion="
         if reader is not None:
             question, answer = READERS[reader](row)
         else:
+            row = {name: "" if value is None else value for name, value in row.items()}
             question, answer = prompt.format(**row), completion.format(**row)
-            answer = "" if answer == "None" and None in row.values() else answer
     except KeyError as error:
         raise ValueError(f"data: expected a column {error}, got {', '.join(sorted(row))}") from None
+    except (IndexError, AttributeError) as error:
+        raise ValueError(f"prompt, completion: expected format strings over the columns; {error}") from None
     first = tokenizer(TEMPLATE.format(x=question))["input_ids"]
     if not (answer or "").strip():
         return first, []
@@ -122,17 +145,15 @@ def tokenize_row(row: dict[str, Any], tokenizer, prompt="{prompt}", completion="
 def tokenize_conversation(messages: list[dict[str, Any]], tokenizer) -> tuple[list[int], list[int]]:
     """``(input ids, labels)`` of a conversation through the tokenizer's chat template; every answer has labels.
 
-    What follows the last answer is left out, and so are labels of the white space behind an answer's end token, which
-    ``generate()`` never makes: they stand before the next turn. No answer: no ids.
+    What follows the last answer is left out, and so are labels of the white space behind an answer's end token: it
+    stands before the next turn. No answer: no ids.
 
     Raises:
         ValueError: a chat template that writes a turn otherwise once another one follows.
     """
     ids, labels = [], []
-    for i in (i for i, m in enumerate(messages) if m["role"] == "assistant" and m["content"]):
+    for i in (i for i, m in enumerate(messages) if _is_answer(m)):
         first, both = _before_and_with_answer(messages[: i + 1], tokenizer)
-        while len(both) > len(first) and not tokenizer.decode(both[-1:]).strip():
-            both = both[:-1]
         if first[: len(ids)] != ids or both[: len(first)] != first:
             raise ValueError(
                 "messages: expected a chat template that leaves earlier turns as they are, got another one"
@@ -165,9 +186,12 @@ def tokenize(
         turns: as in ``BituneConfig``. With another than "one" every answer in ``messages`` is trained.
 
     Raises:
-        ValueError: no sample is left.
+        ValueError: no sample is left; a tokenizer without an end token.
     """
     from datasets import Dataset
+
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer: expected one with an end token, got one without")
 
     samples, skipped = [], Counter()
     for row in rows:
