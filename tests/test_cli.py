@@ -106,6 +106,11 @@ def test_resuming_ends_where_a_whole_run_ends(place, monkeypatch, capsys):
         (["--target-modules", "[q_proj, query]"], "got query"),
         (["--resume"], "resume: expected a folder with run.json"),
         (["--backend", "fast"], "backend: expected one of"),
+        (["--data", ""], "data: expected a .json or .jsonl file or an id of the Hub, got nothing"),
+        (["--betas", "[0.9"], "recipe: expected yaml for --betas, got another text"),
+        (["--schedule", "fast"], "fast is not a valid SchedulerType"),
+        (["--report-to", "paper"], "report_to: expected none"),
+        (["--prompt", "{question}" * 50], "max_length: expected at most the 256 tokens of the model, got 2048"),
     ],
 )
 def test_what_is_wrong_is_named_before_the_model_is_loaded(options, message, place, monkeypatch, capsys):
@@ -118,6 +123,13 @@ def test_what_is_wrong_is_named_before_the_model_is_loaded(options, message, pla
     assert run(place, *options) == 2
     assert message in capsys.readouterr().err
     assert not (place / "run").exists()  # nothing hinders the corrected command
+
+
+def test_a_run_whose_plot_could_not_be_drawn_does_not_begin(place, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run(place) == 2
+    assert "bitune train: expected matplotlib, got none" in capsys.readouterr().err and not (place / "run").exists()
+    assert run(place, "--variant", "no_mixing", "--max-steps", "1") == 0
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(place, capsys):

@@ -176,6 +176,10 @@ def test_padding_follows_the_tokenizer(side):
         ({"reader": "mmlu"}, "reader: expected one of"),
         ({"use_fused": 1}, "use_fused: expected bool, got 1"),
         ({"dtype": "int8"}, "dtype: expected float32"),
+        ({"theta_lr": 0}, "theta_lr: expected a number > 0, got 0"),
+        ({"max_answer_length": 0}, "max_answer_length: expected a number > 0, got 0"),
+        ({"weight_decay": -1}, "weight_decay: expected a number >= 0, got -1"),
+        ({"betas": [0.9, 1]}, r"betas: expected two numbers in \[0, 1\), got"),
     ],
 )
 def test_wrong_fields_are_refused_by_name(changes, message):
@@ -188,6 +192,10 @@ def test_wrong_files_are_refused_by_name(tmp_path):
     path.write_text("learning_rate: 1\n")
     with pytest.raises(ValueError, match=r"got learning_rate in .*mine.yaml"):
         load_recipe(path)
+    for text, message in (("lr: [1", "expected yaml in"), ("extends: mine.yaml", "expected recipes that don't extend")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"^recipe: {message}"):
+            load_recipe(path)
     with pytest.raises(FileNotFoundError, match=r"^recipe: expected a yaml file"):
         load_recipe(tmp_path / "none.yaml")
     with pytest.raises(FileNotFoundError, match=r"^data: expected a file"):

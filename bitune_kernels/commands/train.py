@@ -22,9 +22,7 @@ def add(commands) -> None:
 
 
 def _run(given) -> None:
-    import yaml
-
-    from ..training.recipe import Recipe, load_recipe
+    from ..training.recipe import Recipe, load_recipe, parse_yaml
 
     known, changes, left = {f.name: f.type for f in fields(Recipe)}, {}, list(given.fields)
     while left:
@@ -38,7 +36,7 @@ def _run(given) -> None:
                 raise ValueError(f"{option}: expected a value, got none")
             value = left.pop(0)
         # A text field keeps what was typed: a prompt with braces or a model named 7 are no yaml.
-        changes[name] = value if known[name] in ("str", "str | None") else yaml.safe_load(value)
+        changes[name] = value if known[name] in ("str", "str | None") else parse_yaml(value, f"for {option}")
     recipe = load_recipe(given.recipe, changes)
     if recipe.data.endswith((".json", ".jsonl")) and not Path(recipe.data).is_file():
         raise FileNotFoundError(f"data: expected a file, got {recipe.data}, which does not exist")

@@ -78,7 +78,7 @@ class Recipe:
     def __post_init__(self):
         for name, kind in get_type_hints(Recipe).items():
             setattr(self, name, _convert(name, kind, getattr(self, name)))
-        if self.data is None:
+        if not self.data:
             raise ValueError("data: expected a .json or .jsonl file or an id of the Hub, got nothing")
         if self.reader is not None and self.reader not in READERS:
             raise ValueError(f"reader: expected one of {', '.join(READERS)}, got {self.reader!r}")
@@ -93,12 +93,16 @@ class Recipe:
                 f"gradient_checkpointing: expected true, false or 'selective', got {self.gradient_checkpointing!r}"
             )
         self.betas = [0.9, 0.999] if self.betas is None else self.betas
-        if len(self.betas) != 2:
-            raise ValueError(f"betas: expected two numbers, got {self.betas}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: expected two numbers in [0, 1), got {self.betas}")
         positive = "lora_r lora_alpha lr max_length max_steps batch_size accumulation logging_steps save_steps".split()
-        for name in positive:
+        optional = [name for name in ("theta_lr", "max_answer_length") if getattr(self, name) is not None]
+        for name in positive + optional:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
+        for name in ("weight_decay", "clip", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
         self.bitune_config(None)
 
     def bitune_config(self, peft) -> BituneConfig:
@@ -126,24 +130,35 @@ def _convert(name: str, kind, value) -> Any:
     raise TypeError(f"{name}: expected {wanted.replace('NoneType', 'null')}, got {value!r}")
 
 
+def parse_yaml(text: str, place: str) -> Any:
+    """What a text says in yaml; a ValueError that names its place if it is none."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe: expected yaml {place}, got another text: {error}") from None
+
+
 def load_recipe(path: str | Path, changes: dict[str, Any] | None = None) -> Recipe:
     """A yaml file of Recipe's fields, over the file that it ``extends`` (beside it), under ``changes``.
 
     Raises:
         FileNotFoundError, ValueError, TypeError: naming the file or the field, what was expected and what came.
     """
-    values, path = {}, Path(path)
+    values, path, read = {}, Path(path), set()
     while path is not None:
         if not path.is_file():
             raise FileNotFoundError(f"recipe: expected a yaml file, got {path}, which does not exist")
-        found = yaml.safe_load(path.read_text())
+        if path.resolve() in read:
+            raise ValueError(f"recipe: expected recipes that don't extend themselves, got {path}, which does")
+        read.add(path.resolve())
+        found = parse_yaml(path.read_text(encoding="utf-8"), f"in {path}")
         if not isinstance(found, dict):
             raise ValueError(f"recipe: expected fields and values in {path}, got {type(found).__name__}")
         base = found.pop("extends", None)
-        unknown = sorted(set(found) - {f.name for f in fields(Recipe)})
+        unknown = sorted(map(str, set(found) - {f.name for f in fields(Recipe)}))
         if unknown:
             known = ", ".join(f.name for f in fields(Recipe))
             raise ValueError(f"recipe: expected the fields {known}, got {', '.join(unknown)} in {path}")
         values = found | values
-        path = None if base is None else path.parent / base
+        path = None if base is None else path.parent / str(base)
     return Recipe(**values | (changes or {}))

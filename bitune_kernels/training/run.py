@@ -21,6 +21,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import get_available_reporting_integrations
 
 from .alpha import AlphaCallback, alpha_history, plot_alpha, write_alpha_csv
 from .checkpointing import selective_checkpointing
@@ -73,6 +74,7 @@ def train(recipe: Recipe, model: str, output: str | Path, resume: bool = False) 
     if first:
         _check_output(output, run, resume)
     _check_targets(model, recipe.target_modules)
+    arguments = _arguments(recipe, output)
     dtype = getattr(torch, recipe.dtype)
     quantization = _quantization(recipe, dtype)
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -80,6 +82,7 @@ def train(recipe: Recipe, model: str, output: str | Path, resume: bool = False) 
     names = ("prompt", "completion", "reader", "max_length", "max_answer_length", "turns")
     rows = load_rows(recipe.data, recipe.data_name, recipe.data_split, recipe.data_revision)
     samples = tokenize(rows, tokenizer, **{name: getattr(recipe, name) for name in names})
+    _check_lengths(model, samples, recipe.max_length)
     if first:
         output.mkdir(parents=True, exist_ok=True)
         (output / f".{RUN_NAME}").write_text(json.dumps(run, indent=2) + "\n")
@@ -98,26 +101,6 @@ def train(recipe: Recipe, model: str, output: str | Path, resume: bool = False) 
     )
     bitune = get_bitune_model(base, recipe.bitune_config(lora))
     groups = parameter_groups(bitune, recipe.lr, recipe.theta_lr, recipe.weight_decay)
-    arguments = TrainingArguments(
-        output_dir=str(output),
-        max_steps=recipe.max_steps,
-        per_device_train_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.accumulation,
-        gradient_checkpointing=recipe.gradient_checkpointing is not False,
-        gradient_checkpointing_kwargs=selective_checkpointing()
-        if recipe.gradient_checkpointing == "selective"
-        else {"use_reentrant": False},
-        learning_rate=recipe.lr,
-        lr_scheduler_type=recipe.schedule,
-        warmup_steps=recipe.warmup,
-        max_grad_norm=recipe.clip,
-        logging_steps=recipe.logging_steps,
-        logging_nan_inf_filter=False,
-        save_steps=recipe.save_steps,
-        save_total_limit=recipe.save_total_limit,
-        report_to=recipe.report_to,
-        seed=recipe.seed,
-    )
     trainer = _Trainer(
         model=bitune,
         args=arguments,
@@ -144,6 +127,36 @@ def train(recipe: Recipe, model: str, output: str | Path, resume: bool = False) 
         tokenizer.save_pretrained(unfinished)
         os.replace(unfinished, output / FINAL)
     return output / FINAL
+
+
+def _arguments(recipe: Recipe, output: Path) -> TrainingArguments:
+    """The Trainer's own settings; what it and the plot at the end need is there."""
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        max_steps=recipe.max_steps,
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulation,
+        gradient_checkpointing=recipe.gradient_checkpointing is not False,
+        gradient_checkpointing_kwargs=selective_checkpointing()
+        if recipe.gradient_checkpointing == "selective"
+        else {"use_reentrant": False},
+        learning_rate=recipe.lr,
+        lr_scheduler_type=recipe.schedule,
+        warmup_steps=recipe.warmup,
+        max_grad_norm=recipe.clip,
+        logging_steps=recipe.logging_steps,
+        logging_nan_inf_filter=False,
+        save_steps=recipe.save_steps,
+        save_total_limit=recipe.save_total_limit,
+        report_to=recipe.report_to,
+        seed=recipe.seed,
+    )
+    installed = get_available_reporting_integrations()
+    if not set(arguments.report_to) <= set(installed):
+        raise ValueError(f"report_to: expected {' or '.join(['none', *installed])} here, got {recipe.report_to}")
+    if recipe.bitune_config(None).mixed and find_spec("matplotlib") is None:
+        raise ValueError("bitune train: expected matplotlib, got none; pip install 'bitune-kernels[train]' brings it")
+    return arguments
 
 
 def _quantization(recipe: Recipe, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -188,6 +201,16 @@ def _last_checkpoint(output: Path) -> str | None:
             continue
         return str(folder)
     return None
+
+
+def _check_lengths(model: str, samples, max_length: int) -> None:
+    """No sample is longer than what the model was made for: a pass would refuse it, many updates later."""
+    limit = getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, samples["input_ids"]))
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"max_length: expected at most the {limit} tokens of the model, got {max_length} and a sample of {longest}"
+        )
 
 
 def _check_targets(model: str, targets: str | list[str]) -> None:
