@@ -221,7 +221,8 @@ def test_answers_are_those_of_three_passes_one_by_one(place, trained, capsys):
     tokenizer = AutoTokenizer.from_pretrained(place / "model")
     expected = [row[: next((i + 1 for i, token in enumerate(row) if token in (end, last)), 9)] for row in free]
     assert (expected[1][-1], expected[2][-1]) == (end, last) and end != last and len(expected[0]) == 9
-    (place / "prompts.jsonl").write_text("\n\n".join(json.dumps({"prompt": p}, ensure_ascii=False) for p in PROMPTS))
+    rows = "\r\n\r\n".join(json.dumps({"prompt": p}, ensure_ascii=False) for p in PROMPTS)
+    (place / "prompts.jsonl").write_text(rows, encoding="utf-8-sig")  # as editors of Windows write it
     several = ["generate", *options, "--file", str(place / "prompts.jsonl"), "--max-new-tokens", "9"]
     assert main([*several, "--batch-size", "2", "--json"]) == 0
     for row, prompt, tokens in zip(lines(capsys), PROMPTS, expected, strict=True):
@@ -328,6 +329,7 @@ def test_figures_show_the_model(place, trained, monkeypatch, capsys):
         ("generate", "--file none", "--file: expected a file of JSON lines, got none, which does not exist"),
         ("generate", "--file empty", "--file: expected at least one line with a prompt"),
         ("generate", "--file wrong", "--file wrong, line 2: expected JSON, got"),
+        ("generate", "--file half", "--file half, line 1: expected JSON, got 'utf-8' codec can't encode"),
         ("generate", "--file rows.jsonl", "line 1: expected a text 'prompt', or 'messages' with role and content"),
         ("generate", "--file answered", "line 1: expected messages whose last one is to be answered"),
         ("generate", "--prompt 12345 --max-new-tokens 252", "at most the 256 tokens of the model, got 5 and 252"),
@@ -337,12 +339,13 @@ def test_figures_show_the_model(place, trained, monkeypatch, capsys):
         ("plot alpha", "--output x.png", "--adapter: expected a variant that mixes two streams, got 'naive_bidir'"),
         ("chat", "", "--model: expected a tokenizer with a chat template, got model without one"),
         ("chat", "--file wrong", "--file: expected JSON, got"),
+        ("chat", "--file none/kept.json", "--file: expected a file in a folder that exists, got none/kept.json"),
         ("chat", "--file messages --system x", "--system: expected none with a conversation in --file"),
         ("chat", "--seed 1", "--seed: expected --temperature or --top-p with it"),
         ("chat", "--history none", "--history: invalid choice: 'none'"),
         ("talk", "", "invalid choice: 'talk'"),
         ("evaluate", "--adapter none --tasks piqa", "--adapter: expected a folder with"),
-        ("export", "--output adapter", "--output: expected a new or empty folder, got adapter"),
+        ("export", "--output adapter", "--output: expected a new or empty folder, other than the current one, got"),
     ],
 )
 def test_what_is_asked_wrongly_is_named(command, options, message, place, monkeypatch, capsys):
@@ -357,6 +360,7 @@ def test_what_is_asked_wrongly_is_named(command, options, message, place, monkey
     Path("adapter", "causal").mkdir(parents=True)
     BituneConfig(variant="naive_bidir").save("adapter")
     Path("empty").write_text("\n")
+    Path("half").write_text(r'{"prompt": "\ud83d"}')
     Path("wrong").write_text('{"prompt": "x"}\n{')
     Path("messages").write_text('[{"role": "user", "content": "x"}]')
     Path("answered").write_text('{"messages": [{"role": "assistant", "content": "x"}]}')
@@ -421,7 +425,7 @@ def test_in_a_terminal(place, trained, capsys):
     assert refused.stderr == "bitune: --top-p: expected a number in (0, 1], got '2'\n"
 
 
-def test_an_exported_model_decodes_a_mixed_cache(place, trained, capsys):
+def test_an_exported_model_decodes_a_mixed_cache(place, trained, monkeypatch, capsys):
     options, model = trained
     assert main(["export", *options, "--output", str(place / "exported")]) == 0
     plain = AutoModelForCausalLM.from_pretrained(place / "exported")
@@ -438,6 +442,12 @@ def test_an_exported_model_decodes_a_mixed_cache(place, trained, capsys):
     assert greedy(again, ids[0].tolist(), 6) == tokens
     with pytest.raises(ValueError, match="folder: expected a new or empty folder"):
         export_merged(again, place / "exported")
+    (place / "empty").mkdir()
+    monkeypatch.chdir(place / "empty")
+    for folder in (".", place / "empty"):
+        with pytest.raises(ValueError, match="folder: expected a new or empty folder, other than the current one"):
+            export_merged(again, folder)
+        assert main(["export", *options, "--output", str(folder)]) == 2
     assert greedy(again, ids[0].tolist(), 6) == tokens
 
 

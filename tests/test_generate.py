@@ -399,6 +399,9 @@ def test_merged_decoding_refuses_weights_that_it_could_not_restore():
     tied = bitune_model(base=base_model(tie_word_embeddings=True), peft=lora(target_modules=["embed_tokens"]))
     with pytest.raises(ValueError, match="tied to a module"), tied.merged_decoding():
         pass
+    biased = bitune_model(peft=lora(lora_bias=True))
+    with pytest.raises(ValueError, match="expected base layers with a bias"), biased.merged_decoding():
+        pass
     weight = model.get_base_model().model.layers[0].mlp.up_proj.base_layer
     weight.weight = torch.nn.Parameter(weight.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match="floating-point base weights"), model.merged_decoding():

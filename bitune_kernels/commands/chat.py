@@ -75,10 +75,12 @@ def _run(given) -> None:
 
 def _read(given) -> list[dict]:
     system = [] if given.system is None else [{"role": "system", "content": given.system}]
+    if given.file is not None and not Path(given.file).absolute().parent.is_dir():
+        raise FileNotFoundError(f"--file: expected a file in a folder that exists, got {given.file}")
     if given.file is None or not Path(given.file).exists():
         return system
     try:
-        messages = json.loads(Path(given.file).read_text(encoding="utf-8"))
+        messages = json.loads(Path(given.file).read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"--file: expected JSON, got {error} in {given.file}") from None
     if not are_messages(messages):

@@ -23,8 +23,8 @@ def add(commands) -> None:
 
 def _run(given) -> None:
     output = Path(given.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output: expected a new or empty folder, got {output}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir()) or output.samefile(".")):
+        raise ValueError(f"--output: expected a new or empty folder, other than the current one, got {output}")
     tokenizer = load_tokenizer(given)
     model = load_model(given)
 

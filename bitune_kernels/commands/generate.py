@@ -105,7 +105,7 @@ def _read(given) -> list[tuple[str, str | list]]:
         raise FileNotFoundError(f"--file: expected a file of JSON lines, got {given.file}, which does not exist")
     prompts = []
     # not splitlines(), which also splits at separators inside of a text
-    for i, line in enumerate(Path(given.file).read_text(encoding="utf-8").split("\n"), start=1):
+    for i, line in enumerate(Path(given.file).read_text(encoding="utf-8-sig").split("\n"), start=1):
         if line.strip():
             place = f"--file {given.file}, line {i}"
             prompts.append((place, _prompt(line, place)))
@@ -117,7 +117,8 @@ def _read(given) -> list[tuple[str, str | list]]:
 def _prompt(line: str, place: str) -> str | list:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+        json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    except ValueError as error:
         raise ValueError(f"{place}: expected JSON, got {error}") from None
     row = row if isinstance(row, dict) else {}
     if isinstance(row.get("prompt"), str):

@@ -276,7 +276,8 @@ class CausalMerge:
     merged ones instead, which costs the memory of every adapted weight once more.
 
     Raises:
-        ValueError: base weights that can't be merged and restored: quantized, sharded, or used elsewhere unadapted.
+        ValueError: base weights that can't be merged and restored: quantized, sharded, used elsewhere unadapted, or
+            without the bias that an adapter has.
     """
 
     def __init__(self, model: nn.Module):
@@ -286,6 +287,9 @@ class CausalMerge:
         for module in self._layers:
             if module.merged:
                 raise ValueError(f"merged_decoding: expected unmerged adapters, got {module.merged_adapters} merged")
+            biased = getattr(module, "lora_bias", {}).get(CAUSAL)
+            if biased and getattr(module.get_base_layer(), "bias", None) is None:
+                raise ValueError("merged_decoding: expected base layers with a bias for lora_bias, got one without")
             for name, p in module.get_base_layer().named_parameters():
                 kind = type(module.get_base_layer()).__name__
                 if type(p) is not nn.Parameter or not p.is_floating_point():

@@ -23,8 +23,8 @@ def export_merged(model: BituneModel, folder: str | Path) -> None:
     if not isinstance(model, BituneModel):
         raise TypeError(f"model: expected a BituneModel, got {type(model).__name__}")
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"folder: expected a new or empty folder, got {folder}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) or folder.samefile(".")):
+        raise ValueError(f"folder: expected a new or empty folder, other than the current one, got {folder}")
     CausalMerge(model)  # refuses weights that can't be merged
     unfinished = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
