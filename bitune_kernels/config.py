@@ -129,7 +129,7 @@ class BituneConfig:
             raise ValueError(f"dynamic_mixing: expected a variant that mixes keys and values, got {self.variant!r}")
         if self.beta_init != 0.5 and "beta" not in self.mixed:
             raise ValueError(f"beta_init: expected 0.5 for {self.variant!r}, which has no beta, got {self.beta_init}")
-        if self.peft is not None and not hasattr(self.peft, "peft_type"):
+        if self.peft is not None and (isinstance(self.peft, type) or not hasattr(self.peft, "peft_type")):
             raise TypeError(f"peft: expected a peft.PeftConfig or None, got {type(self.peft).__name__}")
 
     @property

@@ -113,7 +113,7 @@ def bitune_prefill(
     Args:
         q, k, v, alpha_k, alpha_v, plan, options: as in ``bitune_attention``.
         k_cache, v_cache: [num_slots, num_heads_kv, head_dim], any strides; written in place.
-        cache_positions: int64 [N + A], the slot of each mixed prompt row and then of each answer row.
+        cache_positions: int64 [N + A], the slot of each mixed prompt row and then of each answer row, all different.
         backend: as in ``bitune_attention``.
 
     Returns:
@@ -121,6 +121,8 @@ def bitune_prefill(
     """
     args, options = _checked(q, k, v, alpha_k, alpha_v, plan, **options)
     rows = plan.num_prompt + plan.num_answer
+    if not isinstance(cache_positions, torch.Tensor):
+        raise TypeError(f"cache_positions: expected an int64 tensor, got {type(cache_positions).__name__}")
     if cache_positions.dtype != torch.int64 or tuple(cache_positions.shape) != (rows,):
         raise ValueError(
             f"cache_positions: expected int64 [{rows}] (prompt and answer rows), got {cache_positions.dtype} "
@@ -129,11 +131,16 @@ def bitune_prefill(
     if cache_positions.device != k.device:
         raise ValueError(f"cache_positions: expected it on {k.device}, got {cache_positions.device}")
     for name, cache, rows_of in (("k_cache", k_cache, k), ("v_cache", v_cache, v)):
+        _check_floating(name, cache)
         if cache.ndim != 3 or cache.shape[1:] != rows_of.shape[1:] or cache.dtype != rows_of.dtype:
             expected = ", ".join(["num_slots", *map(str, rows_of.shape[1:])])
             raise ValueError(f"{name}: expected {rows_of.dtype} [{expected}], got {cache.dtype} {list(cache.shape)}")
         if cache.device != rows_of.device:
             raise ValueError(f"{name}: expected it on {rows_of.device}, got {cache.device}")
+    slots = min(len(k_cache), len(v_cache))
+    if _may_read(cache_positions) and not bool(((cache_positions >= 0) & (cache_positions < slots)).all()):
+        found = f"{int(cache_positions.min())} to {int(cache_positions.max())}"
+        raise ValueError(f"cache_positions: expected slots of 0 to {slots - 1}, got {found}")
     # The mix also depends on alpha: with its gradient the caller's cache would become part of a graph.
     if needs_grad := _requiring_grad(*args, **options):
         raise ValueError(
@@ -191,10 +198,14 @@ def _coefficient(name: str, value, heads: int, like: torch.Tensor) -> torch.Tens
         raise ValueError(f"{name}: expected a scalar or shape [{heads}] (one per head), got {list(value.shape)}")
     if value.device != like.device:
         raise ValueError(f"{name}: expected it on {like.device}, got {value.device}")
-    # Reading the values of a GPU tensor would stall every layer, so there the model checks theta when it is loaded.
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(torch.isfinite(value).all()):
+    if _may_read(value) and not bool(torch.isfinite(value).all()):
         raise ValueError(f"{name}: expected finite values, got {value.tolist()}")
     return value
+
+
+def _may_read(x: torch.Tensor) -> bool:
+    # Reading the values of a GPU tensor would stall every layer: there the model checks theta when it is loaded.
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _is_number(value) -> bool:
@@ -269,6 +280,8 @@ def _checked(
     if (prefix is None) != (plan.prefix_lengths is None):
         raise ValueError("prefix: expected it together with plan.prefix_lengths, got one without the other")
     if prefix is not None:
+        if not isinstance(prefix, (tuple, list)) or [isinstance(x, torch.Tensor) for x in prefix] != [True, True]:
+            raise TypeError(f"prefix: expected two tensors (k, v), got {type(prefix).__name__}")
         for name, x, like in (("prefix[0]", prefix[0], k), ("prefix[1]", prefix[1], v)):
             expected = [plan.num_prefix, *like.shape[1:]]
             if list(x.shape) != expected or x.dtype != like.dtype or x.device != like.device:

@@ -11,7 +11,7 @@ tokens gives P - 1 rows per stream. Pure tensor code.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -28,6 +28,8 @@ def _ints(name: str, values, batch: int | None = None) -> tuple[int, ...]:
         if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
             raise TypeError(f"{name}: expected integers, got a tensor of {values.dtype}")
         values = values.reshape(-1).tolist()
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name}: expected integers, one for each sample, got {values!r}")
     values = tuple(values)
     if any(isinstance(v, bool) or not isinstance(v, int) for v in values):
         raise TypeError(f"{name}: expected integers, got {values!r}")

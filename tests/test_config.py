@@ -103,6 +103,7 @@ def test_skip_bidir_beyond_the_layers_is_refused(skip):
         ("loss_chunk_rows", 8.0, TypeError),
         ("turns", "all", ValueError),
         ("peft", {"r": 8}, TypeError),
+        ("peft", LoraConfig, TypeError),
     ],
 )
 def test_bad_fields_are_refused(field, value, error):

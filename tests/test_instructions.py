@@ -280,6 +280,7 @@ def test_bad_input_is_refused_by_name():
     cases = {
         "candidates: expected one or more": lambda: InstructionSelector(embedding, []),
         "candidates: expected one or more texts": lambda: InstructionSelector(embedding, [[], []]),
+        "candidates: expected lists of token ids": lambda: InstructionSelector(embedding, ["is it a dog ?"]),
         "length: expected either": lambda: SoftInstruction(embedding),
         "length: expected a number >= 1": lambda: SoftInstruction(embedding, length=0),
         "width: expected a number >= 1": lambda: EncodedInstruction(embedding, length=1, width=0),
@@ -294,6 +295,9 @@ def test_bad_input_is_refused_by_name():
         "every: expected": lambda: make(every=0),
         "max_grad_norm: expected": lambda: make(max_grad_norm=0),
         "outer_optimizer: expected parameters": lambda: InstructionOptimizer(model, instruction, inner, inner),
+        "outer_optimizer: expected parameters of the instruction": lambda: InstructionOptimizer(
+            model, instruction, outer, inner
+        ),
         "parameters: expected float32": lambda: hypergradient(*q.closures(), [low], [q.phi], alpha=0.1),
         "phi: expected one or more leaves": lambda: hypergradient(*q.closures(), [q.theta], [], alpha=0.1),
         "batch: expected input_ids": lambda: make().step(batch(position_ids=torch.zeros(4, 9)), batch()),
@@ -305,7 +309,7 @@ def test_bad_input_is_refused_by_name():
     }
     before = [p.detach().clone() for p in (*model.parameters(), *instruction.parameters())]
     for message, call in cases.items():
-        with pytest.raises(ValueError, match="^" + re.escape(message)):
+        with pytest.raises((ValueError, TypeError), match="^" + re.escape(message)):
             call()
     assert all(torch.equal(p, x) for p, x in zip((*model.parameters(), *instruction.parameters()), before, strict=True))
 

@@ -218,6 +218,8 @@ def test_a_folder_that_is_not_whole_is_refused(tmp_path):
     (tmp_path / "bitune_config.json").unlink()
     with pytest.raises(FileNotFoundError, match="bitune_config"):
         BituneModel.from_pretrained(base_model(), tmp_path)
+    with pytest.raises(FileNotFoundError, match="folder: expected one of save_pretrained or the id"):
+        BituneModel.from_pretrained(base_model(), tmp_path / "none")
 
 
 def test_disable_adapter_is_the_base_model():
@@ -265,17 +267,22 @@ BAD_CALLS = {
         input_ids=i, attention_mask=m.index_fill(1, torch.tensor([1]), 0), prompt_lengths=[3, 1, 3, 1]
     ),
     "input_ids: expected token ids": lambda i, m, y: dict(labels=y),
+    "input_ids: expected an integer tensor": lambda i, m, y: dict(input_ids=i.tolist(), labels=y),
+    "input_ids: expected [batch, seq]": lambda i, m, y: dict(input_ids=i[0]),
+    "inputs_embeds: expected [batch, seq, hidden]": lambda i, m, y: dict(inputs_embeds=torch.zeros(7, 32), labels=y),
+    "labels: expected integers": lambda i, m, y: dict(input_ids=i, attention_mask=m, labels=y.float()),
     "logits_to_keep": lambda i, m, y: dict(input_ids=i, attention_mask=m, labels=y, logits_to_keep=1),
     "output_attentions": lambda i, m, y: dict(input_ids=i, attention_mask=m, labels=y, output_attentions=True),
     "position_ids": lambda i, m, y: dict(
         input_ids=i, attention_mask=m, labels=y, position_ids=torch.arange(i.shape[1])[None] // 2
     ),
     "past_key_values": lambda i, m, y: dict(input_ids=i, attention_mask=m, labels=y, past_key_values=DynamicCache()),
+    "past_key_values: expected a Cache": lambda i, m, y: dict(input_ids=i, past_key_values=[i]),
 }
 
 
 @pytest.mark.parametrize("message", BAD_CALLS)
-@pytest.mark.filterwarnings("ignore:.*output_attentions.*")
+@pytest.mark.filterwarnings("ignore:.*output_attentions.*", "error:module forward hook")
 def test_bad_calls_name_the_argument_and_leave_the_model_usable(message):
     model = bitune_model().train()
     ids, mask, labels = ragged_batch()

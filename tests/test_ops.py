@@ -769,6 +769,7 @@ BAD = [
     (ONE, {"alpha_k": 0.5}, ValueError, "alpha_k, alpha_v: expected None for a plan with num_streams=1"),
     (ONE, {"alpha_v": 0.5}, ValueError, "alpha_k, alpha_v: expected None for a plan with num_streams=1"),
     (ONE, {"beta": 0.5}, ValueError, "beta: expected two streams to mix"),
+    (PAST, {"prefix": torch.zeros(3, 2, 16)}, TypeError, r"prefix: expected two tensors \(k, v\), got Tensor"),
     (PAST, {"prefix": None}, ValueError, "prefix: expected it together with plan.prefix_lengths"),
     (
         PAST,
@@ -816,6 +817,10 @@ def test_bad_input_is_refused(case, change, error, message, nothing_computes):
 
 BAD_CACHE = [
     ({"plan": None}, TypeError, "plan: expected a SegmentPlan"),
+    ({"k_cache": None}, TypeError, "k_cache: expected a floating point tensor, got NoneType"),
+    ({"cache_positions": [*range(10)]}, TypeError, "cache_positions: expected an int64 tensor, got list"),
+    ({"cache_positions": torch.arange(10) + 3}, ValueError, "cache_positions: expected slots of 0 to 11, got 3 to 12"),
+    ({"cache_positions": torch.arange(10) - 1}, ValueError, "cache_positions: expected slots of 0 to 11, got -1 to 8"),
     ({"cache_positions": torch.arange(9)}, ValueError, r"cache_positions: expected int64 \[10\]"),
     (
         {"cache_positions": torch.arange(10, dtype=torch.int32)},

@@ -10,7 +10,8 @@ def add(commands) -> None:
     parser = commands.add_parser(
         "train",
         help="train adapters and mixing coefficients",
-        description="Each field of a recipe is an option too: --lr 1e-3 --max-steps 20 --data local.jsonl",
+        description="Each field of a recipe is an option too: --lr 1e-3 --max-steps 20 --data local.jsonl. An unknown "
+        "one is answered with the list of them.",
         epilog="example: bitune train --recipe recipes/gsm8k.yaml --model google/gemma-2b --output runs/gsm8k",
         allow_abbrev=False,
     )
@@ -22,7 +23,7 @@ def add(commands) -> None:
 
 
 def _run(given) -> None:
-    from ..training.recipe import Recipe, load_recipe, parse_yaml
+    from ..training.recipe import Recipe, load_recipe, read_yaml
 
     known, changes, left = {f.name: f.type for f in fields(Recipe)}, {}, list(given.fields)
     while left:
@@ -36,7 +37,7 @@ def _run(given) -> None:
                 raise ValueError(f"{option}: expected a value, got none")
             value = left.pop(0)
         # A text field keeps what was typed: a prompt with braces or a model named 7 are no yaml.
-        changes[name] = value if known[name] in ("str", "str | None") else parse_yaml(value, f"for {option}")
+        changes[name] = value if known[name] in ("str", "str | None") else read_yaml(option, value)
     recipe = load_recipe(given.recipe, changes)
     if recipe.data.endswith((".json", ".jsonl")) and not Path(recipe.data).is_file():
         raise FileNotFoundError(f"data: expected a file, got {recipe.data}, which does not exist")

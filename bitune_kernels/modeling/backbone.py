@@ -18,6 +18,7 @@ from ..plan import SegmentPlan
 from .adapters import CausalMerge
 from .doubling import DoublingHooks
 from .generate import Generation, check_cache
+from .labels import check_inputs
 from .one_pass import Observer, OnePass, TrimHooks
 from .passes import Past, current, one_at_a_time, open_call, set_open_call
 from .row_chunks import run_in_chunks
@@ -183,8 +184,7 @@ class BackboneHooks:
         refuse_partitioned([("a weight", next(backbone.parameters()))])  # DeepSpeed partitions after the attach
         name = "inputs_embeds" if kwargs.get("inputs_embeds") is not None else "input_ids"
         tokens = kwargs.get(name)
-        if tokens is None:
-            raise ValueError("input_ids: expected token ids [batch, seq] (or inputs_embeds), got None")
+        check_inputs(kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         if self.merge is not None:
             self.merge.undo()
         self._refuse(tokens, kwargs)

@@ -12,6 +12,7 @@ import torch
 
 from ..plan import SegmentPlan, find_samples
 from .adapters import BIDIR, CAUSAL
+from .labels import check_tokens
 from .loss import chunked_loss
 from .model import BituneModel, check_streams_on
 
@@ -46,7 +47,7 @@ def encode(
         TypeError, ValueError: naming the argument, what was expected and what came, before anything is computed.
     """
     check_streams_on(model)
-    _check_tokens("input_ids", input_ids)
+    check_tokens("input_ids", input_ids)
     if stream not in (BIDIR, CAUSAL):
         raise ValueError(f"stream: expected {BIDIR!r} or {CAUSAL!r}, got {stream!r}")
     if not isinstance(repeat, bool):
@@ -91,8 +92,8 @@ def masked_next_token_loss(
         TypeError, ValueError: naming the argument, what was expected and what came, before anything is computed.
     """
     check_streams_on(model)
-    _check_tokens("input_ids", input_ids)
-    _check_tokens("labels", labels)
+    check_tokens("input_ids", input_ids)
+    check_tokens("labels", labels)
     if labels.shape != input_ids.shape:
         raise ValueError(f"labels: expected shape {list(input_ids.shape)} as the tokens, got {list(labels.shape)}")
     texts = _texts(input_ids.shape, attention_mask)
@@ -129,15 +130,6 @@ def _read(model: BituneModel, input_ids: torch.Tensor, texts: list[torch.Tensor]
     plan = replace(plan, token_index=torch.cat(texts).to(device), padded_shape=tuple(input_ids.shape))
     with model._hooks.request(plan):
         return model._hooks.structure.backbone(input_ids=input_ids, use_cache=False)
-
-
-def _check_tokens(name: str, x) -> None:
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name}: expected an integer tensor [batch, seq], got {type(x).__name__}")
-    if x.is_floating_point() or x.dtype == torch.bool:
-        raise TypeError(f"{name}: expected integers, got a tensor of {x.dtype}")
-    if x.ndim != 2 or not x.numel():
-        raise ValueError(f"{name}: expected [batch, seq] with at least one token, got {list(x.shape)}")
 
 
 def _texts(shape: torch.Size, attention_mask: torch.Tensor | None) -> list[torch.Tensor]:

@@ -10,6 +10,27 @@ from ..config import BituneConfig
 from ..plan import SegmentPlan, find_samples, find_turns
 
 
+def check_tokens(name: str, x) -> None:
+    """Refuse what isn't token ids or labels [batch, seq] (TypeError, ValueError)."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: expected an integer tensor [batch, seq], got {type(x).__name__}")
+    if x.is_floating_point() or x.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integers, got a tensor of {x.dtype}")
+    if x.ndim != 2 or not x.numel():
+        raise ValueError(f"{name}: expected [batch, seq] with at least one token, got {list(x.shape)}")
+
+
+def check_inputs(input_ids, inputs_embeds) -> None:
+    """Refuse what isn't a batch of token ids or of their embeddings (TypeError, ValueError)."""
+    if input_ids is None and inputs_embeds is None:
+        raise ValueError("input_ids: expected token ids [batch, seq] (or inputs_embeds), got None")
+    if inputs_embeds is None:
+        check_tokens("input_ids", input_ids)
+    elif not isinstance(inputs_embeds, torch.Tensor) or inputs_embeds.ndim != 3 or not inputs_embeds.numel():
+        got = list(inputs_embeds.shape) if isinstance(inputs_embeds, torch.Tensor) else type(inputs_embeds).__name__
+        raise ValueError(f"inputs_embeds: expected [batch, seq, hidden] with at least one token, got {got}")
+
+
 def plan_batch(
     tokens: torch.Tensor,
     labels: torch.Tensor | None,
@@ -30,11 +51,13 @@ def plan_batch(
         needs_answer: refuse packed samples none of which has an answer.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came.
+        ValueError, TypeError: naming the argument, what was expected and what came.
     """
     shape = tuple(tokens.shape[:2])
-    if labels is not None and tuple(labels.shape) != shape:
-        raise ValueError(f"labels: expected shape {list(shape)} as the tokens, got {list(labels.shape)}")
+    if labels is not None:
+        check_tokens("labels", labels)
+        if tuple(labels.shape) != shape:
+            raise ValueError(f"labels: expected shape {list(shape)} as the tokens, got {list(labels.shape)}")
     samples = find_samples(shape, attention_mask, position_ids)
     _check_packed(packed, samples, position_ids)
     if prompt_lengths is None:

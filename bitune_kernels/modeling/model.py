@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,7 +33,7 @@ from .adapters import (
 )
 from .backbone import PACKED, BackboneHooks
 from .generate import prepare
-from .labels import plan_batch
+from .labels import check_inputs, plan_batch
 from .loss import chunked_loss, loss_per_sample
 from .passes import evaluating, one_at_a_time
 from .probe import find_structure
@@ -323,7 +324,7 @@ class BituneModel(PeftModelForCausalLM):
             labels and lengths every token is prompt, and only the last one has logits.
 
         Raises:
-            ValueError: naming the argument, what was expected and what came, before anything is computed.
+            ValueError, TypeError: naming the argument, what was expected and what came, before anything is computed.
         """
         if kwargs.get("adapter_names") is not None and self._hooks.enabled:
             raise ValueError(
@@ -334,8 +335,7 @@ class BituneModel(PeftModelForCausalLM):
             with one_at_a_time:
                 return super().forward(input_ids, labels=labels, return_dict=return_dict, **common)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
-        if tokens is None:
-            raise ValueError("input_ids: expected token ids [batch, seq] (or inputs_embeds), got None")
+        check_inputs(input_ids, inputs_embeds)
         if not isinstance(kwargs.get("logits_to_keep", 0), int) or kwargs.get("logits_to_keep", 0):
             raise ValueError("logits_to_keep: expected 0 with labels or prompt_lengths, which already choose the rows")
         if kwargs.get("shift_labels") is not None:
@@ -443,21 +443,22 @@ class BituneModel(PeftModelForCausalLM):
 
         A model sharded by FSDP2 needs ``state_dict``, the full one of ``get_model_state_dict``.
         """
+        folder = os.fspath(save_directory)  # str(None) would be a folder of that name
         if kwargs.get("state_dict") is None:
             for name, parameter in self.named_parameters():
                 own = name.startswith("mixing.") or not self.peft_config.keys().isdisjoint(name.split("."))
                 if own and hasattr(parameter, "full_tensor"):
                     raise ValueError(f"state_dict: expected a full one for a sharded model ({name} is), got None")
-        super().save_pretrained(str(save_directory), **kwargs)
+        super().save_pretrained(folder, **kwargs)
         if kwargs.get("is_main_process", True):
-            self.bitune_config.save(save_directory)
+            self.bitune_config.save(folder)
             # empty: the Trainer's load_best_model_at_end takes a folder without it for no checkpoint
-            save_file({}, Path(save_directory, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+            save_file({}, Path(folder, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
             if self.mixing is not None:
                 state = kwargs.get("state_dict") or {}
                 thetas = {n: state.get(f"mixing.{n}", p) for n, p in self.mixing.named_parameters()}
                 thetas = {n: t.detach().float().cpu().contiguous() for n, t in thetas.items()}
-                save_file(thetas, Path(save_directory, MIXING_NAME), metadata={"format": "pt"})
+                save_file(thetas, Path(folder, MIXING_NAME), metadata={"format": "pt"})
 
     def load_adapter(self, model_id: str | Path, adapter_name: str, is_trainable: bool = False, **kwargs):
         """Load one adapter's weights from its own folder, and with "causal" the mixing coefficients beside it.
@@ -507,7 +508,12 @@ class BituneModel(PeftModelForCausalLM):
         if not Path(folder).is_dir():
             from huggingface_hub import snapshot_download
 
-            folder = snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors", "*.md"])
+            try:
+                folder = snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors", "*.md"])
+            except (OSError, ValueError) as error:
+                raise FileNotFoundError(
+                    f"folder: expected one of save_pretrained or the id of a repository, got {folder}; {error}"
+                ) from error
         for name in (CONFIG_NAME, CAUSAL):
             if not Path(folder, name).exists():
                 raise FileNotFoundError(f"{Path(folder, name)}: not found; expected a folder of save_pretrained")

@@ -88,6 +88,8 @@ class InstructionOptimizer:
         leaves("outer_optimizer", self.phi)
         if not {id(p) for p in self.parameters}.isdisjoint(id(p) for p in self.phi):
             raise ValueError("outer_optimizer: expected parameters that the inner_optimizer hasn't, got some of both")
+        if not {id(p) for p in self.phi} <= {id(p) for p in instruction.parameters()}:
+            raise ValueError("outer_optimizer: expected parameters of the instruction alone, got others")
         if _processes() > 1:
             for p in self.phi:
                 dist.broadcast(p.detach(), 0)
@@ -354,6 +356,8 @@ class InstructionSelector(nn.Module):
         self, embedding: nn.Module, candidates: Sequence[Sequence[int]], *, num_tasks: int = 1, soft: bool = False
     ):
         super().__init__()
+        if any(isinstance(c, str) for c in candidates):
+            raise TypeError("candidates: expected lists of token ids, got a text")
         candidates = [list(c) for c in candidates]
         if not candidates or not any(candidates):
             raise ValueError(f"candidates: expected one or more texts that aren't all empty, got {candidates}")

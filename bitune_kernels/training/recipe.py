@@ -100,7 +100,7 @@ class Recipe:
         for name in positive + optional:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
-        for name in ("weight_decay", "clip", "seed"):
+        for name in ("warmup", "clip", "weight_decay", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
         self.bitune_config(None)
@@ -130,12 +130,12 @@ def _convert(name: str, kind, value) -> Any:
     raise TypeError(f"{name}: expected {wanted.replace('NoneType', 'null')}, got {value!r}")
 
 
-def parse_yaml(text: str, place: str) -> Any:
-    """What a text says in yaml; a ValueError that names its place if it is none."""
+def read_yaml(name: str, text: str) -> Any:
+    """What a text says as yaml; one that isn't yaml is an error of ``name``."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"recipe: expected yaml {place}, got another text: {error}") from None
+        raise ValueError(f"{name}: expected yaml, got {error}") from None
 
 
 def load_recipe(path: str | Path, changes: dict[str, Any] | None = None) -> Recipe:
@@ -151,7 +151,7 @@ def load_recipe(path: str | Path, changes: dict[str, Any] | None = None) -> Reci
         if path.resolve() in read:
             raise ValueError(f"recipe: expected recipes that don't extend themselves, got {path}, which does")
         read.add(path.resolve())
-        found = parse_yaml(path.read_text(encoding="utf-8"), f"in {path}")
+        found = read_yaml(f"recipe {path}", path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError(f"recipe: expected fields and values in {path}, got {type(found).__name__}")
         base = found.pop("extends", None)

@@ -17,6 +17,7 @@ from transformers import (
     BitsAndBytesConfig,
     DataCollatorForSeq2Seq,
     ProgressCallback,
+    SchedulerType,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -73,16 +74,21 @@ def train(recipe: Recipe, model: str, output: str | Path, resume: bool = False) 
     first = int(os.environ.get("RANK", 0)) == 0  # of several processes, the one that writes
     if first:
         _check_output(output, run, resume)
-    _check_targets(model, recipe.target_modules)
+    if recipe.schedule not in {*SchedulerType}:
+        raise ValueError(f"schedule: expected one of {', '.join(SchedulerType)}, got {recipe.schedule!r}")
     arguments = _arguments(recipe, output)
     dtype = getattr(torch, recipe.dtype)
     quantization = _quantization(recipe, dtype)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    try:
+        config, tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: expected a causal language model with its tokenizer, got {model}; {error}") from error
+    _check_targets(config, recipe.target_modules)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     names = ("prompt", "completion", "reader", "max_length", "max_answer_length", "turns")
     rows = load_rows(recipe.data, recipe.data_name, recipe.data_split, recipe.data_revision)
     samples = tokenize(rows, tokenizer, **{name: getattr(recipe, name) for name in names})
-    _check_lengths(model, samples, recipe.max_length)
+    _check_lengths(config, samples, recipe.max_length)
     if first:
         output.mkdir(parents=True, exist_ok=True)
         (output / f".{RUN_NAME}").write_text(json.dumps(run, indent=2) + "\n")
@@ -203,9 +209,9 @@ def _last_checkpoint(output: Path) -> str | None:
     return None
 
 
-def _check_lengths(model: str, samples, max_length: int) -> None:
+def _check_lengths(config, samples, max_length: int) -> None:
     """No sample is longer than what the model was made for: a pass would refuse it, many updates later."""
-    limit = getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", None)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     longest = max(map(len, samples["input_ids"]))
     if limit is not None and longest > limit:
         raise ValueError(
@@ -213,14 +219,12 @@ def _check_lengths(model: str, samples, max_length: int) -> None:
         )
 
 
-def _check_targets(model: str, targets: str | list[str]) -> None:
+def _check_targets(config, targets: str | list[str]) -> None:
     """Each named module exists in the model; its modules are made without weights. PEFT takes one that does."""
     if isinstance(targets, str):  # "all-linear", or a pattern, which PEFT checks
         return
     with torch.device("meta"):
-        names = [
-            name for name, _ in AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).named_modules()
-        ]
+        names = [name for name, _ in AutoModelForCausalLM.from_config(config).named_modules()]
     missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
     if missing:
         known = sorted({name.split(".")[-1] for name in names if name and not name.split(".")[-1].isdigit()})
