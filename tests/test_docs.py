@@ -24,7 +24,7 @@ DOCS = {
     name: (ROOT / name).read_text()
     for name in (
         *("README.md", "CONTRIBUTING.md", "CHANGELOG.md"),
-        *("docs/reproducing.md", "docs/quality.md", "docs/related.md", "docs/encoding.md", "docs/instructions.md"),
+        *(f"docs/{name}.md" for name in "reproducing measured quality related encoding instructions".split()),
     )
 }
 
@@ -177,7 +177,7 @@ def test_the_commands_of_the_paper_are_right(monkeypatch, tmp_path):
             parse()
         else:
             assert words[:-1] == ["install"]
-            (extras,) = re.findall(r"bitune-kernels\[(.*)\]", words[-1])
+            (extras,) = re.findall(r"^\.\[(.*)\]$", words[-1])
             assert set(extras.split(",")) <= set(
                 re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M)
             )
@@ -192,7 +192,8 @@ def test_the_commands_of_the_paper_are_right(monkeypatch, tmp_path):
 
 def test_the_families_are_those_that_are_tested():
     listed = re.search(r"checkpointing: (.*?)\.\n", README, re.DOTALL)[1]
-    assert sorted(re.split(r",\s+", listed)) == sorted({family.model_type or family.id for family in FAMILIES})
+    families = {family.model_type or family.id for family in FAMILIES}
+    assert sorted(re.split(r",\s+", listed)) == sorted(families) and f"[{len(families)} model families]" in README
 
 
 def test_every_backend_is_in_the_table():
@@ -207,7 +208,7 @@ def results(name: str) -> list[dict[str, str]]:
 
 
 def test_measured_figures_stand_in_the_results():
-    measured = README[README.index("## Measured") : README.index("## Limits")]
+    measured = DOCS["docs/measured.md"]
     shas = re.findall(r"commit `(\w+)`", measured)
     rows = results("prefill")
     names = ("prefill", "train_step", "lora", "generate", "choices", "memory")
@@ -226,6 +227,13 @@ def test_measured_figures_stand_in_the_results():
         assert f"{float(by_provider['three-pass']['p50_ms']):.0f}" == three and f"{float(found['p50_ms']):.0f}" == one
         columns = ("speedup_over_three_pass", "cost_in_lora_passes", "floor_linear")
         assert [f"{float(found[c]):.2f}" for c in columns] == ratios
+    text = re.sub(r"\s+", " ", measured)
+    (again,) = re.findall(r"second run .*? \(commit `(\w+)`\): ([\d.]+), ([\d.]+), ([\d.]+) and ([\d.]+) times", text)
+    later = [r for r in rows if r["git_sha"].startswith(again[0]) and r["provider"] == "one-pass[sdpa]"]
+    assert [f"{float(r['speedup_over_three_pass']):.2f}" for r in later] == [*again[1:]]
+    low = [r for r in rows if r["git_sha"].startswith(shas[0]) and r["dtype"] == "bfloat16"]
+    costs = [f"{float(r['memory_over_lora']):.2f}" for r in low if r["provider"] == "one-pass[sdpa]"]
+    assert "It costs memory: {}, {} and {} times plain LoRA's".format(*costs) in text
     updates = [r for r in results("train_step") if r["git_sha"].startswith(shas[0])]
     update = {r["provider"]: r for r in updates if r["dtype"] == "float32"}
     lines = re.findall(
@@ -243,7 +251,6 @@ def test_measured_figures_stand_in_the_results():
     one = update["one-pass[sdpa]"]
     packed = f"{float(one['floor_linear']) / float(one['floor_packed_linear']):.2f}"
     assert floors == {f"{float(one['floor_linear']):.2f}", f"{float(one['floor_packed_linear']):.2f}", packed}
-    text = re.sub(r"\s+", " ", measured)
     linear = [r for r in results("lora") if r["provider"] == "segment" and r["dtype"] == "float32"]
     n64, n256, n1024, n4096 = (f"{float(r['speedup_over_peft']):.2f}" for r in linear)
     assert f"float32 {n64} times faster at 64 rows, {n256} at 256, {n1024} at 1024 and {n4096} at 4096" in text
@@ -264,6 +271,16 @@ def test_measured_figures_stand_in_the_results():
             assert f"{float(memory[length, provider]['bytes_per_token']) / 1024:.1f}" == kib, (length, provider)
     now, before = (f"{float(memory['32768', p]['over_lora']):.2f}" for p in memory_providers[:2])
     assert f"then needs {now} times its memory, where it would need {before} times" in text
+    # the README's own table repeats figures of the page, and its first screen the range of the prefills
+    summary = README[README.index("## Measured") : README.index("## Limits")]
+    figures = re.findall(r"\b\d\.\d\d\b", summary)
+    assert len(figures) > 10 and set(figures) <= set(re.findall(r"\b\d\.\d\d\b", measured))
+    ratios = [float(x) for x in (*again[1:], *(line[5] for line in table if line[0] == "float32"))]
+    assert f"a prefill is {min(ratios):.1f} to {max(ratios):.1f} times faster" in README
+    assert "a training step 1.29 times faster than the authors' schedule" in re.sub(r"\s+", " ", README)
+    assert "One pass is 1.29 times faster than the authors' schedule" in text
+    steps = [float(update[name]["p50_ms"]) for name in ("authors-schedule", "one-pass[sdpa]")]
+    assert f"{steps[0] / steps[1]:.2f}" == "1.29"
 
 
 def test_the_quality_tables_are_those_of_the_rows():

@@ -48,7 +48,8 @@ def parser(description: str, providers: str, *, timed: bool = True) -> argparse.
 
 def add_machine_options(p: argparse.ArgumentParser, providers: str):
     """The options that every benchmark has."""
-    p.add_argument("--dtype", choices=DTYPES, help="default: bfloat16; on a CPU float32 where that is faster")
+    default = "default: bfloat16; on a CPU float32 where that is faster, and always in bilevel.py"
+    p.add_argument("--dtype", choices=DTYPES, help=default)
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     p.add_argument("--providers", nargs="+", metavar="NAME", help=providers)

@@ -36,7 +36,9 @@ def add_format_option(parser) -> None:
 def add_answer_options(parser) -> None:
     parser.add_argument("--max-new-tokens", type=at_least_one, default=128, help="default: 128")
     parser.add_argument(
-        "--temperature", type=number(float, lambda x: x > 0, "a number > 0 (greedy without it)"), help="sample"
+        "--temperature",
+        type=number(float, lambda x: x > 0, "a number > 0 (greedy without it)"),
+        help="sample at this temperature; default: greedy decoding",
     )
     parser.add_argument(
         "--top-p",
