@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 
 from tests.tiny import base_model, bitune_model, ragged_batch
 
-SECONDS = 120  # two processes import transformers at once; the work itself takes a few seconds
+SECONDS = 120  # the work itself takes a few
 RANKS = 2
 CHECKPOINTING = {"plain": None, "reentrant": True, "nonreentrant": False}
 
@@ -39,7 +39,9 @@ def on_two_ranks(function, *args) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    ranks = mp.spawn(_rank, (port, function, args), nprocs=RANKS, join=False)
+    # A server imports these once and forks every process from there; this one has run autograd, and mustn't be forked.
+    mp.get_context("forkserver").set_forkserver_preload(["torch", "peft", "transformers.trainer", "tests.tiny"])
+    ranks = mp.start_processes(_rank, (port, function, args), nprocs=RANKS, join=False, start_method="forkserver")
     end = time.monotonic() + SECONDS
     while not ranks.join(timeout=1):
         if time.monotonic() > end:
