@@ -110,7 +110,6 @@ def test_resuming_ends_where_a_whole_run_ends(place, monkeypatch, capsys):
         (["--betas", "[0.9"], "--betas: expected yaml, got"),
         (["--backend", "fast"], "backend: expected one of"),
         (["--data", ""], "data: expected a .json or .jsonl file or an id of the Hub, got nothing"),
-        (["--betas", "[0.9"], "recipe: expected yaml for --betas, got another text"),
         (["--report-to", "paper"], "report_to: expected none"),
         (["--prompt", "{question}" * 50], "max_length: expected at most the 256 tokens of the model, got 2048"),
     ],
