@@ -135,6 +135,7 @@ def fully_sharded(rank: int, folder: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
     from bitune_kernels import BituneModel
+    from bitune_kernels.training.alpha import alphas
 
     mesh = init_device_mesh("cpu", (RANKS,))
     cases = [(c, {}) for c in CHECKPOINTING]
@@ -151,6 +152,7 @@ def fully_sharded(rank: int, folder: str) -> None:
             found = mean(step(model, share(rank, batch())))
             torch.testing.assert_close(found, loss, atol=0, rtol=1e-6, msg=lambda m, c=case: f"{c}: {m}")
             compare(case, model, expected)
+        assert alphas(model.mixing) == alphas(expected.mixing), case
 
     # frozen weights in bfloat16, adapters and thetas in float32: one group of FSDP with two dtypes
     bfloat16 = bitune_model(base=base_model(dtype=torch.bfloat16)).train()

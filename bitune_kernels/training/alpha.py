@@ -38,7 +38,8 @@ class AlphaCallback(TrainerCallback):
 @torch.no_grad()
 def alphas(mixing) -> dict[str, float]:
     """The values of ``AlphaCallback`` at this moment. Synchronizes a GPU."""
-    means = [a.reshape(len(a), -1).mean(1).expand(mixing.num_layers) for a in mixing.alphas()]
+    whole = (a.full_tensor() if hasattr(a, "full_tensor") else a for a in mixing.alphas())  # FSDP2 shards them
+    means = [a.reshape(len(a), -1).mean(1).expand(mixing.num_layers) for a in whole]
     values, layers = {}, torch.stack(means).tolist()
     for label, column in zip(mixing.labels, layers, strict=True):
         values[f"{label}/mean"] = sum(column) / len(column)
