@@ -126,7 +126,10 @@ def test_what_is_wrong_is_named_before_the_model_is_loaded(options, message, pla
     assert not (place / "run").exists()  # nothing hinders the corrected command
 
 
-def test_a_run_whose_plot_could_not_be_drawn_does_not_begin(place, monkeypatch, capsys):
+def test_a_run_that_would_fail_at_its_end_does_not_begin(place, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")  # each would write the same folder
+        assert run(place) == 2 and "WORLD_SIZE: expected 1" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert run(place) == 2
     assert "bitune train: expected matplotlib, got none" in capsys.readouterr().err and not (place / "run").exists()

@@ -157,6 +157,12 @@ def _arguments(recipe: Recipe, output: Path) -> TrainingArguments:
         report_to=recipe.report_to,
         seed=recipe.seed,
     )
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes != arguments.world_size:
+        raise ValueError(
+            f"WORLD_SIZE: expected {arguments.world_size}, since here each process would train by itself (on CPUs "
+            f"ACCELERATE_USE_CPU=1 makes them one run), got {processes}"
+        )
     installed = get_available_reporting_integrations()
     if not set(arguments.report_to) <= set(installed):
         raise ValueError(f"report_to: expected {' or '.join(['none', *installed])} here, got {recipe.report_to}")
