@@ -1,5 +1,6 @@
 """Settings of every test process."""
 
+import gc
 import os
 from dataclasses import replace
 from importlib.util import find_spec
@@ -19,6 +20,13 @@ if not torch.cuda.is_available():
         # A third of its time goes into checks of integer overflow: tests/test_kernel_bugs.py switches them on.
         builder = interpreter.interpreter_builder
         builder.options = replace(builder.options, sanitize_overflow=False)
+
+
+def pytest_collection_finish():
+    # What the imports have made stays: without this every gc.collect(), of memory measurements and torch.compile, walks
+    # through it again, a quarter of a second each time.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
