@@ -208,6 +208,21 @@ def test_an_outer_step_leaves_the_model_as_an_inner_step_alone_does_and_shares_d
     assert all(torch.equal(p, states[1][n]) for n, p in states[0].items())
 
 
+def test_the_hypergradient_is_clipped_and_its_norm_told_unclipped():
+    def outer_step(max_grad_norm: float) -> tuple[float, float]:
+        model = bitune_model()
+        instruction = SoftInstruction(model.get_input_embeddings(), token_ids=[5, 6, 7])
+        before = instruction.vectors.detach().clone()
+        inner, outer = optimizers(model, instruction)[0], torch.optim.SGD(instruction.parameters(), 1.0)
+        optimizer = InstructionOptimizer(model, instruction, inner, outer, k=0, max_grad_norm=max_grad_norm)
+        told = optimizer.step(batch(), batch(seed=1))["grad_norm"]
+        return told, float((instruction.vectors.detach() - before).norm())
+
+    norm, moved = outer_step(1e9)
+    assert moved == pytest.approx(norm, rel=1e-3)
+    assert outer_step(norm / 3) == pytest.approx((norm, norm / 3), rel=1e-3)
+
+
 def test_parameters_and_their_gradients_come_back_when_a_loss_fails():
     q, calls = Quadratic(), []
 

@@ -299,6 +299,15 @@ def test_what_a_chat_refuses_leaves_it_usable(model, tokenizer, arguments, optio
     assert again.send("hello", **OPTIONS) == first and again.send("so?", **OPTIONS) == chat.send("so?", **OPTIONS)
 
 
+def test_a_conversation_may_fill_the_model(model, tokenizer):
+    chat = BituneChat(model, tokenizer)
+    around = len(chat._tokens(chat._render([{"role": "user", "content": "x"}]))) - 1
+    text = "x" * (1024 - around - 2)
+    with pytest.raises(ValueError, match=r"its next answer \(3\) included, got 1022"):
+        chat.send(text, max_new_tokens=3)
+    chat.send(text, max_new_tokens=2)
+
+
 def test_a_chat_is_made_of_the_right_things(model, tokenizer):
     for changes, error in (
         ({"model": model.get_base_model()}, "model: expected a BituneModel"),
