@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 
 
 def _cumulative(lengths: Sequence[int], device) -> torch.Tensor:
-    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(device=device, dtype=torch.int32)
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def _ints(name: str, values, batch: int | None = None) -> tuple[int, ...]:
@@ -46,7 +46,7 @@ def find_samples(
     Arguments and errors as in ``SegmentPlan.from_batch``.
     """
     shape = tuple(shape)
-    real = torch.ones(shape, dtype=torch.bool)
+    real = torch.ones(shape, dtype=torch.bool, device="cpu")
     if attention_mask is not None:
         if not isinstance(attention_mask, torch.Tensor):
             raise TypeError(f"attention_mask: expected a tensor [batch, seq], got {type(attention_mask).__name__}")
@@ -269,9 +269,12 @@ class SegmentPlan:
         rows = [p - 1 for p in prompt_lengths]
         answers = [length - n for (_, length), n in zip(samples, rows, strict=True)]
         plan = cls.from_lengths(rows, answers, num_streams=num_streams, prefix_lengths=prefix_lengths, device=device)
-        index = [torch.arange(first, first + n) for (first, _), n in zip(samples, rows, strict=True)]
-        index += [torch.arange(first + n, first + length) for (first, length), n in zip(samples, rows, strict=True)]
-        return replace(plan, token_index=torch.cat(index).to(device), padded_shape=tuple(shape))
+        index = [torch.arange(first, first + n, device="cpu") for (first, _), n in zip(samples, rows, strict=True)]
+        index += [
+            torch.arange(first + n, first + length, device="cpu")
+            for (first, length), n in zip(samples, rows, strict=True)
+        ]
+        return replace(plan, token_index=torch.cat(index).to(plan.cu_prompt.device), padded_shape=tuple(shape))
 
     @classmethod
     def from_turns(
@@ -295,10 +298,10 @@ class SegmentPlan:
         lengths = [length for _, length in history]
         options = dict(prefix_lengths=lengths, num_streams=num_streams, device=device)
         plan = cls.from_samples(shape, turns, prompt_lengths, **options)
-        row = torch.empty(shape[0] * shape[1], dtype=torch.int64)  # of each token
-        row[plan.token_index.cpu()] = torch.arange(plan.num_prompt + plan.num_answer)
-        past = [torch.arange(first, first + length) for first, length in history]
-        return replace(plan, prefix_index=row[torch.cat(past)].to(device))
+        row = torch.empty(shape[0] * shape[1], dtype=torch.int64, device="cpu")  # of each token
+        row[plan.token_index.cpu()] = torch.arange(plan.num_prompt + plan.num_answer, device="cpu")
+        past = [torch.arange(first, first + length, device="cpu") for first, length in history]
+        return replace(plan, prefix_index=row[torch.cat(past)].to(plan.cu_prompt.device))
 
     def with_prefix(self, length: int) -> SegmentPlan:
         """The plan of one sample whose cached past is of another length, as in a layer with a sliding window."""
@@ -408,9 +411,9 @@ class SegmentPlan:
     def positions(self) -> torch.Tensor:
         """int64 [T]: position of each packed row in its own sample, counted after the prefix if there is one."""
         past = self.prefix_lengths or (0,) * self.batch_size
-        prompt = [torch.arange(m, m + n) for m, n in zip(past, self.prompt_lengths, strict=True)]
+        prompt = [torch.arange(m, m + n, device="cpu") for m, n in zip(past, self.prompt_lengths, strict=True)]
         answer = [
-            torch.arange(m + n, m + n + a)
+            torch.arange(m + n, m + n + a, device="cpu")
             for m, n, a in zip(past, self.prompt_lengths, self.answer_lengths, strict=True)
         ]
         return torch.cat([*prompt * self.num_streams, *answer]).to(self.cu_prompt.device)

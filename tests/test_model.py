@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache
 
 from bitune_kernels import BituneConfig, BituneModel, get_bitune_model
-from bitune_kernels.modeling import score_choices, stream_distance
+from bitune_kernels.modeling import encode, score_choices, stream_distance
 from tests.tiny import VOCAB, base_model, bitune_model, lora, ragged_batch
 
 
@@ -167,6 +167,17 @@ def test_compiled_layers_train_on_all_lengths_and_compile_at_most_twice():
         frames.append(counter.frame_count)
     # the first call compiles for its lengths, the second for all lengths
     assert frames[1] <= 2 * frames[0] and frames[1:] == frames[1:2] * 3, frames
+
+
+@torch.no_grad()
+def test_compiled_layers_evaluate_as_they_are():
+    torch._dynamo.reset()
+    model, (ids, mask, labels) = bitune_model().eval(), ragged_batch()
+    expected = model(input_ids=ids, attention_mask=mask, labels=labels).logits
+    for layer in model.get_base_model().model.layers:
+        layer.compile(backend="eager", fullgraph=True)
+    found = model(input_ids=ids, attention_mask=mask, labels=labels).logits
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_reentrant_checkpointing_is_refused_for_three_passes():
@@ -346,6 +357,34 @@ def test_replicas_of_data_parallel_are_refused():
 
     with pytest.raises(ValueError, match="one process per GPU"):
         replica(model)(input_ids=ids, attention_mask=mask, labels=labels)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"use_fused": False}, {"turns": "alternating"}, {"turns": "recompute"}, {"dynamic_mixing": True}],
+    ids=lambda config: " ".join(map(str, config.values())) or "bitune",
+)
+def test_the_default_device_makes_no_difference(config):
+    # users set it to "cuda"; of tensors on "meta" nothing could be read
+    model, (ids, mask, labels) = bitune_model(**config).eval(), ragged_batch()
+    packed = dict(input_ids=ids[:1, :10], labels=torch.tensor([[-100] * 3 + [4] * 2] * 2).view(1, -1))
+    packed["position_ids"] = torch.arange(5).repeat(2)[None]
+
+    def run():
+        with torch.no_grad():
+            return [
+                model(input_ids=ids, attention_mask=mask, labels=labels).logits,
+                model(**packed).logits,
+                model(input_ids=ids[:2, :3]).logits,
+                model.generate(input_ids=ids[:1, :5], attention_mask=mask[:1, :5], max_new_tokens=3),
+                encode(model, ids, mask, repeat=True),
+            ]
+
+    expected = run()
+    with torch.device("meta"):
+        found = run()
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
 
 
 def test_training_without_labels_is_refused():

@@ -170,7 +170,7 @@ class BackboneHooks:
         _end_interrupted()
         if not self.enabled or current() is not None:
             return None
-        if backbone is not self.structure.backbone:
+        if getattr(backbone, "_is_replica", False):
             raise ValueError(
                 "base_model: expected one process per GPU (DistributedDataParallel, as torchrun and accelerate launch "
                 "start it), got a replica of nn.DataParallel"

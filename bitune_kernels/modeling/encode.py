@@ -53,18 +53,18 @@ def encode(
     if not isinstance(repeat, bool):
         raise TypeError(f"repeat: expected a bool, got {type(repeat).__name__}")
     texts = _texts(input_ids.shape, attention_mask)
-    chosen = [torch.ones(len(tokens), dtype=torch.bool) for tokens in texts]
+    chosen = [torch.ones(len(tokens), dtype=torch.bool, device="cpu") for tokens in texts]
     if embed_mask is not None:
         chosen = _chosen(embed_mask, input_ids.shape, texts)
     if repeat:
         texts = [torch.cat([tokens, tokens[own]]) for tokens, own in zip(texts, chosen, strict=True)]
         chosen = [torch.cat([torch.zeros_like(own), own[own]]) for own in chosen]
     rows = _read(model, input_ids, texts, stream).last_hidden_state[0]
-    counts = torch.tensor([int(own.sum()) for own in chosen])
-    text = torch.arange(len(counts)).repeat_interleave(counts).to(rows.device)  # of each row that is averaged
+    counts = torch.tensor([int(own.sum()) for own in chosen], device="cpu")
+    text = torch.arange(len(counts), device="cpu").repeat_interleave(counts)  # of each row that is averaged
     rows = rows[torch.cat(chosen).nonzero()[:, 0].to(rows.device)]
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    sums = rows.new_zeros(len(counts), rows.shape[1]).index_add(0, text, rows)
+    sums = rows.new_zeros(len(counts), rows.shape[1]).index_add(0, text.to(rows.device), rows)
     return sums / counts.to(rows)[:, None]
 
 
@@ -100,7 +100,7 @@ def masked_next_token_loss(
     targets = labels.flatten()[torch.cat(texts).to(labels.device)].long().clone()
     if int((targets != -100).sum()) < int((labels != -100).sum()):
         raise ValueError("labels: expected -100 wherever attention_mask is 0, got labels on padding")
-    first = torch.tensor([0] + [len(tokens) for tokens in texts[:-1]]).cumsum(0)
+    first = torch.tensor([0] + [len(tokens) for tokens in texts[:-1]], device="cpu").cumsum(0)
     targets[first.to(targets.device)] = -100
     masked = (targets != -100).nonzero()[:, 0]
     if not len(masked):
@@ -134,7 +134,7 @@ def _read(model: BituneModel, input_ids: torch.Tensor, texts: list[torch.Tensor]
 
 def _texts(shape: torch.Size, attention_mask: torch.Tensor | None) -> list[torch.Tensor]:
     # the places of each text's tokens among the flattened ones, on the CPU
-    return [torch.arange(first, first + n) for first, n in find_samples(shape, attention_mask)]
+    return [torch.arange(first, first + n, device="cpu") for first, n in find_samples(shape, attention_mask)]
 
 
 def _chosen(embed_mask: torch.Tensor, shape: torch.Size, texts: list[torch.Tensor]) -> list[torch.Tensor]:

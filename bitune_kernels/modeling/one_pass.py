@@ -53,12 +53,13 @@ class OnePass(Pass):
         self.trims = trims and structure.trim is not None and plan.answer_start > 0 and plan.num_answer > 0
         self.caches: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = {} if keep_cache else None
         # one row for each slot of a cache: on the size of a tensor a compiled layer doesn't specialize
-        self._slots = torch.empty(math.prod(plan.padded_shape), 0) if keep_cache else None
+        self._slots = torch.empty(math.prod(plan.padded_shape), 0, device="cpu") if keep_cache else None
         self.observer = observer
         if config.dynamic_mixing:
-            lengths = torch.tensor(plan.prompt_lengths)
+            lengths = torch.tensor(plan.prompt_lengths, device="cpu")
             device = plan.cu_prompt.device
-            self.sample = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)  # of each prompt row
+            sample = torch.arange(len(lengths), device="cpu").repeat_interleave(lengths)
+            self.sample = sample.to(device)  # of each prompt row
             self.counts = lengths.clamp(min=1)[:, None].to(device)
 
     # properties, since a compiled layer specializes on plain numbers

@@ -76,7 +76,12 @@ class Structure:
 
     def __post_init__(self):
         self.direct = set().union(*(p.direct for p in self.projections))
-        self._index = {m: i for i, m in enumerate(self.attentions)}
+        # by address, since a compiled layer takes the number of another one from a dictionary of modules
+        self._index = {id(m): i for i, m in enumerate(self.attentions)}
+
+    def __reduce__(self):
+        # pickle and copy make it anew, since addresses change
+        return type(self), tuple(getattr(self, name) for name in self.__dataclass_fields__)
 
     @property
     def num_layers(self) -> int:
@@ -94,7 +99,7 @@ class Structure:
         return any(k.get("use_reentrant", True) for k in keywords)
 
     def layer_index(self, attention: nn.Module) -> int:
-        return self._index[attention]
+        return self._index[id(attention)]
 
     def cache_index(self, layer: int) -> int:
         """The layer of a transformers cache that belongs to one of the model's."""
