@@ -280,7 +280,7 @@ def test_the_command_line(tasks, tmp_path):
     base_model(vocab_size=272, max_position_embeddings=2048).save_pretrained(tmp_path / "model")
     tok.save_pretrained(tmp_path / "model")
     command = [sys.executable, "-m", "bitune_kernels.cli", "evaluate", "--model", "model", "--adapter", "adapter"]
-    command += ["--device", "cpu", "--tasks", "bitune_piqa,bitune_mmlu,bitune_gsm8k", "--include_path", str(tasks)]
+    command += ["--tasks", "bitune_piqa,bitune_mmlu,bitune_gsm8k", "--include_path", str(tasks)]
     command += ["--batch_size", "2", "--limit", "2", "--output_path", "scores", "--log_samples"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-from .load import adapter_folder, add_model_options
+from .load import adapter_folder, add_model_options, torch_device
 
 
 def add(commands) -> None:
@@ -31,7 +31,7 @@ def _run(given) -> None:
         raise ValueError(f"evaluate: expected lm-eval (pip install 'bitune-kernels[eval]'), got {error}") from None
     model_args = {"pretrained": given.model, "adapter": given.adapter, "dtype": given.dtype}
     options = ["--model", "bitune", "--model_args", json.dumps(model_args)]
-    options += [] if given.device is None else ["--device", given.device]
+    options += ["--device", str(torch_device(given.device))]  # without it lm_eval takes cuda:0 for there
     before = sys.argv
     sys.argv = ["lm_eval", "run", *options, *given.fields]
     try:

@@ -123,7 +123,7 @@ def adapter_folder(folder: str) -> Path:
 def load_tokenizer(given):
     """The tokenizer of ``--model``, once ``--adapter`` and ``--device`` are known to be good. Loads no weights."""
     adapter_folder(given.adapter)
-    _device(given.device)
+    torch_device(given.device)
     from transformers import AutoTokenizer
 
     with _blaming("--model", f"a causal language model with its tokenizer, got {given.model}"):
@@ -135,7 +135,7 @@ def load_model(given, **changes):
 
     ``changes`` override fields of its ``BituneConfig``.
     """
-    folder, device = adapter_folder(given.adapter), _device(given.device)
+    folder, device = adapter_folder(given.adapter), torch_device(given.device)
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -148,7 +148,7 @@ def load_model(given, **changes):
         return BituneModel.from_pretrained(base, folder, **changes)
 
 
-def _device(name: str | None):
+def torch_device(name: str | None):
     import torch
 
     if name is None:
