@@ -239,6 +239,17 @@ def test_a_prompt_that_repeats_is_prefilled_once(tiny, options, cache):
     assert three[:4] == [(4, 8), (4, 8), (4, 1), (12, 1)]
 
 
+def test_candidates_behind_a_padded_prompt_are_no_part_of_it(tiny):
+    ids, mask = torch.tensor([[0, 0, 5, 6, 7, 5, 6]]), torch.tensor([[0, 0, 1, 1, 1, 1, 1]])
+    lookup = TINY | dict(prompt_lookup_num_tokens=3, max_matching_ngram_size=1, do_sample=False)
+    with Rows(tiny) as rows:
+        found = tiny.generate(input_ids=ids, attention_mask=mask, **lookup)
+    assert rows[0][1] > 2 * 4 + 1, "candidates came with the prompt"
+    with tiny.use_schedule(use_fused=False):
+        expected = tiny.generate(input_ids=ids[:, 2:], do_sample=False, **TINY)
+    assert torch.equal(found[:, 2:], expected)
+
+
 def test_repeats_in_a_batch_are_found_where_they_stand(tiny):
     ids, mask, _ = ragged_batch("left", prompts=(5, 6, 9, 2), answers=(0, 0, 0, 0))
     order = torch.tensor([0, 0, 2, 0, 1, 1, 1])

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from peft import IA3Config, LilyConfig, LoraConfig, PromptTuningConfig
+from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache
 
@@ -231,6 +232,35 @@ def test_a_folder_that_is_not_whole_is_refused(tmp_path):
         BituneModel.from_pretrained(base_model(), tmp_path)
     with pytest.raises(FileNotFoundError, match="folder: expected one of save_pretrained or the id"):
         BituneModel.from_pretrained(base_model(), tmp_path / "none")
+
+
+def test_weights_that_no_adapter_has_are_refused(tmp_path):
+    model = bitune_model()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "causal" / "adapter_model.safetensors"
+    weights = load_file(path)
+    name = next(iter(weights))
+    save_file(weights | {name.replace("layers.0", "layers.9"): weights[name].clone()}, path)
+    with pytest.raises(ValueError, match=r"unexpected weights .*layers.9"):
+        BituneModel.from_pretrained(base_model(), tmp_path)
+
+
+@torch.no_grad()
+def test_prompt_lengths_keep_labels_on_the_prompt_out_of_the_loss():
+    model, (ids, mask, labels) = bitune_model().train(), ragged_batch()
+    lengths = (labels != -100).int().argmax(1)  # right padding
+    everywhere = ids.masked_fill(mask == 0, -100)
+    found = model(input_ids=ids, attention_mask=mask, labels=everywhere, prompt_lengths=lengths).loss
+    assert found == model(input_ids=ids, attention_mask=mask, labels=labels).loss
+
+
+@torch.no_grad()
+def test_equal_tokens_under_other_masks_are_other_prompts():
+    model, ids = bitune_model().eval(), torch.tensor([[5, 6, 7, 8]] * 3)
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]])
+    found = model(input_ids=ids, attention_mask=mask, logits_to_keep=1).logits
+    for row, own in enumerate((ids[:1, 1:], ids[:1], ids[:1])):
+        torch.testing.assert_close(found[row : row + 1], model(input_ids=own, logits_to_keep=1).logits)
 
 
 def test_disable_adapter_is_the_base_model():

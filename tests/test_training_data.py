@@ -114,6 +114,21 @@ def test_messages_go_through_the_chat_template():
         tokenize([{"messages": [{"role": "system", "content": "s"}, *messages]}], tok)
 
 
+def test_a_space_that_merges_with_the_colon_stays_with_the_answer():
+    # ": " as one token would end the prompt otherwise than generate() writes it
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {c: i for i, c in enumerate(["<pad>", "<s>", "</s>", *alphabet, ":Ġ"])}
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.model = models.BPE(vocab, [(":", "Ġ")])
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    assert len(tokenizer("a: b")["input_ids"]) == 3
+    (sample,) = tokenize([{"prompt": "Sky?", "completion": "blue"}], tokenizer)
+    answer = [token for token in sample["labels"] if token != -100]
+    assert tokenizer.decode(answer) == " blue</s>"
+    assert tokenizer.decode(sample["input_ids"][: -len(answer)]) == "Question: Sky?\n\nAnswer:"
+    assert sample["input_ids"][: -len(answer)] == tokenizer("Question: Sky?\n\nAnswer:")["input_ids"]
+
+
 def test_every_answer_of_a_conversation_can_be_trained():
     tok = byte_tokenizer()
     tok.chat_template = (
