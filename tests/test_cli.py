@@ -106,7 +106,10 @@ def test_resuming_ends_where_a_whole_run_ends(place, monkeypatch, capsys):
         (["--target-modules", "[q_proj, query]"], "got query"),
         (["--resume"], "resume: expected a folder with run.json"),
         (["--schedule", "linaer"], "schedule: expected one of linear, cosine"),
-        (["--model", "none"], "model: expected a causal language model with its tokenizer, got none"),
+        (
+            ["--model", "no/such/folder"],
+            "model: expected a causal language model with its tokenizer, got no/such/folder",
+        ),
         (["--betas", "[0.9"], "--betas: expected yaml, got"),
         (["--backend", "fast"], "backend: expected one of"),
         (["--data", ""], "data: expected a .json or .jsonl file or an id of the Hub, got nothing"),

@@ -187,7 +187,7 @@ def test_rows_that_kernels_cannot_address_are_copied(native, change, copied):
 
 def prefill(case=PLAIN, change=lambda cache: cache) -> dict:
     inputs, rows = case.make(DTYPE), sum(case.prompts) + sum(case.answers)
-    caches = {name: torch.zeros(rows + 3, case.heads[1], case.head_dim, dtype=DTYPE) for name in ("k_cache", "v_cache")}
+    caches = {name: torch.zeros(2 * rows, case.heads[1], case.head_dim, dtype=DTYPE) for name in ("k_cache", "v_cache")}
     caches["v_cache"] = change(caches["v_cache"])
     return inputs | caches | {"cache_positions": torch.arange(2 * rows).flip(0)[::2]}
 
