@@ -15,6 +15,8 @@ LOSSES = ("token", "sample")
 HISTORIES = ("recompute", "alternating")  # the paper's two ways to read a conversation of many turns
 TURNS = ("one", *HISTORIES)
 
+_NOT_SAVED = ("peft", "use_fused", "backend", "loss_chunk_rows")
+
 
 class Variant(NamedTuple):
     """What distinguishes one variant of the paper's ablations from another."""
@@ -49,6 +51,8 @@ def paper_lora():
 @dataclass
 class BituneConfig:
     """How a decoder is turned into a Bitune model. The defaults are the paper's.
+
+    ``use_fused``, ``backend`` and ``loss_chunk_rows`` say how it runs, not what it is: they are not saved.
 
     Args:
         peft: a ``peft.PeftConfig`` (LoRA, DoRA, IA3, ...) made once per adapter, or None for full
@@ -162,8 +166,8 @@ class BituneConfig:
         return (mask,) * -skip + ("causal",) * (num_layers + skip)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as json types; ``peft`` only as its type, since PEFT saves its own configs."""
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "peft"}
+        """The fields that are saved, as json types; ``peft`` only as its type, since PEFT saves its own configs."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in _NOT_SAVED}
         return fields | {"peft_type": None if self.peft is None else str(getattr(self.peft.peft_type, "value", ""))}
 
     def save(self, folder: str | Path) -> None:

@@ -349,7 +349,7 @@ def test_figures_show_the_model(place, trained, monkeypatch, capsys):
         ("chat", "--file none/kept.json", "--file: expected a file in a folder that exists, got none/kept.json"),
         ("chat", "--file messages --system x", "--system: expected none with a conversation in --file"),
         ("chat", "--seed 1", "--seed: expected --temperature or --top-p with it"),
-        ("chat", "--history none", "--history: invalid choice: 'none'"),
+        ("chat", "--turns none", "--turns: invalid choice: 'none'"),
         ("talk", "", "invalid choice: 'talk'"),
         ("evaluate", "--adapter none --tasks piqa", "--adapter: expected a folder with"),
         ("export", "--output adapter", "--output: expected a new or empty folder, other than the current one, got"),
@@ -377,16 +377,16 @@ def test_what_is_asked_wrongly_is_named(command, options, message, place, monkey
     assert message in error and error.startswith("bitune: ") and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("history", ["recompute", "alternating"])
-def test_a_chat_is_that_of_python_and_goes_on_from_its_file(history, place, trained, monkeypatch, capsys):
+@pytest.mark.parametrize("turns", ["recompute", "alternating"])
+def test_a_chat_is_that_of_python_and_goes_on_from_its_file(turns, place, trained, monkeypatch, capsys):
     options, model = trained
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE_OF_CHATS
     tokenizer.save_pretrained(place / "model")
-    chat = BituneChat(model, tokenizer, history, [{"role": "system", "content": "be brief"}])
+    chat = BituneChat(model, tokenizer, turns, [{"role": "system", "content": "be brief"}])
     said = ["hi", "x" * 300, "", "why?"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(said)))
-    command = ["chat", *options, "--history", history, "--max-new-tokens", "5", "--file", str(place / "kept.json")]
+    command = ["chat", *options, "--turns", turns, "--max-new-tokens", "5", "--file", str(place / "kept.json")]
     with model.use_schedule(use_fused=True):
         answers = [chat.send(said[i], max_new_tokens=5, do_sample=False) for i in (0, 3)]
         assert main([*command, "--json", "--system", "be brief"]) == 0

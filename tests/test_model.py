@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,7 +17,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache
 
 from bitune_kernels import BituneConfig, BituneModel, get_bitune_model
-from bitune_kernels.modeling import encode, score_choices, stream_distance
+from bitune_kernels.modeling import adapters, encode, score_choices, stream_distance
+from bitune_kernels.modeling.adapters import SegmentLora
+from bitune_kernels.modeling.one_pass import OnePass
 from tests.tiny import VOCAB, base_model, bitune_model, lora, ragged_batch
 
 
@@ -243,6 +246,62 @@ def test_weights_that_no_adapter_has_are_refused(tmp_path):
     save_file(weights | {name.replace("layers.0", "layers.9"): weights[name].clone()}, path)
     with pytest.raises(ValueError, match=r"unexpected weights .*layers.9"):
         BituneModel.from_pretrained(base_model(), tmp_path)
+    del weights[name]
+    save_file(weights, path)
+    with pytest.raises(ValueError, match=r"no weights for .*layers.0"):
+        BituneModel.from_pretrained(base_model(), tmp_path)
+
+
+def test_an_adapter_that_is_not_there_is_not_looked_for_elsewhere(tmp_path, monkeypatch):
+    bitune_model().save_pretrained(tmp_path / "mine")
+    shutil.rmtree(tmp_path / "mine" / "bidir")
+    monkeypatch.chdir(tmp_path)  # where "mine/bidir" could be a repository of the Hub
+    model = bitune_model()
+    for load in (
+        lambda: BituneModel.from_pretrained(base_model(), "mine"),
+        lambda: model.load_adapter("mine/bidir", "bidir"),
+    ):
+        with pytest.raises(FileNotFoundError, match=r"^mine/bidir: not found"):
+            load()
+
+
+def test_how_a_model_runs_is_not_saved_with_it(tmp_path):
+    bitune_model(backend="reference", use_fused=False, loss_chunk_rows=3).save_pretrained(tmp_path)
+    found = BituneModel.from_pretrained(base_model(), tmp_path).bitune_config
+    assert (found.backend, found.use_fused, found.loss_chunk_rows) == ("auto", True, None)
+    changes = {"backend": "reference", "autocast_adapter_dtype": False, "self_test": False}
+    assert BituneModel.from_pretrained(base_model(), tmp_path, **changes).bitune_config.backend == "reference"
+    with pytest.raises(TypeError, match="^backends: expected a field of BituneConfig"):
+        BituneModel.from_pretrained(base_model(), tmp_path, backends="reference")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fault", ["adapters", "layers", "keys and values"])
+def test_the_self_test_sees_what_fresh_adapters_hide(fault, monkeypatch):
+    rows, alphas = SegmentLora._rows, OnePass._alphas
+
+    def swapped(self, x, n):
+        with monkeypatch.context() as m:
+            m.setattr(adapters, "BIDIR", "causal")
+            m.setattr(adapters, "CAUSAL", "bidir")
+            return rows(self, x, n)
+
+    if fault == "adapters":
+        monkeypatch.setattr(SegmentLora, "_rows", swapped)
+    elif fault == "layers":
+        monkeypatch.setattr(OnePass, "_alphas", lambda self, layer, v: alphas(self, 0, v))
+    else:
+        monkeypatch.setattr(OnePass, "_alphas", lambda self, layer, v: tuple(reversed(alphas(self, layer, v))))
+    with pytest.raises(ValueError, match="base_model: .* can't be used in one pass: its hidden states differ"):
+        bitune_model()
+
+
+def test_the_self_test_leaves_a_model_as_it_is():
+    ours, others = (
+        dict(get_bitune_model(base_model(), BituneConfig(peft=lora()), self_test=x).named_parameters())
+        for x in (True, False)
+    )
+    assert all(torch.equal(p, others[n]) and p.requires_grad == others[n].requires_grad for n, p in ours.items())
 
 
 @torch.no_grad()
@@ -252,6 +311,11 @@ def test_prompt_lengths_keep_labels_on_the_prompt_out_of_the_loss():
     everywhere = ids.masked_fill(mask == 0, -100)
     found = model(input_ids=ids, attention_mask=mask, labels=everywhere, prompt_lengths=lengths).loss
     assert found == model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    with pytest.raises(
+        ValueError, match=r"^labels: expected -100 on the prompt with num_items_in_batch, got 17 others"
+    ):
+        model(input_ids=ids, attention_mask=mask, labels=everywhere, prompt_lengths=lengths, num_items_in_batch=9)
+    model(input_ids=ids, attention_mask=mask, labels=labels, prompt_lengths=lengths, num_items_in_batch=9)
 
 
 @torch.no_grad()
@@ -417,20 +481,28 @@ def test_the_default_device_makes_no_difference(config):
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_cache_is_not_forgotten_in_silence_where_gradients_are_on(fused):
+    model, ids = bitune_model(use_fused=fused).eval(), torch.randint(3, VOCAB, (2, 6))
+    with pytest.raises(ValueError, match=r"^use_cache: expected .* torch.no_grad"):
+        model(input_ids=ids, use_cache=True)
+    assert model(input_ids=ids).past_key_values is None
+
+
 def test_training_without_labels_is_refused():
     model = bitune_model().train()
     with pytest.raises(ValueError, match="labels: expected labels"):
         model(input_ids=torch.ones(1, 4, dtype=torch.long))
 
 
-def test_the_adapters_of_the_streams_are_not_deleted():
+def test_the_adapters_of_the_streams_are_all_there_are():
     model, (ids, mask, labels) = bitune_model().eval(), ragged_batch()
     expected = model(input_ids=ids, attention_mask=mask, labels=labels).loss
-    model.add_adapter("other", lora(target_modules=["q_proj"]))
     for name in ("causal", "bidir"):
-        with pytest.raises(ValueError, match=f"adapter_name: expected none of a stream's .*got '{name}'"):
+        with pytest.raises(ValueError, match=f"adapter_name: expected the streams to keep theirs .*got '{name}'"):
             model.delete_adapter(name)
-    model.delete_adapter("other")
+    with pytest.raises(ValueError, match="adapter_name: expected those of the streams and no other, got 'other'"):
+        model.add_adapter("other", lora(target_modules=["q_proj"]))
     assert torch.equal(model(input_ids=ids, attention_mask=mask, labels=labels).loss, expected)
 
 

@@ -112,6 +112,9 @@ def test_samples_without_an_answer_train_nothing(config):
     fill = {"labels": -100}
     batch = {name: torch.nn.functional.pad(x, (0, 7), value=fill.get(name, 0)) for name, x in batch.items()}
     assert_same(step(model, batch), expected)
+    batch = padded()
+    batch["labels"][2] = -100
+    assert_same(step(model, batch), expected)
 
 
 def test_a_batch_without_any_answer_adds_nothing_to_a_sum():

@@ -176,15 +176,22 @@ def test_evaluation_reports_the_loss_of_the_answers(tmp_path):
 
 def test_label_smoothing_needs_prompt_lengths_and_is_that_of_three_passes(tmp_path):
     def collate_lengths(rows):
-        return collate(rows) | {"prompt_lengths": torch.tensor([r["labels"].count(-100) for r in rows])}
+        lengths = {} if "prompt_lengths" not in rows[0] else {"prompt_lengths": [r["prompt_lengths"] for r in rows]}
+        return collate(rows) | {name: torch.tensor(x) for name, x in lengths.items()}
 
+    rows = tokenized().map(lambda r: {"prompt_lengths": r["labels"].count(-100)})
     options = dict(label_smoothing_factor=0.1, per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    with pytest.raises(ValueError, match=r"^labels: .* label_smoothing_factor .*: give prompt_lengths"):
-        hf_trainer(bitune_model(), tmp_path, **options).train()
-    trainer = hf_trainer(bitune_model(), tmp_path, **options)
-    trainer.data_collator = collate_lengths
-    found = trainer.evaluate(tokenized())["eval_loss"]
-    batch = collate_lengths(list(tokenized()))
+
+    def make(**more):
+        trainer = hf_trainer(bitune_model(), tmp_path, **options | more)
+        trainer.train_dataset, trainer.data_collator = rows, collate_lengths
+        return trainer
+
+    with pytest.raises(ValueError, match=r"^labels: .* label_smoothing_factor .*: .* remove_unused_columns=False"):
+        make().train()
+    trainer = make(remove_unused_columns=False)
+    found = trainer.evaluate(rows)["eval_loss"]
+    batch = collate_lengths(list(rows))
     with torch.no_grad():
         logits = bitune_model(use_fused=False).eval()(**batch).logits[:, :-1].flatten(0, 1)
     targets = batch["labels"][:, 1:].flatten()

@@ -308,11 +308,17 @@ def test_a_conversation_may_fill_the_model(model, tokenizer):
     chat.send(text, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("turns", ["one", "recompute", "alternating"])
+def test_a_chat_reads_turns_as_the_model_was_trained(turns, tokenizer):
+    chat = BituneChat(bitune_model(turns=turns), tokenizer)
+    assert chat.turns == ("recompute" if turns == "one" else turns)
+
+
 def test_a_chat_is_made_of_the_right_things(model, tokenizer):
     for changes, error in (
         ({"model": model.get_base_model()}, "model: expected a BituneModel"),
         ({"tokenizer": byte_tokenizer()}, "tokenizer: expected one with a chat template"),
-        ({"history": "none"}, "history: expected one of recompute, alternating"),
+        ({"turns": "none"}, "turns: expected one of recompute, alternating"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "messages: expected user and assistant in turns"),
     ):
         with pytest.raises((ValueError, TypeError), match=error):
@@ -321,5 +327,5 @@ def test_a_chat_is_made_of_the_right_things(model, tokenizer):
     forgetful.chat_template = TEMPLATE.replace("messages %}", "messages[-1:] %}")
     chat = BituneChat(model, forgetful, "alternating")
     chat.send("hello", **OPTIONS)
-    with pytest.raises(ValueError, match="history: expected 'recompute' for a chat template"):
+    with pytest.raises(ValueError, match="turns: expected 'recompute' for a chat template"):
         chat.send("so?", **OPTIONS)

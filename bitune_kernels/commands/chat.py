@@ -24,16 +24,15 @@ def add(commands) -> None:
         "chat",
         help="talk with a model",
         description="Answers each line of stdin as a turn of one conversation, while it is made. Ctrl-D ends it.",
-        epilog="example: bitune chat --model google/gemma-2b-it --adapter runs/answers --history alternating",
+        epilog="example: bitune chat --model google/gemma-2b-it --adapter runs/answers --turns alternating",
         allow_abbrev=False,
     )
     add_model_options(parser)
     parser.add_argument(
-        "--history",
+        "--turns",
         choices=HISTORIES,
-        default="recompute",
         help="read the whole conversation in both directions for each answer, or the new turn over the cache of the "
-        "others; default: recompute",
+        "others; default: as the model was trained, else recompute",
     )
     parser.add_argument("--system", help="the system message")
     parser.add_argument("--file", help="JSON file of messages: the conversation goes on from it and is kept in it")
@@ -58,7 +57,7 @@ def _run(given) -> None:
     if not given.json:
         options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     try:
-        chat = BituneChat(model, tokenizer, given.history, messages)
+        chat = BituneChat(model, tokenizer, given.turns, messages)
     except ValueError as error:
         raise ValueError(f"--file: {error}") from None
     for text in _lines():

@@ -227,7 +227,8 @@ class BackboneHooks:
         if backbone.training and torch.is_grad_enabled():
             raise ValueError(
                 "labels: expected labels (or prompt_lengths) in training, to know where the prompt ends; got neither "
-                "(Trainer keeps labels with label_smoothing_factor or compute_loss_func: give prompt_lengths)"
+                "(Trainer keeps labels with label_smoothing_factor or compute_loss_func: give prompt_lengths, a column "
+                "that it hands on with remove_unused_columns=False)"
             )
         if not (mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)):
             mask = _padding(positions)
@@ -322,6 +323,8 @@ class BackboneHooks:
         if torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
             if past is not None:
                 raise ValueError("past_key_values: expected a cache only under torch.no_grad(), got one in training")
+            if kwargs.get("use_cache"):
+                raise ValueError("use_cache: expected a cache to be asked for only under torch.no_grad(), got True")
             return None
         if past is None:
             from transformers import DynamicCache

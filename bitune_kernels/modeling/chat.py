@@ -17,8 +17,9 @@ class BituneChat:
     Args:
         model: the Bitune model.
         tokenizer: with a chat template.
-        history: "recompute": all messages so far are the prompt, read in both directions anew; or "alternating": each
-            new turn of the user is read by both streams over the cache of what came before, mixed and appended.
+        turns: "recompute": all messages so far are the prompt, read in both directions anew; or "alternating": each
+            new turn of the user is read by both streams over the cache of what came before, mixed and appended. None:
+            as the model was trained (``BituneConfig.turns``), and "recompute" where that is "one".
         messages: the conversation so far, as transformers' chat templates take it: {"role", "content"} with a system
             message first, if there is one, and then user and assistant in turns.
 
@@ -30,19 +31,21 @@ class BituneChat:
     """
 
     def __init__(
-        self, model: BituneModel, tokenizer, history: str = "recompute", messages: list[dict[str, Any]] | None = None
+        self, model: BituneModel, tokenizer, turns: str | None = None, messages: list[dict[str, Any]] | None = None
     ):
         if not isinstance(model, BituneModel):
             raise TypeError(f"model: expected a BituneModel, got {type(model).__name__}")
-        if history not in HISTORIES:
-            raise ValueError(f"history: expected one of {', '.join(HISTORIES)}, got {history!r}")
+        if turns is None:
+            turns = model.bitune_config.turns if model.bitune_config.turns in HISTORIES else "recompute"
+        if turns not in HISTORIES:
+            raise ValueError(f"turns: expected one of {', '.join(HISTORIES)}, got {turns!r}")
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("tokenizer: expected one with a chat template, got none")
         roles = [m.get("role") for m in messages or []]
-        turns = roles[1:] if roles[:1] == ["system"] else roles
-        if turns != ["user", "assistant"] * (len(turns) // 2):
+        spoken = roles[1:] if roles[:1] == ["system"] else roles
+        if spoken != ["user", "assistant"] * (len(spoken) // 2):
             raise ValueError(f"messages: expected user and assistant in turns, got {', '.join(map(str, roles))}")
-        self.model, self.tokenizer, self.history = model, tokenizer, history
+        self.model, self.tokenizer, self.turns = model, tokenizer, turns
         self.messages = [dict(m) for m in messages or []]
         self._turns: list[tuple[list[int], list[int]]] = []  # tokens of each turn: the prompt's and the answer's
         self._cache = None  # what the model has read of them, or None
@@ -68,7 +71,7 @@ class BituneChat:
             raise ValueError("past_key_values: expected None, since a chat has its own cache")
         messages = [*self.messages, {"role": "user", "content": text}]
         answer = (
-            self._alternate(messages, options) if self.history == "alternating" else self._recompute(messages, options)
+            self._alternate(messages, options) if self.turns == "alternating" else self._recompute(messages, options)
         )
         content = self.tokenizer.decode(answer, skip_special_tokens=True)
         self.messages = [*messages, {"role": "assistant", "content": content}]
@@ -146,7 +149,7 @@ class BituneChat:
         start = said.find(last, len(asked))
         if not said.startswith(asked) or start < 0 or not whole.startswith(said):
             raise ValueError(
-                "history: expected 'recompute' for a chat template that writes earlier turns in another way once there "
+                "turns: expected 'recompute' for a chat template that writes earlier turns in another way once there "
                 "is a new one, got 'alternating'"
             )
         rest = whole[start + len(last) :]

@@ -97,11 +97,9 @@ def _prompt_lengths(
     if sum(int(x.sum()) for x in answers) < int(is_answer.sum()):
         raise ValueError("labels: expected -100 wherever attention_mask is 0, got labels on padding")
     empty = [s for s, x in enumerate(answers) if not bool(x.any())]
-    # What packs samples also truncates prompts and pads with tokens at position 0: all prompt, and no loss.
-    if empty and (not packed or (needs_answer and len(empty) == len(samples))):
-        raise ValueError(
-            f"labels: expected an answer token (a label that is not -100) in every sample, samples {empty} have none"
-        )
+    # Truncated samples and what packs them (it pads with tokens at position 0) may be all prompt, and train nothing.
+    if needs_answer and len(empty) == len(samples):
+        raise ValueError("labels: expected an answer token (a label that is not -100), got none in the whole batch")
     lengths = [int(x.int().argmax()) if bool(x.any()) else len(x) for x in answers]
     short = [s for s, n in enumerate(lengths) if n < 1 + packed and s not in empty]
     if short and packed:

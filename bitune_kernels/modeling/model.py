@@ -188,7 +188,7 @@ class BituneModel(PeftModelForCausalLM):
                 )
             bidir = restrict(bidir, base_model, set().union(*(p.before for p in structure.projections)))
         if config.separate_adapters:
-            self.add_adapter(BIDIR, bidir, autocast_adapter_dtype=autocast_adapter_dtype)
+            super().add_adapter(BIDIR, bidir, autocast_adapter_dtype=autocast_adapter_dtype)
         device = next(structure.backbone.parameters()).device
         self.mixing = None
         if config.mixed:
@@ -244,14 +244,15 @@ class BituneModel(PeftModelForCausalLM):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         self._train_adapters(not inference_mode)
 
+    def add_adapter(self, adapter_name: str, *args, **kwargs) -> None:
+        """Refused: no stream would run through another adapter."""
+        raise ValueError(f"adapter_name: expected those of the streams and no other, got {adapter_name!r}")
+
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter that was added to those of the streams."""
-        if adapter_name in (CAUSAL, BIDIR):
-            raise ValueError(
-                f"adapter_name: expected none of a stream's ({CAUSAL!r}, {BIDIR!r}), got {adapter_name!r}; unload() "
-                "removes both"
-            )
-        super().delete_adapter(adapter_name)
+        """Refused: each adapter belongs to a stream; ``unload()`` removes all."""
+        raise ValueError(
+            f"adapter_name: expected the streams to keep theirs (unload() removes all), got {adapter_name!r}"
+        )
 
     @contextmanager
     def disable_adapter(self):
@@ -289,8 +290,8 @@ class BituneModel(PeftModelForCausalLM):
 
     def merge_and_unload(self, *args, **kwargs):
         raise ValueError(
-            "merge_and_unload: expected a model with one adapter, got a Bitune model, whose prompts need two; use "
-            "unload() for the base model"
+            "merge_and_unload: expected another call, since what is left reads no prompt as a Bitune model does: "
+            "unload() for the base model, export_merged() for one that decodes from a Bitune prefill"
         )
 
     def forward(
@@ -354,9 +355,13 @@ class BituneModel(PeftModelForCausalLM):
             needs_answer=mean and not kwargs.get("fused_lm_head"),
         )
         if labels is not None:
-            labels = plan.pack_answers(labels)
+            given, labels = labels, plan.pack_answers(labels)
             labels[plan.cu_answer[:-1].long()] = -100  # the last prompt token is not predicted
             labels = labels[None]
+            if prompt_lengths is not None and kwargs.get("num_items_in_batch") is not None:
+                extra = int((given != -100).sum() - (labels != -100).sum())
+                if extra:  # counted by the trainer, and not in the loss
+                    raise ValueError(f"labels: expected -100 on the prompt with num_items_in_batch, got {extra} others")
         per_sample = labels is not None and self.bitune_config.loss == "sample"
         if per_sample and (kwargs.get("num_items_in_batch") is not None or kwargs.get("fused_lm_head")):
             raise ValueError(
@@ -471,10 +476,13 @@ class BituneModel(PeftModelForCausalLM):
             return result
         if adapter_name not in self.peft_config:
             raise ValueError(f"adapter_name: expected one of {', '.join(self.peft_config)}, got {adapter_name!r}")
+        if not Path(model_id).is_dir():  # PEFT would ask the Hub for a repository of that name
+            raise FileNotFoundError(f"{model_id}: not found; expected a folder of the adapter {adapter_name!r}")
         with _trainable_kept(self), evaluating(self):
             result = super().load_adapter(str(model_id), adapter_name, is_trainable=is_trainable, **kwargs)
-        if result.unexpected_keys:
-            raise ValueError(f"{model_id}: unexpected weights {', '.join(result.unexpected_keys[:3])}, ...")
+        for what, names in (("unexpected weights", result.unexpected_keys), ("no weights for", result.missing_keys)):
+            if names:
+                raise ValueError(f"{model_id}: {what} {', '.join(names[:3])}{', ...' if names[3:] else ''}")
         if adapter_name == CAUSAL and self.mixing is not None:
             self._load_mixing(Path(model_id).parent)
         return result
@@ -494,7 +502,15 @@ class BituneModel(PeftModelForCausalLM):
 
     @classmethod
     def from_pretrained(
-        cls, base_model: nn.Module, folder: str | Path, *, is_trainable: bool = False, self_test: bool = True, **changes
+        cls,
+        base_model: nn.Module,
+        folder: str | Path,
+        *,
+        is_trainable: bool = False,
+        revision: str | None = None,
+        self_test: bool = True,
+        autocast_adapter_dtype: bool = True,
+        **changes,
     ) -> BituneModel:
         """Load what ``save_pretrained`` wrote.
 
@@ -502,14 +518,20 @@ class BituneModel(PeftModelForCausalLM):
             base_model: the causal LM that was adapted.
             folder: a local folder or the id of a repository on the Hugging Face Hub.
             is_trainable: keep training, instead of inference with everything frozen.
-            self_test: as in ``get_bitune_model``.
-            changes: fields of BituneConfig to override, ``use_fused`` or ``backend`` for example.
+            revision: a branch, tag or commit of the repository.
+            self_test, autocast_adapter_dtype: as in ``get_bitune_model``.
+            changes: fields of BituneConfig, such as ``use_fused``, ``backend`` and ``loss_chunk_rows``, which say how a
+                model runs and are not saved with it, or others to override.
         """
+        if unknown := sorted(changes.keys() - BituneConfig.__dataclass_fields__.keys()):
+            raise TypeError(f"{unknown[0]}: expected a field of BituneConfig, got a keyword that is none")
         if not Path(folder).is_dir():
             from huggingface_hub import snapshot_download
 
             try:
-                folder = snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors", "*.md"])
+                folder = snapshot_download(
+                    str(folder), revision=revision, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.md"]
+                )
             except (OSError, ValueError) as error:
                 raise FileNotFoundError(
                     f"folder: expected one of save_pretrained or the id of a repository, got {folder}; {error}"
@@ -519,7 +541,9 @@ class BituneModel(PeftModelForCausalLM):
                 raise FileNotFoundError(f"{Path(folder, name)}: not found; expected a folder of save_pretrained")
         peft_config = PeftConfig.from_pretrained(str(Path(folder, CAUSAL)))
         config = BituneConfig.load(folder, peft_config, **changes)
-        model = get_bitune_model(base_model, config, self_test=self_test)
+        if config.separate_adapters and not Path(folder, BIDIR).is_dir():
+            raise FileNotFoundError(f"{Path(folder, BIDIR)}: not found; expected a folder of save_pretrained")
+        model = get_bitune_model(base_model, config, self_test=self_test, autocast_adapter_dtype=autocast_adapter_dtype)
         for name in model.peft_config:
             model.load_adapter(Path(folder, name), name)
         model._train_adapters(is_trainable)

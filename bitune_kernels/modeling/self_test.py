@@ -4,6 +4,7 @@ loss in chunks against the causal LM's own."""
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 
 import torch
 
@@ -16,6 +17,9 @@ logger = logging.getLogger(__name__)
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _ROUNDED = 0.1
 
+# Larger tensors are no low-rank adapter's, but copies of whole matrices, of which a second copy may not fit.
+_SMALL = 1 << 22
+
 
 def _few_tokens(model) -> tuple[torch.Tensor, torch.Tensor, SegmentPlan]:
     hooks = model._hooks
@@ -24,6 +28,24 @@ def _few_tokens(model) -> tuple[torch.Tensor, torch.Tensor, SegmentPlan]:
     mask[0, :2] = 0
     plan = SegmentPlan.from_batch((2, 7), mask, [3, 5], num_streams=hooks.config.num_streams, device=ids.device)
     return ids, mask, plan
+
+
+@contextmanager
+def _as_trained(model):
+    """Inside, adapters and thetas are as after some training: fresh ones do nothing, or the same in both streams and
+    all layers, and would hide that one is taken for another."""
+    changed = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad and p.numel() <= _SMALL]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p, _ in changed:
+            scale = p.abs().mean() / 2
+            p.add_(torch.randn(p.shape, generator=generator).to(p) * (scale if scale > 0 else 0.1))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, before in changed:
+                p.copy_(before)
 
 
 def check_one_pass(model) -> None:
@@ -41,7 +63,7 @@ def check_one_pass(model) -> None:
         with model.use_schedule(use_fused=fused), hooks.request(plan):
             return backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.double()
 
-    with evaluating(model):
+    with _as_trained(model), evaluating(model):
         expected = run(fused=False)
         error = _failure(run, expected, dtype)
         if error and hooks.structure.trim is not None:
