@@ -314,7 +314,9 @@ def read(path: Path) -> list[dict]:
 
 
 def finished(path: Path, facts: dict) -> list[dict]:
-    """The rows of ``path`` that this commit has written by these settings."""
+    """The rows of ``path`` that this commit, unchanged, has written by these settings."""
+    if facts["git_dirty"] or not path.is_file():
+        return []
 
     def same(row: dict) -> bool:
         if row["task"] not in TASKS or row["method"] not in METHODS:
@@ -322,7 +324,7 @@ def finished(path: Path, facts: dict) -> list[dict]:
         here = all(row[name] == str(facts[name]) for name in ("git_sha", "git_dirty", "torch", "cpu"))
         return here and row["settings"] == settings(row["task"], row["method"])
 
-    return [row for row in read(path) if same(row)] if path.is_file() else []
+    return [row for row in read(path) if same(row)]
 
 
 def main(argv: list[str] | None = None) -> int:

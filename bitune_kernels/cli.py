@@ -10,6 +10,11 @@ from .commands import chat, evaluate, export, generate, plot, serve, train
 
 
 class _Parser(argparse.ArgumentParser):
+    """Of bitune and of each of its commands, which argparse makes of the same class."""
+
+    def __init__(self, **options):
+        super().__init__(**options, allow_abbrev=False)
+
     def error(self, message: str):
         raise ValueError(message.removeprefix("argument "))
 
@@ -20,7 +25,6 @@ def _add_env(commands) -> None:
         help="what is installed and what can run here",
         description="What is installed and what can run here, for bug reports.",
         epilog="example: bitune env --json",
-        allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.set_defaults(run=_env)

@@ -117,7 +117,7 @@ def test_every_tuner_equals_its_layer_on_each_block(name, base, dtypes, monkeypa
     model = adapted(base, peft_config, dtype, adapter_dtype)
     wide = adapted(base, peft_config, dtype, adapter_dtype).double()
     expected, low = outputs(one_by_one, wide, x.double(), dy), outputs(one_by_one, model, x, dy)
-    route_rows(model)
+    route_rows(model, ())
     calls = count_products([model.base_model.model.layer.base_layer])
     found = outputs(lambda m, x: in_a_pass(m, x, monkeypatch), model, x, dy)
     # DoRA's dropout stands in front of its base product too, and PEFT's formula for Conv1D runs per block

@@ -24,7 +24,10 @@ DOCS = {
     name: (ROOT / name).read_text()
     for name in (
         *("README.md", "CONTRIBUTING.md", "CHANGELOG.md"),
-        *(f"docs/{name}.md" for name in "reproducing measured quality related encoding instructions".split()),
+        *(
+            f"docs/{name}.md"
+            for name in "reproducing measured quality related encoding instructions kernels limits".split()
+        ),
     )
 }
 
@@ -104,7 +107,7 @@ def test_its_make_targets_exist():
 
 
 def test_its_module_commands_run():
-    modules = set(re.findall(r"python -m (bitune_kernels(?:\.\w+)+)", README))
+    modules = set(re.findall(r"python -m (bitune_kernels(?:\.\w+)+)", README + DOCS["docs/kernels.md"]))
     # in full by tests/test_triton_compile.py and tests/test_packaging.py, which take minutes, and with a GPU
     arguments = {
         "bitune_kernels.env": [],

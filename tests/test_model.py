@@ -271,7 +271,7 @@ def test_how_a_model_runs_is_not_saved_with_it(tmp_path):
     assert (found.backend, found.use_fused, found.loss_chunk_rows) == ("auto", True, None)
     changes = {"backend": "reference", "autocast_adapter_dtype": False, "self_test": False}
     assert BituneModel.from_pretrained(base_model(), tmp_path, **changes).bitune_config.backend == "reference"
-    with pytest.raises(TypeError, match="^backends: expected a field of BituneConfig"):
+    with pytest.raises(TypeError, match=r"^backends: expected a field of BituneConfig"):
         BituneModel.from_pretrained(base_model(), tmp_path, backends="reference")
 
 
@@ -292,7 +292,7 @@ def test_the_self_test_sees_what_fresh_adapters_hide(fault, monkeypatch):
         monkeypatch.setattr(OnePass, "_alphas", lambda self, layer, v: alphas(self, 0, v))
     else:
         monkeypatch.setattr(OnePass, "_alphas", lambda self, layer, v: tuple(reversed(alphas(self, layer, v))))
-    with pytest.raises(ValueError, match="base_model: .* can't be used in one pass: its hidden states differ"):
+    with pytest.raises(ValueError, match=r"base_model: .* can't be used in one pass: its hidden states differ"):
         bitune_model()
 
 

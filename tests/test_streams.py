@@ -75,8 +75,12 @@ def test_variants_and_what_is_refused():
         stream_distance(model, ids)
     shared = stream_attention(bitune_model(variant="anti_causal"), ids)
     assert torch.equal(shared["bidir"] > 0, torch.ones(3, P - 1, P - 1).triu() > 0)
-    for wrong in (ids[:, :1], ids[0], ids.repeat(2, 1)):
+    for wrong in (ids[:, :1], ids.repeat(2, 1)):
         with pytest.raises(ValueError, match=re.escape(f"at least two tokens, got {list(wrong.shape)}")):
             stream_attention(model, wrong)
     with pytest.raises(TypeError, match="model: expected a BituneModel, got LlamaForCausalLM"):
         stream_attention(base_model(), ids)
+    both = bitune_model()
+    for look in (stream_attention, stream_distance):
+        with both.disable_bitune(), pytest.raises(ValueError, match="model: expected its streams to be on"):
+            look(both, ids)

@@ -76,7 +76,7 @@ BACKWARD_KV = (
     *(
         f"{name}_{part}"
         for part in range(3)
-        for name in ("q_row", "q_length", "q_position", "stream_row", "out_row", "mask", "weight")
+        for name in ("q_row", "length", "position", "stream_row", "out_row", "mask", "weight")
     ),
 )
 
@@ -108,39 +108,27 @@ def forward_items(
     to_cache: bool,
 ) -> torch.Tensor:
     """int64 [items, len(FORWARD)] on the CPU, longest first. ``to_cache``: the answer's keys are written too."""
-    N, S, streams = plan.num_prompt, plan.answer_start, plan.num_streams
-    two = streams == 2 or shared_qkv
-    dropped = S if answer_only else 0  # rows of k that q doesn't have
-    segments = []
+    N, S = plan.num_prompt, plan.answer_start
+    mixes, segments = plan.num_streams == 2, []
     for sample in _samples(plan):
         p, n, r, a, m, past = sample
+        *prompts, answer = _query_parts(plan, sample, stream_mask, shared_qkv, beta, answer_only)
         common = {"prefix_row": past, "prefix_length": m, "second_stream_row": -1, "second_mask": NONE}
-        prompt = common | {"length": n, "position": m, "mask": MASKS[stream_mask]}
-        write = {"write_row": p, "write_length": n, "write_mixed": int(streams == 2)}
-        if streams == 1 and not to_cache:
-            write = {}
-        bidir = prompt | {"q_row": p, "own_row": p, "out_row": p, "stream_row": p}
-        if answer_only:
-            nothing = bidir | {"length": 0, "prefix_length": 0}
-            segments += [nothing | write] * bool(write)
-        elif beta or shared_qkv:
-            first = {"q_row": S - N + p, "own_row": S - N + p, "mask": CAUSAL, "stream_row": N + p}
-            second = {"second_row": p, "second_stream_row": p, "second_mask": MASKS[stream_mask]}
+        write = {"write_row": p, "write_length": n, "write_mixed": int(mixes)} if mixes or to_cache else {}
+        if answer_only and write:  # a tile that only writes
+            prompts = [{"q_row": p, "prefix_length": 0}]
+        elif (beta or shared_qkv) and prompts:
+            second, first = prompts
+            mask = second["mask"]
             if shared_qkv and stream_mask != "anti_causal":  # goes on where the causal part ended
-                second["second_mask"] = AFTER if stream_mask == "full" else NONE
-            segments.append(bidir | first | second | write)
-        else:
-            segments.append(bidir | write)
-            if two:
-                rows = {"q_row": N + p, "own_row": N + p, "out_row": N + p, "stream_row": N + p}
-                segments.append(bidir | rows | {"mask": CAUSAL})
-        answer = common | {"length": a, "position": m + n, "mask": CAUSAL, "q_row": S + r - dropped, "own_row": S + r}
-        answer |= {"mixed_row": p, "mixed_length": n, "write_mixed": 0}
-        streams_rows = 0 if answer_only else N * (2 if two else 1)
-        answer |= {"stream_row": streams_rows + r, "out_row": (streams_rows - N * (beta and not answer_only)) + r}
-        if to_cache:
-            answer |= {"write_row": N + r, "write_length": a}
-        segments.append(answer)
+                mask = AFTER if stream_mask == "full" else NONE
+            prompts = [first | {"second_row": p, "second_stream_row": p, "second_mask": mask}]
+        for part in prompts:
+            segments.append(common | {"own_row": part["q_row"]} | part | write)
+            write = {}  # once
+        mixed = {"mixed_row": p, "mixed_length": n}
+        written = {"write_row": N + r, "write_length": a} if to_cache else {}
+        segments.append(common | answer | {"own_row": S + r, "mask": CAUSAL} | mixed | written)
     items = _table(segments, FORWARD)
     rows = torch.maximum(_column(items, FORWARD, "length"), _column(items, FORWARD, "write_length")) * group_size
     items = _in_tiles(items, FORWARD, rows, block)
@@ -235,13 +223,13 @@ def _query_parts(plan, sample, stream_mask, shared_qkv, beta, answer_only) -> li
     two = plan.num_streams == 2 or shared_qkv
     parts = []
     if not answer_only:
-        run = {"q_length": n, "q_position": m, "q_row": p, "stream_row": p, "out_row": p}
+        run = {"length": n, "position": m, "q_row": p, "stream_row": p, "out_row": p}
         parts.append(run | {"mask": MASKS[stream_mask], "weight": BETA if beta else ONE})
         if two:
             causal = {"q_row": S - N + p, "stream_row": N + p, "out_row": p if beta else N + p}
             parts.append(run | causal | {"mask": CAUSAL, "weight": ONE_MINUS_BETA if beta else ONE})
     before = 0 if answer_only else N * (2 if two else 1)
-    answer = {"q_length": a, "q_position": m + n, "q_row": (0 if answer_only else S) + r, "stream_row": before + r}
+    answer = {"length": a, "position": m + n, "q_row": (0 if answer_only else S) + r, "stream_row": before + r}
     out_row = before - N * (beta and not answer_only) + r
     return [*parts, answer | {"out_row": out_row, "mask": FULL, "weight": ONE}]
 
@@ -284,10 +272,10 @@ def _seeing(items, part, block, window) -> torch.Tensor:
     # How many tokens of a run of queries see the keys of a tile.
     mask = _column(items, BACKWARD_KV, f"mask_{part}")
     mirrored = torch.tensor([FULL, ANTI_CAUSAL, CAUSAL])[mask]
-    shift = _column(items, BACKWARD_KV, "position") - _column(items, BACKWARD_KV, f"q_position_{part}")
+    shift = _column(items, BACKWARD_KV, "position") - _column(items, BACKWARD_KV, f"position_{part}")
     first = _column(items, BACKWARD_KV, "block") * block
     last = torch.minimum(first + block, _column(items, BACKWARD_KV, "length")) - 1
-    return _span(mirrored, first + shift, last + shift, _column(items, BACKWARD_KV, f"q_length_{part}"), window)
+    return _span(mirrored, first + shift, last + shift, _column(items, BACKWARD_KV, f"length_{part}"), window)
 
 
 def _span(mask, first, last, length, window) -> torch.Tensor:

@@ -25,7 +25,6 @@ def add(commands) -> None:
         help="talk with a model",
         description="Answers each line of stdin as a turn of one conversation, while it is made. Ctrl-D ends it.",
         epilog="example: bitune chat --model google/gemma-2b-it --adapter runs/answers --turns alternating",
-        allow_abbrev=False,
     )
     add_model_options(parser)
     parser.add_argument(

@@ -15,7 +15,6 @@ def add(commands) -> None:
         description="Runs lm_eval --model bitune and hands every further option on to it: --tasks, --num_fewshot, "
         "--include_path, --limit, --output_path, ... --batch_size counts questions.",
         epilog="example: bitune evaluate --model google/gemma-2b --adapter runs/answers --tasks piqa,mmlu",
-        allow_abbrev=False,
     )
     add_model_options(parser)
     parser.set_defaults(run=_run)

@@ -14,7 +14,6 @@ def add(commands) -> None:
         description="Writes the model with the adapter 'causal' merged, which decodes a mixed cache in any engine, "
         "and in its folder bitune what reads the prompt. An engine that prefills by itself reads it causally alone.",
         epilog="example: bitune export --model google/gemma-2b --adapter runs/answers --output exported",
-        allow_abbrev=False,
     )
     add_model_options(parser)
     parser.add_argument("--output", required=True, help="a new folder")

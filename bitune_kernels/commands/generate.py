@@ -27,7 +27,6 @@ def add(commands) -> None:
         help="answer a prompt, or a file of them",
         description="Answers --prompt, each line of --file, or stdin. A single answer appears while it is made.",
         epilog="example: bitune generate --model google/gemma-2b --adapter runs/answers --prompt 'Is the sky blue?'",
-        allow_abbrev=False,
     )
     add_model_options(parser)
     prompts = parser.add_mutually_exclusive_group()

@@ -25,7 +25,6 @@ def add(commands) -> None:
         help="draw mixing coefficients, attention or the streams' distance",
         description="Figures of a trained model, into one file each.",
         epilog="example: bitune plot alpha --adapter runs/answers --output alpha.png",
-        allow_abbrev=False,
     )
     figures = parser.add_subparsers(dest="figure", required=True)
     alpha = figures.add_parser(
@@ -33,7 +32,6 @@ def add(commands) -> None:
         help="alpha and |theta| of each layer",
         description="alpha and |theta| of each layer of a saved model; for a run of bitune train also over its steps.",
         epilog="example: bitune plot alpha --adapter runs/answers --output alpha.png",
-        allow_abbrev=False,
     )
     add_adapter_option(alpha)
     alpha.set_defaults(run=_alpha)
@@ -43,7 +41,6 @@ def add(commands) -> None:
         description="The attention matrix of each stream of a prompt, averaged over heads and layers.",
         epilog="example: bitune plot attention --model google/gemma-2b --adapter runs/answers "
         "--prompt 'Is the sky blue?' --output attention.png",
-        allow_abbrev=False,
     )
     attention.set_defaults(run=_attention)
     streams = figures.add_parser(
@@ -52,7 +49,6 @@ def add(commands) -> None:
         description="|bidir - causal| / |causal| of the keys and of the values of a prompt, in each layer.",
         epilog="example: bitune plot streams --model google/gemma-2b --adapter runs/answers "
         "--prompt 'Is the sky blue?' --output streams.png",
-        allow_abbrev=False,
     )
     streams.set_defaults(run=_streams)
     for figure in (attention, streams):

@@ -12,7 +12,6 @@ def add(commands) -> None:
         description="Serves /v1/chat/completions (the whole conversation is the prompt), /v1/completions and "
         "/v1/responses by the server of transformers. Requests are answered one after the other.",
         epilog="example: bitune serve --model google/gemma-2b-it --adapter runs/answers --port 8000",
-        allow_abbrev=False,
     )
     add_model_options(parser)
     parser.add_argument("--name", help="of the model in requests; default: the name of the folder with adapters")

@@ -13,7 +13,6 @@ def add(commands) -> None:
         description="Each field of a recipe is an option too: --lr 1e-3 --max-steps 20 --data local.jsonl. An unknown "
         "one is answered with the list of them.",
         epilog="example: bitune train --recipe recipes/gsm8k.yaml --model google/gemma-2b --output runs/gsm8k",
-        allow_abbrev=False,
     )
     parser.add_argument("--recipe", required=True, help="yaml file, recipes/paper.yaml for example")
     parser.add_argument("--model", required=True, help="folder or id of a causal language model")

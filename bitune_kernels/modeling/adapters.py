@@ -238,7 +238,7 @@ def base_module(module: nn.Module) -> nn.Module:
     return module.base_layer if isinstance(module, BaseTunerLayer) else module.original_module
 
 
-def route_rows(model: nn.Module, attentions: Sequence[nn.Module] = ()) -> list[nn.Module]:
+def route_rows(model: nn.Module, attentions: Sequence[nn.Module]) -> list[nn.Module]:
     """Make every adapted module serve each block of rows with its own adapter; returns these modules.
 
     Args:

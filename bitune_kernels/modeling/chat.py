@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..config import HISTORIES
-from .model import BituneModel
+from .model import BituneModel, check_streams_on
 from .passes import evaluating
 
 
@@ -33,8 +33,7 @@ class BituneChat:
     def __init__(
         self, model: BituneModel, tokenizer, turns: str | None = None, messages: list[dict[str, Any]] | None = None
     ):
-        if not isinstance(model, BituneModel):
-            raise TypeError(f"model: expected a BituneModel, got {type(model).__name__}")
+        check_streams_on(model)
         if turns is None:
             turns = model.bitune_config.turns if model.bitune_config.turns in HISTORIES else "recompute"
         if turns not in HISTORIES:

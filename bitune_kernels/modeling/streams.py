@@ -6,7 +6,8 @@ import torch
 
 from ..backends.reference import attention_weights
 from ..masks import visible_to_prompt
-from .model import BituneModel
+from .labels import check_tokens
+from .model import BituneModel, check_streams_on
 from .one_pass import Observer
 from .passes import evaluating
 
@@ -74,11 +75,9 @@ def stream_distance(model: BituneModel, input_ids: torch.Tensor) -> dict[str, to
 
 
 def _prefill(model: BituneModel, input_ids: torch.Tensor, observer: Observer) -> None:
-    if not isinstance(model, BituneModel):
-        raise TypeError(f"model: expected a BituneModel, got {type(model).__name__}")
-    if not isinstance(input_ids, torch.Tensor):
-        raise TypeError(f"input_ids: expected a tensor [1, seq], got {type(input_ids).__name__}")
-    if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 2:
+    check_streams_on(model)
+    check_tokens("input_ids", input_ids)
+    if input_ids.shape[0] != 1 or input_ids.shape[1] < 2:
         raise ValueError(f"input_ids: expected [1, seq] with at least two tokens, got {list(input_ids.shape)}")
     with evaluating(model), model.use_schedule(use_fused=True), model._hooks.observing(observer):
         model(input_ids=input_ids, use_cache=False)

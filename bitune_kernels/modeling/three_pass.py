@@ -33,16 +33,10 @@ def _sharded(module) -> bool:
 class PaddedPass(Pass):
     """A call of the backbone over [batch, width] rows of one segment, padded on the right, that records k and v."""
 
-    def __init__(
-        self,
-        structure: Structure,
-        plan: SegmentPlan,
-        implementations: list[str],
-        adapter: str | None,
-        past: Past | None,
-    ):
+    def __init__(self, structure: Structure, plan: SegmentPlan, past: Past | None, adapter: str | None = None):
         super().__init__(structure, plan.cu_prompt.device)
-        self.plan, self.adapter, self.implementation, self.past = plan, adapter, implementations[0], past
+        self.plan, self.past, self.adapter = plan, past, adapter
+        self.implementation = structure.configs[0]._attn_implementation  # before the pass switches it
         self.recorded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # [batch, num_heads_kv, width, head_dim]
         self._masks: dict = {}
 
@@ -106,8 +100,8 @@ class PaddedPass(Pass):
 class PromptPass(PaddedPass):
     """One stream over the prompts."""
 
-    def __init__(self, structure, plan, implementations, adapter, past, stream_masks: tuple[str, ...]):
-        super().__init__(structure, plan, implementations, adapter, past)
+    def __init__(self, structure, plan, past, stream_masks: tuple[str, ...], adapter: str | None = None):
+        super().__init__(structure, plan, past, adapter)
         self.stream_masks = stream_masks
 
     def seen(self, layer, window, m):
@@ -139,8 +133,8 @@ class SinglePass(PromptPass):
     With ``doubles`` the batch stands in attention twice, once with each adapter, and keys and values are mixed too.
     """
 
-    def __init__(self, structure, plan, implementations, past, stream_masks, mixing: MixingCoefficients, mix_layer):
-        super().__init__(structure, plan, implementations, None, past, stream_masks)
+    def __init__(self, structure, plan, past, stream_masks, mixing: MixingCoefficients, mix_layer):
+        super().__init__(structure, plan, past, stream_masks)
         self.mixing, self.mix_layer = mixing, mix_layer
         self.doubles = "k" in mixing.weights
 
@@ -172,8 +166,8 @@ class SinglePass(PromptPass):
 class AnswerPass(PaddedPass):
     """The answers over the mixed cache of the prompts."""
 
-    def __init__(self, structure, plan, implementations, past, mixed):
-        super().__init__(structure, plan, implementations, None, past)
+    def __init__(self, structure, plan, past, mixed):
+        super().__init__(structure, plan, past)
         self.mixed = mixed  # per layer k, v [batch, num_heads_kv, max_prompt, head_dim], or None without prompt rows
 
     def with_prompts(self, layer, key, value):
@@ -215,7 +209,6 @@ class ThreePass:
         if plan.prefix_index is not None:
             raise ValueError("use_fused: expected True with turns='alternating', got False")
         self.structure, self.plan, self.mixing, self.config, self.past = structure, plan, mixing, config, past
-        self.implementations = [c._attn_implementation for c in structure.configs]
         # Where a padded place lies in the flattened tokens; padding repeats a real token, whose rows are dropped again.
         index = plan.token_index.cpu()
         self.prompt_index = self._padded(index[: plan.num_prompt], plan.prompt_lengths, plan.max_prompt)
@@ -256,16 +249,16 @@ class ThreePass:
         if len(recorded) == 2:
             bidir, causal = recorded
             recorded = [{layer: self._mix(layer, bidir[layer], causal[layer]) for layer in bidir}]
-        return AnswerPass(structure, plan, self.implementations, self.past, recorded[0] if recorded else None)
+        return AnswerPass(structure, plan, self.past, recorded[0] if recorded else None)
 
     def streams(self) -> list[PromptPass]:
         """The passes over the prompts; the first one is the bidirectional stream's."""
         masks = self.config.stream_masks(self.structure.num_layers)
-        common = (self.structure, self.plan, self.implementations)
+        common = (self.structure, self.plan, self.past)
         if "beta" in self.config.mixed:
-            return [SinglePass(*common, self.past, masks, self.mixing, self._mix)]
-        bidir = PromptPass(*common, BIDIR if self.config.separate_adapters else None, self.past, masks)
-        causal = PromptPass(*common, None, self.past, ("causal",) * self.structure.num_layers)
+            return [SinglePass(*common, masks, self.mixing, self._mix)]
+        bidir = PromptPass(*common, masks, BIDIR if self.config.separate_adapters else None)
+        causal = PromptPass(*common, ("causal",) * self.structure.num_layers)
         return [bidir, causal][: self.plan.num_streams]
 
     def _mix(self, layer: int, bidir, causal) -> tuple[torch.Tensor, torch.Tensor]:
