@@ -1,0 +1,207 @@
+"""The tables of docs/measured.md and of README.md, from the rows in benchmarks/results/. A test holds the pages to them.
+
+Rows of a changed tree are left out. A line is the newest run of its shape that has all providers of the table, whose
+commit it names; ranges are over all runs of that shape.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+ONE_PASS, PACKED = "one-pass[sdpa]", "lora-packed[sdpa]"
+
+
+def read(benchmark: str) -> list[dict[str, str]]:
+    with (RESULTS / f"{benchmark}.csv").open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row["git_dirty"] == "0"]
+
+
+def runs(rows: Iterable[dict], *shape: str) -> dict[tuple, list[dict[str, dict]]]:
+    """Per shape, the values of these columns, its runs from old to new: provider -> row."""
+    found: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        same = found.setdefault(tuple(row[name] for name in shape), {})
+        same.setdefault(row["timestamp_utc"], {})[row["provider"]] = row
+    return {shape: list(by_time.values()) for shape, by_time in found.items()}
+
+
+def newest(found: list[dict[str, dict]], providers: Iterable[str]) -> dict[str, dict] | None:
+    return next((run for run in reversed(found) if set(providers) <= set(run)), None)
+
+
+def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    table = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+
+
+def number(row: dict, column: str, digits: int = 2, scale: float = 1.0) -> str:
+    return f"{float(row[column]) * scale:.{digits}f}"
+
+
+def commit(row: dict) -> str:
+    return f"`{row['git_sha'][:7]}`"
+
+
+def faster(run: dict[str, dict], *others: str) -> float:
+    """How many times faster one pass is than the fastest of the others."""
+    return min(float(run[name]["p50_ms"]) for name in others if name in run) / float(run[ONE_PASS]["p50_ms"])
+
+
+def span(values: Sequence[float]) -> str:
+    low, high = (f"{x:.2f}" for x in (min(values), max(values)))
+    return f"{low} to {high} ({len(values)})" if len(values) > 1 else f"{low} (1)"
+
+
+def by_dtype(found: dict[tuple, list]) -> list[tuple[tuple, list]]:
+    """float32 first, then the smaller shape."""
+    return sorted(
+        found.items(), key=lambda item: (item[0][0] != "float32", *(int(x) for x in item[0][1:] if x.isdigit()))
+    )
+
+
+def prefill() -> str:
+    needed = ("three-pass", "authors-schedule", ONE_PASS, PACKED, "lora")
+    lines = []
+    for (dtype, batch, length), found in by_dtype(runs(read("prefill"), "dtype", "batch", "length")):
+        run = newest(found, needed)
+        if run is None:
+            continue
+        one = run[ONE_PASS]
+        times = (number(run[name], "p50_ms", 0) for name in ("three-pass", "authors-schedule", ONE_PASS))
+        every = [faster(r, "three-pass") for r in found if "three-pass" in r]
+        packed = f"{number(one, 'cost_in_lora_packed_passes')} ({number(one, 'floor_packed_linear')})"
+        ratios = (f"{faster(run, 'three-pass', 'authors-schedule'):.2f}", span(every), packed)
+        lines.append([dtype, f"{batch} x {length}", *times, *ratios, number(one, "cost_in_lora_passes"), commit(one)])
+    head = ["dtype", "prompts", "three passes, padded: ms", "one by one: ms", "one pass: ms"]
+    head += ["faster than the better", "than padded, all runs", "packed LoRA = 1 (floor)", "padded LoRA = 1", "commit"]
+    return markdown(head, lines)
+
+
+SCHEDULES = {
+    ONE_PASS: "one pass",
+    "one-pass+peft[sdpa]": "one pass with PEFT's LoRA layers",
+    "authors-schedule": "authors' schedule: three passes, sample by sample",
+    "three-pass": "three passes over the padded batch",
+    PACKED: "packed LoRA",
+    "lora": "padded LoRA",
+}
+
+
+def updates() -> dict[tuple, dict[str, dict]]:
+    """(dtype, layers, batch, length) -> the newest run of that update of the paper's."""
+    found = runs(read("train_step"), "dtype", "layers", "batch", "length")
+    chosen = {shape: newest(same, (ONE_PASS, "authors-schedule", PACKED)) for shape, same in found.items()}
+    return {shape: run for shape, run in sorted(chosen.items(), reverse=True) if run is not None}
+
+
+def train_step() -> str:
+    lines = []
+    for (dtype, layers, batch, length), run in updates().items():
+        for name in SCHEDULES.keys() & run.keys():
+            row = run[name]
+            floor = {ONE_PASS: f" ({number(row, 'floor_packed_linear')})"}.get(name, "")
+            packed = number(row, "cost_in_lora_packed_passes") + floor
+            memory = number(row, "memory_over_lora_packed")
+            shape = f"{batch} x {length}, {layers} layers, {dtype}"
+            lines.append([shape, SCHEDULES[name], number(row, "p50_ms", 1, 1e-3), packed, memory, commit(row)])
+    order = list(SCHEDULES.values())
+    shapes = list(dict.fromkeys(line[0] for line in lines))
+    lines.sort(key=lambda line: (shapes.index(line[0]), order.index(line[1])))
+    return markdown(["update", "schedule", "s", "packed LoRA = 1 (floor)", "memory, packed LoRA = 1", "commit"], lines)
+
+
+def linear() -> str:
+    lines = []
+    for (dtype, rows, features, adapters), found in by_dtype(
+        runs(read("lora"), "dtype", "rows", "features", "adapter_dtype")
+    ):
+        row = found[-1]["segment"]
+        lines.append([dtype, adapters, rows, features, number(row, "speedup_over_peft"), commit(row)])
+    return markdown(["dtype", "adapters", "rows", "features", "faster than PEFT's", "commit"], lines)
+
+
+def request() -> str:
+    lines = []
+    for (dtype, batch, prompt, new), found in by_dtype(runs(read("generate"), "dtype", "batch", "prompt", "new")):
+        row = found[-1]["bitune"]
+        costs = (number(row, f"cost_of_{part}") for part in ("first", "decoding", "request"))
+        lines.append([dtype, f"{batch} x {prompt} + {new}", *costs, commit(row)])
+    return markdown(["dtype", "prompts + new tokens", "first token", "decoding", "request", "commit"], lines)
+
+
+def choices() -> str:
+    lines = []
+    for (prompt, number_of, answer), found in runs(read("choices"), "prompt", "choices", "answer").items():
+        row = found[-1]["one-pass"]
+        ratios = (number(row, column) for column in ("speedup_over_one_by_one", "fewer_rows", "cost_in_lora"))
+        lines.append([prompt, f"{number_of} x {answer}", *ratios, commit(row)])
+    head = ["prompt", "choices", "faster than a pass for each", "fewer rows", "padded LoRA over all = 1", "commit"]
+    return markdown(head, lines)
+
+
+def memory_runs() -> dict[str, dict[str, dict]]:
+    """Prompt length -> provider -> row."""
+    needed = ("one-pass", "one-pass+whole-mlp", "three-pass", "lora-packed", "lora")
+    found = {length: newest(same, needed) for (length,), same in runs(read("memory"), "length").items()}
+    return {length: run for length, run in found.items() if run is not None}
+
+
+def over_packed(run: dict[str, dict]) -> float:
+    return float(run["one-pass"]["step_mib"]) / float(run["lora-packed"]["step_mib"])
+
+
+def memory() -> str:
+    lines = []
+    for length, run in memory_runs().items():
+        names = ("one-pass", "one-pass+whole-mlp", "three-pass", "lora-packed", "lora")
+        kib = (number(run[name], "bytes_per_token", 1, 1 / 1024) for name in names)
+        one = run["one-pass"]
+        lines.append([length, *kib, number(one, "over_floor"), f"{over_packed(run):.2f}", commit(one)])
+    head = ["prompt", "one pass", "MLPs over all rows at once", "three passes", "packed LoRA", "LoRA"]
+    return markdown([*head, "one pass, floor = 1", "packed LoRA = 1", "commit"], lines)
+
+
+def summary() -> str:
+    """Of README.md."""
+    lines = []
+    for (dtype, batch, length), found in by_dtype(runs(read("prefill"), "dtype", "batch", "length")):
+        run = newest(found, ("three-pass", "authors-schedule", ONE_PASS, PACKED))
+        if run is not None and dtype == "float32":
+            one = run[ONE_PASS]
+            cost = f"{number(one, 'cost_in_lora_packed_passes')} ({number(one, 'floor_packed_linear')})"
+            what = "1 prompt of" if batch == "1" else f"{batch} prompts of up to"
+            against = f"{faster(run, 'three-pass'):.2f}, {faster(run, 'authors-schedule'):.2f}"
+            lines.append([f"prefill, {what} {length} tokens", against, cost])
+    for (dtype, layers, batch, length), run in updates().items():
+        one = run[ONE_PASS]
+        cost = f"{number(one, 'cost_in_lora_packed_passes')} ({number(one, 'floor_packed_linear')})"
+        over = [f"{faster(run, name):.2f}" if name in run else "" for name in ("three-pass", "authors-schedule")]
+        rest = "" if dtype == "float32" else f", {layers} layers, emulated {dtype}"
+        lines.append(
+            [f"training step, {batch} samples of up to {length} tokens{rest}", ", ".join(filter(None, over)), cost]
+        )
+    head = ["one pass", "times faster than three passes: padded, one by one", "its time, packed LoRA = 1 (floor)"]
+    return markdown(head, lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "prefill": prefill,
+    "train_step": train_step,
+    "lora": linear,
+    "generate": request,
+    "choices": choices,
+    "memory": memory,
+    "README": summary,
+}
+
+
+def main() -> None:
+    for name, table in TABLES.items():
+        print(f"{name}\n\n{table()}\n")
+
+
+if __name__ == "__main__":
+    main()
