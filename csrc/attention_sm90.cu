@@ -299,6 +299,10 @@ struct Consumer {
       ptx::wgmma_hold(s);
       arrive(memory.k_empty(ring.stage()));
       step(s, rescale, item, head, r, first);
+      if (first + S::kBlockN < r.span.stop) {  // a branch: else ptxas moves the wait before the softmax
+        Ring next{ring.n + 1};
+        ptx::mbarrier_wait(memory.k_full(next.stage()), next.full());
+      }
       ptx::wgmma_wait<0>();
       ptx::wgmma_hold(acc);
       arrive(memory.v_empty(before.stage()));

@@ -21,12 +21,15 @@ from .. import env
 # By the architecture of the code: instructions that a kernel must have. GMMA and the tensor copies are Hopper's own.
 REQUIRED = {"sm_80": ("HMMA", "LDSM", "LDGSTS"), "sm_90a": ("HGMMA", "UTMALDG", "USETMAXREG")}
 SPILLS = ("LDL", "STL")
+# Hopper's main loop, from where a tile's scores are there to the wait for the product that runs beside its softmax.
+BESIDE_A_PRODUCT = re.compile(r"DEPBAR\.LE gsb0, 0x1 ;(.*?)DEPBAR\.LE gsb0, 0x0 ;", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Kernel:
     """registers (sm_90a: at the launch, roles share them out anew) and bytes of stack and local memory per thread, how
-    often each instruction stands in the code, bytes of dynamic shared memory per block."""
+    often each instruction stands in the code, exponentials beside a running product (sm_90a), keys per tile, bytes of
+    dynamic shared memory per block."""
 
     arch: str
     element: str
@@ -36,6 +39,8 @@ class Kernel:
     stack: int
     local: int
     instructions: dict[str, int]
+    overlapped: int
+    block_n: int
     shared: int
 
     def broken_rule(self) -> str | None:
@@ -43,12 +48,19 @@ class Kernel:
         if self.stack or self.local or any(self.instructions[name] for name in SPILLS):
             return "spills registers"
         missing = [name for name in REQUIRED[self.arch] if not self.instructions[name]]
-        return f"no {', '.join(missing)}" if missing else None
+        if missing:
+            return f"no {', '.join(missing)}"
+        # A thread has a quarter of the keys in each of two rows, and rescales both. A cap takes one more per key.
+        softmax = (1 + self.prescaled) * self.block_n // 2 + 2
+        if self.arch == "sm_90a" and self.overlapped < softmax:
+            return f"{self.overlapped} of {softmax} exponentials beside a product"
+        return None
 
     def __str__(self) -> str:
         line = f"{self.arch:<7}{self.element} {self.head_dim:4}  {'scaled first' if self.prescaled else 'plain':13}"
         line += f"{self.registers:4} registers{self.shared:7} B shared{self.stack:4} B stack{self.local:4} B local  "
         line += "  ".join(f"{name} {count}" for name, count in self.instructions.items())
+        line += f"  beside a product: EX2 {self.overlapped}" if self.overlapped else ""
         return f"{line}  {self.broken_rule() or ''}".rstrip()
 
 
@@ -68,9 +80,13 @@ def kernels(library: Path, forward_tile) -> list[Kernel]:
             opcodes = re.findall(r"/\*[0-9a-f]{4,6}\*/\s+(?:@!?\w+ )?\s*([A-Z0-9]+)", code)
             counts = {x: opcodes.count(x) for x in (*REQUIRED[arch], *SPILLS)}
             dim = int(match["dim"])
-            shared = forward_tile(int(re.sub(r"\D", "", arch)), dim, dim)[2]
+            _, block_n, shared = forward_tile(int(re.sub(r"\D", "", arch)), dim, dim)
             prescaled = match["prescaled"] == "1"
-            found.append(Kernel(arch, match["element"], dim, prescaled, *usages[arch, name], counts, shared))
+            overlapped = min((x[1].count("MUFU.EX2") for x in BESIDE_A_PRODUCT.finditer(code)), default=0)
+            kernel = Kernel(
+                arch, match["element"], dim, prescaled, *usages[arch, name], counts, overlapped, block_n, shared
+            )
+            found.append(kernel)
     return sorted(found, key=lambda k: (k.arch, k.element, k.head_dim, k.prescaled))
 
 
