@@ -28,7 +28,7 @@ Error limits_of(int device, DeviceLimits* limits) {
 // libcuda is found when it is first needed: machines that build wheels have none.
 static PFN_cuTensorMapEncodeTiled_v12000 find_encode() {
   void* found = nullptr;
-  cudaDriverEntryPointQueryResult result;
+  cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
 #if CUDART_VERSION >= 12050
   cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
 #else

@@ -6,6 +6,7 @@ The kernels themselves run in tests/emulator.
 from __future__ import annotations
 
 import ctypes
+import subprocess
 import sys
 from types import ModuleType
 
@@ -15,6 +16,7 @@ import torch
 from bitune_kernels import bitune_attention, bitune_prefill
 from bitune_kernels.backends import cuda, load, reference, resolve, schedule
 from bitune_kernels.testing import Case
+from tests.test_packaging import NVCC, ROOT, needs_nvcc
 
 DTYPE = torch.float16
 PLAIN = Case(prompts=(5, 0), answers=(3, 2), heads=(4, 2))
@@ -271,3 +273,47 @@ def test_without_the_extension_it_says_what_env_says(monkeypatch):
 def test_it_is_not_the_choice_of_auto(native):
     # it has not run on a GPU
     assert resolve("auto", device=torch.device("cpu"), dtype=DTYPE, head_dim=64)[0] == "sdpa"
+
+
+# The host's side of a launch, with a CUDA runtime of two devices that notes which was made current.
+RUNTIME = """
+#include <string>
+int current;
+std::string asked;
+extern "C" {
+int cudaGetDevice(int* device) { *device = current; return 0; }
+int cudaSetDevice(int device) { asked += std::to_string(current = device); return 0; }
+const char* devices() { return asked.c_str(); }
+int cudaGetDriverEntryPoint() { return 999; }
+int cudaGetDriverEntryPointByVersion() { return 999; }
+int cudaDeviceGetAttribute() { return 0; }
+int cudaGetLastError() { return 0; }
+const char* cudaGetErrorString() { return ""; }
+const char* cudaGetErrorName() { return ""; }
+char __cudaInitModule() { return 0; }
+void** __cudaRegisterFatBinary() { return nullptr; }
+void __cudaRegisterFatBinaryEnd() {}
+void __cudaUnregisterFatBinary() {}
+}
+"""
+LAUNCH = """
+#include <launch.cu>
+using namespace bitune;
+extern std::string asked;
+extern "C" void work_on(int device) { DeviceGuard guard(device); asked += '!'; }
+extern "C" int map() { TensorMap map; return map_rows({}, Element::bf16, 1, 64, 64, &map).code; }
+"""
+
+
+@needs_nvcc
+def test_a_new_thread_has_its_device_before_the_driver_is_asked(tmp_path):
+    (tmp_path / "runtime.cpp").write_text(RUNTIME)
+    (tmp_path / "test.cu").write_text(LAUNCH)
+    flags = "-std=c++17 -cudart none -shared -Xcompiler -fPIC -o launch.so".split()
+    subprocess.run([NVCC, *flags, "-I", ROOT / "csrc", "runtime.cpp", "test.cu"], cwd=tmp_path, check=True)
+    library = ctypes.CDLL(str(tmp_path / "launch.so"))
+    library.devices.restype = ctypes.c_char_p
+    library.work_on(0)
+    library.work_on(1)
+    assert library.devices() == b"0!1!0"  # 0 too, though it is the current one
+    assert library.map() == -1  # the driver lacks the function

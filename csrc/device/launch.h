@@ -11,15 +11,18 @@ namespace bitune {
 // Makes a device current for as long as it lives.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int device) {
+  explicit DeviceGuard(int device) : device_(device) {
     cudaGetDevice(&before_);
-    if (before_ != device) cudaSetDevice(device);
+    cudaSetDevice(device);  // current or not: in a new thread the driver's functions have no context before
   }
-  ~DeviceGuard() { cudaSetDevice(before_); }
+  ~DeviceGuard() {
+    if (before_ != device_) cudaSetDevice(before_);
+  }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
+  int device_;
   int before_ = 0;
 };
 
