@@ -82,22 +82,35 @@ __device__ void mix_rows(uint32_t target, const Bits* bidir, int64_t stride_row,
   }
 }
 
-// The tile's own tokens to the mixed keys and values, or to the cache.
+// The tile's own tokens to the mixed keys and values, or to the cache. A thread loads two chunks of a row, of both
+// streams, before it stores the first: as far as the compiler knows a store may change what is read after it.
 template <typename T>
 __device__ void write_rows(const Rows& x, const Rows& target, const PerHead& weight, int dim, const Attention& a,
                            const Item& item, Bounds tokens, int head, int thread, int threads) {
-  float alpha = item.write_mixed ? per_head(weight, head) : 0;
+  bool mixes = item.write_mixed;
+  int64_t write_row = item.write_row;
+  int64_t read_row = mixes ? item.write_row : item.own_row;
+  float alpha = mixes ? per_head(weight, head) : 0;
   int64_t to_causal = a.num_prompt * x.stride_row;
 #pragma unroll 1
   for (int i = tokens.low + thread / 8; i < tokens.high; i += threads / 8) {
-    int64_t row = int64_t(item.write_row) + i;
-    const Bits* from = row_of(x, item.write_mixed ? row : int64_t(item.own_row) + i, head);
-    Bits* to = row_of(target, a.slots ? a.slots[row] : row, head);
+    const Bits* from = row_of(x, read_row + i, head);
+    Bits* to = row_of(target, a.slots ? a.slots[write_row + i] : write_row + i, head);
 #pragma unroll 1
-    for (int column = thread % 8 * 8; column < dim; column += 64) {
-      uint4 values = load_chunk(from + column);
-      if (item.write_mixed) values = mix<T>(load_chunk(from + to_causal + column), values, alpha);
-      store_chunk(to + column, values);
+    for (int first = thread % 8 * 8; first < dim; first += 128) {
+      uint4 bidir[2] = {};  // zeros: else what isn't loaded takes registers from tile to tile
+      uint4 causal[2] = {};
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        int column = first + 64 * j;
+        if (column < dim) bidir[j] = load_chunk(from + column);
+        if (column < dim && mixes) causal[j] = load_chunk(from + to_causal + column);
+      }
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        int column = first + 64 * j;
+        if (column < dim) store_chunk(to + column, mixes ? mix<T>(causal[j], bidir[j], alpha) : bidir[j]);
+      }
     }
   }
 }
