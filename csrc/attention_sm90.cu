@@ -192,7 +192,7 @@ __device__ void copy(const Attention& a, Memory<S> memory) {
               // What follows in memory is another sample's: 0 times whatever it is must be 0.
               const Bits* tile = row_of(values, int64_t(r.row) + first + mix.shift(a, i), head);
               auto row = [&](int j) { return first + j < r.length ? tile + j * values.stride_row : nullptr; };
-              copy_rows<S::kBlockN, S::kDim>(memory.v(ring.stage()), row, a.head_dim_v, thread, kCopyThreads);
+              copy_rows<S::kBlockN, S::kColumns>(memory.v(ring.stage()), row, a.head_dim_v, thread, kCopyThreads);
               settle();
             }
             arrive(memory.v_full(ring.stage()));
@@ -211,7 +211,7 @@ struct Consumer {
   int index;  // of the consumer
   Ring ring;
   Softmax softmax;
-  float acc[S::kDim / 2];
+  float acc[S::kColumns / 2];  // whole tiles of 64: a swizzled operand isn't cut within one
 
   __device__ Queries queries(const Item& item, int head) const {
     return query_of(a, item, head, S::kBlockM, index * 64 + threadIdx.x / 32 % 4 * 16);
@@ -247,7 +247,7 @@ struct Consumer {
 #pragma unroll
     for (int j = 0; j < S::kBlockN / 16; ++j) {
       uint32_t operand[4] = {p[4 * j], p[4 * j + 1], p[4 * j + 2], p[4 * j + 3]};
-      ptx::Wgmma<typename S::Element, S::kDim>::rs(acc, operand, advance(v, j * 16 * 128), 1);
+      ptx::Wgmma<typename S::Element, S::kColumns>::rs(acc, operand, advance(v, j * 16 * 128), 1);
     }
     ptx::wgmma_commit();
   }

@@ -259,14 +259,14 @@ __global__ void __launch_bounds__(256) registers(const __grid_constant__ Params 
 
 template <typename T>
 Error product(const Params& p, int n, bool rs) {
-  int bytes = (64 + (n + 63) / 64 * 64) * p.k * 2;  // the last tile of 64 columns may be in part empty
+  int bytes = (64 + n) * p.k * 2;
   switch (n * 2 + rs) {
 #define CASE(N)                                                                        \
   case N * 2:                                                                          \
     return launch(group_product<T, N, false>, 1, 128, bytes, nullptr, p);              \
   case N * 2 + 1:                                                                      \
     return launch(group_product<T, N, true>, 1, 128, bytes, nullptr, p);
-    CASE(64) CASE(96) CASE(128) CASE(256)
+    CASE(64) CASE(128) CASE(256)
 #undef CASE
   }
   return {-1, "no such product"};

@@ -24,7 +24,7 @@ void start_product(bool bf16, int n, float* d, const uint32_t* a_registers, uint
 
 template <typename T, int N>
 struct Wgmma {
-  static_assert(N == 64 || N == 96 || N == 128 || N == 256, "no such N");
+  static_assert(N == 64 || N == 128 || N == 256, "no such N");
   static constexpr bool bf16 = std::is_same<T, Bf16>::value;
   static void ss(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {
     start_product(bf16, N, d, nullptr, a, b, accumulate != 0);
