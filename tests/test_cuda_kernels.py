@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import os
 import shutil
 import subprocess
 import sys
@@ -31,9 +32,12 @@ TWO, ONE = {"prompts": (400, 130), "answers": (300, 40)}, {"num_streams": 1, "sh
 
 
 def emulated_library(tmp_path_factory) -> Path:
-    """The emulated extension, built by the first process that asks."""
+    """The emulated extension, built by the first process of a run that asks."""
     pytest.importorskip("pybind11", reason="building the emulated extension needs pybind11")
-    folder = tmp_path_factory.getbasetemp().parent / "emulated"
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # what the workers of a run share; without them it outlives the run
+    folder = folder / "emulated"
     folder.mkdir(exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
