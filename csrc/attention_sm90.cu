@@ -246,8 +246,7 @@ struct Consumer {
     ptx::wgmma_fence();
 #pragma unroll
     for (int j = 0; j < S::kBlockN / 16; ++j) {
-      uint32_t operand[4] = {p[4 * j], p[4 * j + 1], p[4 * j + 2], p[4 * j + 3]};
-      ptx::Wgmma<typename S::Element, S::kColumns>::rs(acc, operand, advance(v, j * 16 * 128), 1);
+      ptx::Wgmma<typename S::Element, S::kColumns>::rs(acc, p + 4 * j, advance(v, j * 16 * 128), 1);
     }
     ptx::wgmma_commit();
   }

@@ -21,8 +21,6 @@ using Bits = uint16_t;
 __device__ inline Bits* row_of(const Rows& x, int64_t row, int head) {
   return static_cast<Bits*>(x.data) + row * x.stride_row + head * x.stride_head;
 }
-__device__ inline uint4 load_chunk(const Bits* x) { return *reinterpret_cast<const uint4*>(x); }
-__device__ inline void store_chunk(Bits* x, uint4 values) { *reinterpret_cast<uint4*>(x) = values; }
 
 __device__ inline float per_head(const PerHead& x, int head) { return x.data[head * x.stride]; }
 
@@ -76,7 +74,7 @@ __device__ void mix_rows(uint32_t target, const Bits* bidir, int64_t stride_row,
       int chunk = thread % 8 + 8 * i;
       uint4 mixed = make_uint4(0, 0, 0, 0);
       if (row < valid && chunk * 8 < dim)
-        mixed = mix<T>(load_chunk(x + to_causal + chunk * 8), load_chunk(x + chunk * 8), alpha);
+        mixed = mix<T>(ptx::load_chunk(x + to_causal + chunk * 8), ptx::load_chunk(x + chunk * 8), alpha);
       if (chunk * 8 < kDim) ptx::store_shared(target + chunk_offset(row, chunk, kRows), mixed);
     }
   }
@@ -103,13 +101,13 @@ __device__ void write_rows(const Rows& x, const Rows& target, const PerHead& wei
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         int column = first + 64 * j;
-        if (column < dim) bidir[j] = load_chunk(from + column);
-        if (column < dim && mixes) causal[j] = load_chunk(from + to_causal + column);
+        if (column < dim) bidir[j] = ptx::load_chunk(from + column);
+        if (column < dim && mixes) causal[j] = ptx::load_chunk(from + to_causal + column);
       }
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         int column = first + 64 * j;
-        if (column < dim) store_chunk(to + column, mixes ? mix<T>(causal[j], bidir[j], alpha) : bidir[j]);
+        if (column < dim) ptx::store_chunk(to + column, mixes ? mix<T>(causal[j], bidir[j], alpha) : bidir[j]);
       }
     }
   }
@@ -259,7 +257,7 @@ __device__ void store_rows(const float (&x)[N], const float (&factor)[2], Bits* 
         }
       }
       int column = 32 * i + 8 * lane;
-      if (row[r] && column < dim) store_chunk(row[r] + column, make_uint4(w[0], w[1], w[2], w[3]));
+      if (row[r] && column < dim) ptx::store_chunk(row[r] + column, make_uint4(w[0], w[1], w[2], w[3]));
     }
   }
 }

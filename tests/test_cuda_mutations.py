@@ -103,6 +103,7 @@ FAULTS = [
     fault("a k-step of 32 columns", SM90, "d % 4 * 32", "d % 4 * 64", PLAIN, EARLY),
     fault("the next tile of columns", SM90, "S::kBlockN * 128);", "S::kBlockN * 64);", PLAIN),
     fault("the next sample's values", SM90, "first + j < r.length ? ", "true ? ", PLAIN, check=neighbour),
+    fault("rows half a chunk off", TILE, "from + column)", "from + column + 4)", PLAIN, "no multiple of 16", cache),
     # who waits for whom
     fault(
         "keys are not waited for",
@@ -120,6 +121,15 @@ FAULTS = [
         "arrive(memory.v_empty(before.stage()));\n      ptx::wgmma_wait<0>();",
         LONG,
         EARLY,
+    ),
+    fault(
+        "weights are packed into registers that a product reads",
+        SM90,
+        "ptx::wgmma_wait<0>();\n      ptx::wgmma_hold(acc);\n      arrive(memory.v_empty(before.stage()));",
+        "pack_rows<typename S::Element>(s, p);\n      ptx::wgmma_wait<0>();\n      ptx::wgmma_hold(acc);\n"
+        "      arrive(memory.v_empty(before.stage()));",
+        LONG,
+        "registers of a running wgmma",
     ),
     fault("the wrong parity", SM90, "full() ^ 1;", "full();", PLAIN, "deadlock|phases"),
     fault("nobody begins", SM90, "if (index == 1) pass_turn();", "", LONG, "deadlock"),

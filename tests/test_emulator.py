@@ -195,6 +195,11 @@ def test_wrong_wgmma(library, variant, text, rs, seed):
     assert told and text in told
 
 
+def test_wgmma_whose_left_operand_is_written(library):
+    a, b, out = operands(torch.bfloat16, 64, rs=True)
+    assert "registers of a running wgmma were written, operand a" in run_wgmma(library, a, b, out, True, 10)
+
+
 @pytest.mark.parametrize("rs", [False, True])
 def test_wgmma_before_wait(library, rs):
     a, b, out = operands(torch.bfloat16, 64, rs=rs)

@@ -14,7 +14,11 @@ struct Fp16 {};
 
 namespace ptx {
 
-// shared memory
+// memory
+
+// 16 bytes of global memory, at a multiple of 16.
+__device__ inline uint4 load_chunk(const void* x) { return *static_cast<const uint4*>(x); }
+__device__ inline void store_chunk(void* x, uint4 values) { *static_cast<uint4*>(x) = values; }
 
 // Where the block's dynamic shared memory begins, a multiple of 1024.
 __device__ inline uint32_t dynamic_shared() {

@@ -25,7 +25,7 @@ __device__ inline void wgmma_hold(float (&r)[count]) {
 }
 
 // d [64, N] = (accumulate ? d : 0) + a b. wgmma_ss: a [64, 16] and b [N, 16] in shared memory, columns summed.
-// wgmma_rs: a in registers, b [16, N], rows summed.
+// wgmma_rs: a in 4 registers, not to be written before the product has ended, b [16, N], rows summed.
 template <typename T, int N>
 struct Wgmma;
 
@@ -55,7 +55,7 @@ struct Wgmma;
                    : D##COUNT                                                                                      \
                    : "l"(a), "l"(b), "r"(accumulate));                                                             \
     }                                                                                                              \
-    __device__ static void rs(float (&d)[COUNT], const uint32_t (&a)[4], uint64_t b, int accumulate) {             \
+    __device__ static void rs(float (&d)[COUNT], const uint32_t* a, uint64_t b, int accumulate) {                  \
       asm volatile("{.reg .pred p; setp.ne.b32 p, %" #A5 ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME \
                    "." NAME " {" R##COUNT "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #A4 ", p, 1, 1, 1;}"    \
                    : D##COUNT                                                                                      \

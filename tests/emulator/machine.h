@@ -8,6 +8,11 @@
 // writer and the readers. An access that no barrier puts after those it conflicts with is an error, whatever the order
 // the fibers ran in. Lanes of a warp count as one, except that what a lane stored must not be read by the others
 // before the warp has met.
+//
+// Not seen here: accumulators touched between wgmma_fence and the product; races through global memory, and its bounds;
+// what goes wrong between blocks, which run one after the other; the order that the compiler makes of it all
+// (bitune_kernels/testing/native.py reads some of it); csrc/launch.cu and csrc/device/launch.h, which are replaced; a
+// TensorMap that isn't at a multiple of 64; more registers than setmaxnreg leaves a role.
 #pragma once
 
 #include <cstdint>

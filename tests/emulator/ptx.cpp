@@ -11,6 +11,16 @@ namespace ptx {
 
 using namespace emulator;
 
+uint4 load_chunk(const void* x) {
+  if (uintptr_t(x) % 16) fail("load_chunk from %p, no multiple of 16", x);
+  return *static_cast<const uint4*>(x);
+}
+
+void store_chunk(void* x, uint4 values) {
+  if (uintptr_t(x) % 16) fail("store_chunk to %p, no multiple of 16", x);
+  *static_cast<uint4*>(x) = values;
+}
+
 uint32_t dynamic_shared() { return block.base; }
 
 void store_shared(uint32_t address, uint4 x) {

@@ -193,10 +193,11 @@ __global__ void __launch_bounds__(128) group_product(const __grid_constant__ Par
   int column = threadIdx.x % 4 * 2;
   float d[N / 2];
   for (int i = 0; i < N / 2; ++i) d[i] = 1;
+  uint32_t operands[8][4];
   if (!is(p, 7)) wgmma_fence();
   for (int k = 0; k < p.k; k += 16) {
     if (registers) {
-      uint32_t x[4];
+      uint32_t* x = operands[k / 16];
       for (int i = 0; i < 4; ++i) {
         x[i] = *reinterpret_cast<const uint32_t*>(p.a + (row + i % 2 * 8) * p.k + k + column + i / 2 * 8);
       }
@@ -216,6 +217,7 @@ __global__ void __launch_bounds__(128) group_product(const __grid_constant__ Par
   if (is(p, 2)) sync_block();
   if (is(p, 2)) store_shared(b + threadIdx.x * 16, make_uint4(0, 0, 0, 0));
   if (is(p, 8)) d[3] = 0;
+  if (is(p, 10)) operands[0][3] += 1;
   if (!is(p, 3) && !is(p, 5)) wgmma_wait<0>();
   for (int i = 0; i < N / 2; ++i) p.out[(row + i % 4 / 2 * 8) * N + i / 4 * 8 + column + i % 2] = d[i];
   if (is(p, 3)) wgmma_wait<0>();

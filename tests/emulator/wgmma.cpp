@@ -35,6 +35,7 @@ struct Product {
   uint32_t chunks[128 + 512];  // of a, then of b: [row, 2] or, in registers, [k, n / 8]
   uint64_t bytes[128 + 512][2];
   uint32_t a[64 * 8];  // pairs, row-major
+  const uint32_t* registers[128];  // that a is in, by thread
 };
 
 }  // namespace
@@ -140,12 +141,24 @@ void each_element(Accumulator& x, int thread, F f) {
   }
 }
 
+// The pairs of a that stand in a thread's registers, and what these hold now.
+template <typename F>
+void each_pair(Product& p, int thread, F f) {
+  uint32_t* pairs = p.a + row_of(thread) * 8 + column_of(thread) / 2;
+  for (int i = 0; i < 4; ++i) f(pairs[i % 2 * 64 + i / 2 * 4], p.registers[thread][i]);
+}
+
 void compute(Product& p) {
   for (int i = 0; i < p.num_chunks; ++i) {
     if (memcmp(p.bytes[i], &block.memory[size_t(p.chunks[i]) * 16], 16)) {
       fail("shared memory of a running wgmma was changed: %#x, operand %s", block.base + p.chunks[i] * 16,
            i < p.num_a ? "a" : "b");
     }
+  }
+  for (int thread = 0; p.in_registers && thread < 128; ++thread) {
+    each_pair(p, thread, [thread](uint32_t pair, uint32_t now) {
+      if (pair != now) fail("registers of a running wgmma were written, operand a in thread %d of its warpgroup", thread);
+    });
   }
   Accumulator& x = *p.accumulator;
   const auto* a = reinterpret_cast<const uint16_t*>(p.in_registers ? static_cast<const void*>(p.a) : p.bytes);
@@ -267,11 +280,8 @@ void start_product(bool bf16, int n, float* d, const uint32_t* a_registers, uint
     });
   }
   if (a_registers) {
-    uint32_t* pairs = p.a + row_of(thread) * 8 + column_of(thread) / 2;
-    pairs[0] = a_registers[0];
-    pairs[64] = a_registers[1];
-    pairs[4] = a_registers[2];
-    pairs[68] = a_registers[3];
+    p.registers[thread] = a_registers;
+    each_pair(p, thread, [](uint32_t& pair, uint32_t now) { pair = now; });
   }
   int warp = thread / 32;
   if (!p.lanes[warp]) {

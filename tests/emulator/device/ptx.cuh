@@ -12,8 +12,10 @@ struct Fp16 {};
 
 namespace ptx {
 
-// shared memory
+// memory
 
+uint4 load_chunk(const void* x);
+void store_chunk(void* x, uint4 values);
 uint32_t dynamic_shared();
 void store_shared(uint32_t address, uint4 x);
 void cp_async(uint32_t target, const void* source, bool valid);

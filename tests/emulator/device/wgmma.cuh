@@ -29,7 +29,7 @@ struct Wgmma {
   static void ss(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {
     start_product(bf16, N, d, nullptr, a, b, accumulate != 0);
   }
-  static void rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  static void rs(float (&d)[N / 2], const uint32_t* a, uint64_t b, int accumulate) {
     start_product(bf16, N, d, a, 0, b, accumulate != 0);
   }
 };
