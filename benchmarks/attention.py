@@ -20,7 +20,7 @@ from common.floor import PEAK_FIELDS, measured_peaks, visible_pairs
 from common.memory import memory_of
 from common.models import Machine
 from common.peers import SDPA_KERNELS, SdpaCalls
-from common.report import Results, Table, finish, milliseconds, worst_error
+from common.report import Results, Table, milliseconds, worst_error
 from common.run import (
     OWN,
     Case,
@@ -540,9 +540,9 @@ def main(argv: list[str] | None = None) -> int:
         results,
         facts,
         start,
-        table=Table(table_head, table_line, rows_of),
+        f"attention: {title}",
+        Table(table_head, table_line, rows_of, draw),
     )
-    finish(results, f"attention: {title}", draw)
     return 0 if right else 1
 
 

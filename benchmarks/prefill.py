@@ -12,7 +12,6 @@ import time
 import torch
 from common.floor import Dims, floor
 from common.models import Models, float32_inference, scope
-from common.report import finish
 from common.run import (
     Case,
     add_sweep_options,
@@ -124,8 +123,8 @@ def main(argv: list[str] | None = None) -> int:
         results,
         facts,
         start,
+        f"prefill: {title(setup, facts)}",
     )
-    finish(results, f"prefill: {title(setup, facts)}")
     return 0 if right else 1
 
 

@@ -24,7 +24,6 @@ import torch
 from common.floor import Dims, floor
 from common.memory import Memory
 from common.models import Models, float32_weights, scope
-from common.report import finish
 from common.run import (
     Case,
     add_sweep_options,
@@ -166,8 +165,8 @@ def main(argv: list[str] | None = None) -> int:
         results,
         facts,
         start,
+        f"training step: {title(setup, facts)}",
     )
-    finish(results, f"training step: {title(setup, facts)}")
     return 0 if right else 1
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import accumulate
@@ -432,10 +433,23 @@ def test_an_interrupted_run_keeps_what_is_done(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "prefill.png").is_file()
 
 
-def test_a_time_limit_leaves_out_the_larger_shapes(tmp_path, capsys):
-    assert run("prefill", tmp_path, "--providers", "lora", "--minutes", "1e-6") == 0
-    assert "left out: it would pass --minutes" in capsys.readouterr().out
+@pytest.mark.parametrize("batches", ["1 2", "1 2 3"])
+def test_a_time_limit_leaves_out_the_larger_shapes(batches, tmp_path, capsys):
+    arguments = ["--providers", "lora", "--minutes", "1e-6", "--batch-sizes", *batches.split()]
+    most = batches == "1 2 3"
+    assert run("prefill", tmp_path, *arguments) == int(most)
+    printed = capsys.readouterr().out
+    assert "left out: it would pass --minutes" in printed
+    assert printed.splitlines()[-1] == f"1 of {3 if most else 2} shapes, as many as --minutes allow"
     assert [row["batch"] for row in rows_of(tmp_path / "prefill.csv")] == ["1"]
+
+
+def test_compiling_for_the_first_shape_leaves_out_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(prefill.Prefill, "errors", lambda *args: next(checks))
+    checks = ({"logits": time.sleep(wait) or 0.0, "cache": 0.0} for wait in (1, 0))
+    shapes = ["--batch-sizes", "1", "--lengths", "4", "400", "--providers", "lora"]
+    assert run("prefill", tmp_path, *shapes, "--minutes", "1") == 0
+    assert len(rows_of(tmp_path / "prefill.csv")) == 2
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def whole_model(providers: Sequence[str], device: torch.device) -> Table:
         legend = "\n".join(f"{c.name:<8}  {c.meaning}" for c in columns if c.meaning)
         return f"{legend}\n\n{line([c.name for c in columns])}"
 
-    return Table(head, lambda row: line([c.cell(row) for c in columns]), measurements)
+    return Table(head, lambda row: line([c.cell(row) for c in columns]), measurements, plot)
 
 
 CASE_FIELDS = (
@@ -194,11 +194,13 @@ class Table(NamedTuple):
         head: () -> the text above the table.
         line: row of the CSV file -> line of the table.
         rows: (facts, case, times, checks, memory) -> rows of the CSV file.
+        draw: (path, rows, title) -> why there is no plot, or None.
     """
 
     head: Callable[[], str]
     line: Callable[[dict], str]
     rows: Callable[..., list[dict]]
+    draw: Callable[..., str | None]
 
 
 class Results:

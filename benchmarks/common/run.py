@@ -20,7 +20,7 @@ from bitune_kernels.testing.timing import interleaved, provenance
 from .floor import PEAK_FIELDS, Floor, dims_of, head_dim_of, measured_peaks
 from .memory import Memory, memory_of
 from .models import MODELS, TWINS, Machine, Setup, attach, default_dtype, find_device, load_base, model_config
-from .report import CASE_FIELDS, TIME_FIELDS, Results, Table, whole_model
+from .report import CASE_FIELDS, TIME_FIELDS, Results, Table, finish, whole_model
 from .text import Text
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
@@ -368,34 +368,38 @@ def measure(
     results: Results,
     facts: dict,
     start: float,
+    heading: str,
     table: Table | None = None,
 ) -> bool:
     """Check, time and report each shape (batch, length, ...), smallest first; an interrupted run keeps what is done.
 
     Args:
         start: when ``args.minutes``, if it is a number, began (``time.perf_counter``).
+        heading: of the plot.
         table: default: that of whole models.
 
     Returns:
-        whether nothing failed (``_check``).
+        whether nothing failed (``_check``), and ``args.minutes`` left out no more than half of the shapes.
     """
     table = whole_model(providers, setup.device) if table is None else table
     print(table.head())
     deadline = None if args.minutes is None else start + 60 * args.minutes
-    right, seconds_per_token = True, 0.0
+    right, left_out, round_per_token = True, 0, 0.0
     bar = tqdm(total=len(shapes), unit="shape", leave=False, disable=None)
     try:
         for done, shape in enumerate(sorted(shapes, key=lambda shape: shape[0] * shape[1])):
-            begin = time.perf_counter()
             batch, length = shape[:2]
-            expected = max(args.seconds, seconds_per_token * batch * length)
-            if deadline is not None and done and begin + expected > deadline:
+            # Of timed rounds alone, since the first checks compile kernels; a check takes about three rounds.
+            expected = round_per_token * batch * length
+            expected = (3 + args.warmup) * expected + max(args.seconds, args.min_rounds * expected)
+            if deadline is not None and done and time.perf_counter() + expected > deadline:
                 tqdm.write(f"batch {batch}, length {length}: left out: it would pass --minutes")
+                left_out += 1
                 continue
             case = make_case(*shape)
             bar.set_description(f"{case.label}: checking")
             checks, failed = _check(case, providers, setup)
-            right, needed = right and not failed, time.perf_counter() - begin
+            right = right and not failed
             if checks:
                 memory = {n: case.memory(setup.device, n) for n in checks}
                 bar.set_description(f"{case.label}: timing")
@@ -411,14 +415,16 @@ def measure(
                 results.append(rows)
                 for row in rows:
                     tqdm.write(table.line(row))
-                needed += (args.warmup + args.min_rounds) * sum(t.quantile(0.5) for t in times.values())
-            seconds_per_token = needed / (batch * length)
+                round_per_token = sum(t.quantile(0.5) for t in times.values()) / (batch * length)
             _advance(bar, done + 1)
     except KeyboardInterrupt:
         tqdm.write(INTERRUPTED)
     finally:
         bar.close()
-    return right
+    finish(results, heading, table.draw)
+    if left_out:
+        print(f"{len(shapes) - left_out} of {len(shapes)} shapes, as many as --minutes allow")
+    return right and 2 * left_out <= len(shapes)
 
 
 def _advance(bar, position: float) -> None:
