@@ -6,6 +6,7 @@ import copy
 import csv
 import dataclasses
 import importlib
+import re
 import subprocess
 import sys
 import time
@@ -42,8 +43,8 @@ quality, quality_tasks = (importlib.import_module(name) for name in ("quality", 
 
 # One thread, so that tests in parallel don't wait for each other's threads.
 QUICK = ["--threads", "1", "--model", "tiny", "--device", "cpu", "--seconds", "0", "--min-rounds", "2", "--warmup", "0"]
-SHAPES = {
-    "prefill": ["--batch-sizes", "1", "2", "--lengths", "12"],
+SHAPES = {  # of which the larger one is ragged
+    "prefill": ["--batch-sizes", "1", "3", "--lengths", "24"],
     "train_step": ["--samples", "3", "--max-lengths", "24"],
 }
 PROVENANCE = "timestamp_utc bitune_kernels git_sha git_dirty torch triton transformers peft python cpu threads".split()
@@ -109,7 +110,7 @@ def test_a_run_leaves_a_table_rows_and_a_plot(name, dtype, tmp_path, capsys):
     assert printed.startswith(SCRIPTS[name].EXPLANATION)
     assert "BPE" in printed and "instructions.jsonl" in printed
     rows = rows_of(tmp_path / f"{name}.csv")
-    expected = {"three-pass", "one-pass[sdpa]", "lora"}
+    expected = {"three-pass", "one-pass[sdpa]", "lora-packed[sdpa]", "lora"}
     if name == "train_step":
         expected |= {"authors-schedule", *PACKED}
     assert {row["provider"] for row in rows} == expected
@@ -136,11 +137,16 @@ def test_a_run_leaves_a_table_rows_and_a_plot(name, dtype, tmp_path, capsys):
         assert flops == pytest.approx(float(row["floor_flops"]), rel=0.1)  # of rounded TFLOP/s
         assert row["utilisation"] == row["measured_tflops"] == ""
         assert float(row["step_mib"]) > 0 and row["peak_mib"] == ""  # which a CPU's allocator doesn't count
-        assert bool(row["cost_in_lora_packed_passes"]) == bool(row["memory_over_lora_packed"]) == (name == "train_step")
+        assert row["cost_in_lora_packed_passes"] and row["memory_over_lora_packed"]
     assert (tmp_path / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     (head,) = [line for line in printed.splitlines() if line.split()[:2] == ["batch", "length"]]
-    assert ("packed" in head) == (name == "train_step") and "MFU" not in head and "n/a" not in printed
+    columns = re.split(r"\s{2,}", head.strip())
+    # what bounds one pass is set beside packed LoRA alone; padded LoRA has FLOPs to spare
+    start = columns.index("x LoRA")
+    assert columns[start : start + 4] == ["x LoRA", "FLOPs", "x packed", "floor"] and columns.count("floor") == 1
+    assert "MFU" not in head and "n/a" not in printed
     assert "MFU" in common_report.whole_model(expected, torch.device("cuda")).head()
+    assert "packed" not in common_report.whole_model({"lora"}, torch.device("cpu")).head()
 
 
 def test_rows_are_appended_and_other_columns_are_refused(tmp_path):

@@ -58,9 +58,10 @@ def visible_pairs(prompts: Sequence[int], answers: Sequence[int], streams: Seque
 
 @dataclass(frozen=True)
 class Floor:
-    """What one pass must compute, in units of a plain LoRA pass that is timed beside it.
+    """What one pass must compute, in units of plain LoRA passes that are timed beside it.
 
-    It bounds the time where both are bound by FLOPs; short prompts are bound by launches and by reading weights.
+    In those of packed LoRA, which wastes nothing, it bounds the time where both are bound by FLOPs; short prompts are
+    bound by launches and by reading weights. In those of padded LoRA it is a ratio of FLOPs and no bound.
 
     Attributes:
         rows: (2P + A) / (P + A): rows of linear layers over tokens, nothing else.

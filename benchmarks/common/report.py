@@ -35,15 +35,15 @@ def _number(key: str, digits: int = 2) -> Callable[[dict], str]:
     return lambda row: "n/a" if row[key] == "" else f"{row[key]:.{digits}f}"
 
 
-def _floor(row: dict) -> str:
-    if row["provider"] == "lora":  # a unit has no floor in itself
+def _flops(row: dict) -> str:
+    if row["provider"] == "lora":  # the unit
         return ""
     if row["provider"].startswith("lora-packed"):
         return f"{row['floor_linear'] / row['floor_packed_linear']:.2f}"
     return f"{row['floor_linear']:.2f}"
 
 
-def _floor_packed(row: dict) -> str:
+def _floor(row: dict) -> str:
     return "" if row["provider"].startswith("lora") else f"{row['floor_packed_linear']:.2f}"
 
 
@@ -59,15 +59,15 @@ COLUMNS = (
     Column("p80 ms", 8, _number("p80_ms", 1)),
     Column("speedup", 7, _number("speedup_over_three_pass"), "three-pass", "over three-pass"),
     Column("x LoRA", 6, _number("cost_in_lora_passes"), "lora", "in plain LoRA passes"),
+    Column("FLOPs", 5, _flops, "lora", "the same in FLOPs of linear layers: LoRA's padding and last layer are counted"),
+    Column("x packed", 8, _number("cost_in_lora_packed_passes"), "lora-packed", "in those of lora-packed"),
     Column(
         "floor",
         5,
         _floor,
-        "lora",
+        "lora-packed",
         "the same in FLOPs of linear layers; less where both are bound by overhead or memory",
     ),
-    Column("x packed", 8, _number("cost_in_lora_packed_passes"), "lora-packed", "in those of lora-packed"),
-    Column("floor", 5, _floor_packed, "lora-packed"),
     Column("MiB", 6, _number("step_mib", 0), "", "peak of a pass without the weights"),
     Column("x LoRA", 6, _number("memory_over_lora"), "lora"),
     Column("x packed", 8, _number("memory_over_lora_packed"), "lora-packed"),
@@ -225,15 +225,16 @@ class Results:
         self.rows += rows
 
 
-# Provider that is the unit, column of the cost in it, column of the floor, what a pass of it is.
+# Provider that is the unit, column of the cost in it, column of the same in FLOPs of linear layers, what that is to a
+# pass (padded LoRA wastes FLOPs, so no floor), the line it gets, what a pass of the unit is.
 UNITS = (
-    ("lora", "cost_in_lora_passes", "floor_linear", "plain LoRA passes"),
-    ("lora-packed", "cost_in_lora_packed_passes", "floor_packed_linear", "packed LoRA passes"),
+    ("lora", "cost_in_lora_passes", "floor_linear", "ratio of FLOPs", "dotted", "plain LoRA passes"),
+    ("lora-packed", "cost_in_lora_packed_passes", "floor_packed_linear", "floor", "dashed", "packed LoRA passes"),
 )
 
 
 def plot(path: Path, rows: Sequence[dict], title: str) -> str | None:
-    """Cost of each provider in plain LoRA passes, padded and packed, grouped by shape, and the floor of each group.
+    """Cost of each provider in plain LoRA passes, padded and packed, grouped by shape, and one pass's in FLOPs.
 
     Returns why nothing was drawn, or None.
     """
@@ -255,7 +256,7 @@ def plot(path: Path, rows: Sequence[dict], title: str) -> str | None:
     figure.savefig(path, dpi=150)
 
 
-def _bars(axes, rows: Sequence[dict], shapes: list, names: list[str], unit, cost: str, floor: str, what: str) -> None:
+def _bars(axes, rows: Sequence[dict], shapes: list, names: list[str], unit, cost, flops, what, style, passes) -> None:
     shown = [name for name in names if name.partition("[")[0] != unit]
     width = 0.8 / max(1, len(shown))
     for i, name in enumerate(shown):
@@ -264,14 +265,14 @@ def _bars(axes, rows: Sequence[dict], shapes: list, names: list[str], unit, cost
         x = [place - 0.4 + width * (i + 0.5) for place, _ in bars]
         drawn = axes.bar(x, [value for _, value in bars], width * 0.92, label=name, color=f"C{names.index(name)}")
         axes.bar_label(drawn, fmt="%.2f", fontsize=7)
-    floors = {(r["batch"], r["length"]): r[floor] for r in rows}
+    ratios = {(r["batch"], r["length"]): r[flops] for r in rows}
     for place, shape in enumerate(shapes):
-        label = "floor (FLOPs of linears)" if place == 0 else None
+        label = f"{what} (linear layers)" if place == 0 else None
         ends = place - 0.45, place + 0.45
-        axes.plot(ends, [floors[shape]] * 2, color="black", linestyle="dashed", label=label)
+        axes.plot(ends, [ratios[shape]] * 2, color="black", linestyle=style, label=label)
     axes.set_xticks(range(len(shapes)), [f"{batch} x {length}" for batch, length in shapes])
     axes.set_xlabel("batch x length")
-    axes.set_ylabel(f"cost in {what} (lower is better)", fontsize=8)
+    axes.set_ylabel(f"cost in {passes} (lower is better)", fontsize=8)
 
 
 def finish(results: Results, title: str, draw: Callable[..., str | None] = plot, before: Sequence[dict] = ()) -> None:
