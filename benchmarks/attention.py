@@ -541,7 +541,7 @@ def main(argv: list[str] | None = None) -> int:
         facts,
         start,
         f"attention: {title}",
-        Table(table_head, table_line, rows_of, draw),
+        Table(table_head, lambda rows: [table_line(row) for row in rows], rows_of, draw),
     )
     return 0 if right else 1
 

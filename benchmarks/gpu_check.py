@@ -418,11 +418,10 @@ def _benchmarks(stage: str, out: Path, without: list[str], seconds: float) -> li
     if stage == "generate":
         return [Command("", "gemma-2b", [*command, "--model", "gemma-2b", "--lengths", "128", "2000"])]
     sweep += ["--seconds", "3"]
-    if stage == "train_step":  # its defaults are the paper's update and all providers
+    if stage == "train_step":  # its default is the paper's update
         return [Command("", model, [*command, "--model", model, *sweep]) for model in MODELS]
-    sweep += ["--providers", "three-pass", "one-pass", "lora-packed", "lora", "--lengths"]
     lengths = {model: [str(n) for n in PROMPTS if n <= longest] for model, longest in MODELS.items()}
-    return [Command("", model, [*command, "--model", model, *sweep, *lengths[model]]) for model in MODELS]
+    return [Command("", model, [*command, "--model", model, *sweep, "--lengths", *lengths[model]]) for model in MODELS]
 
 
 def _pytest(names: list[str]) -> list[Command]:

@@ -4,7 +4,7 @@ Every provider runs on the same weights and the same tokens, in turns. A provide
 reference backend in float32 (LoRA: with PEFT's over the padded batch) is not timed. Rows go to <out>/prefill.csv, a
 plot of this run to <out>/prefill.png.
 
-    three-pass      the paper's schedule over the padded batch
+    three-pass      the paper's schedule over the padded batch, authors-schedule: sample by sample, without padding
     one-pass        this package
     lora            plain LoRA as it is used: PEFT's layers, the padded batch, all rows in the last layer
     lora-packed     plain LoRA as well optimised as one-pass: the same rows less one stream, attention backend, LoRA
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 from common.floor import Dims, floor
@@ -53,16 +54,26 @@ class Prefill(Case):
         device = next(models.bitune.parameters()).device
         self.ids, self.mask = (x.to(device) for x in padded(rows, "left"))
         self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)  # else padding shifts LoRA's rotary angles
-        self.tokens = sum(lengths)
+        self.lengths, self.tokens = lengths, sum(lengths)
         self.padding = 1 - self.tokens / self.ids.numel()
         self.floor = floor(dims, [n - 1 for n in lengths], [1] * batch, training=False)
         self.oracle = {}
 
+    def providers(self, names: Sequence[str]) -> list[str]:
+        alone = self.batch == 1 and "three-pass" in names  # then authors-schedule is the same
+        return [name for name in names if not (alone and name == "authors-schedule")]
+
     @torch.no_grad()
-    def run(self, provider: str):
+    def run(self, provider: str) -> list:
+        """What the model returns for the batch, or for each sample."""
+        options = dict(use_cache=True, logits_to_keep=1)
         with scope(self.models, provider) as model:
+            if provider == "authors-schedule":
+                return [
+                    model(input_ids=row[None, -n:], **options) for row, n in zip(self.ids, self.lengths, strict=True)
+                ]
             inputs = dict(input_ids=self.ids, attention_mask=self.mask, position_ids=self.positions)
-            return model(**inputs, use_cache=True, logits_to_keep=1)
+            return [model(**inputs, **options)]
 
     def errors(self, provider: str) -> dict[str, float]:
         # What LoRA computes is not Bitune: its oracle is PEFT's in float32.
@@ -78,13 +89,16 @@ class Prefill(Case):
 
     def _outputs(self, provider: str) -> dict[str, list[torch.Tensor]]:
         """The next-token logits of each sample, and each layer's keys and values at the real tokens."""
-        out = self.run(provider)
-        cache = []
-        for layer in out.past_key_values.layers:
-            for x in (layer.keys, layer.values):  # [batch, heads, seq, dim]; a sliding layer keeps fewer tokens
-                real = self.mask[:, -x.shape[2] :].bool()
-                cache.append(x.transpose(1, 2)[real])
-        return {"logits": list(out.logits[:, -1]), "cache": cache}
+        logits, cache = [], []
+        for out in self.run(provider):
+            logits += out.logits[:, -1]
+            layers = out.past_key_values.layers
+            cache.append([x for layer in layers for x in (layer.keys, layer.values)])  # [batch, heads, seq, dim] each
+        joined = []
+        for tensors in zip(*cache, strict=True):
+            samples = zip((sample for x in tensors for sample in x), self.lengths, strict=True)
+            joined.append(torch.cat([sample[:, -n:] for sample, n in samples], dim=1))
+        return {"logits": logits, "cache": joined}
 
     def forget_oracle(self) -> None:
         self.oracle = {}
@@ -93,8 +107,8 @@ class Prefill(Case):
 def parse(argv: list[str] | None):
     p = parser(
         __doc__.partition("\n")[0],
-        "three-pass, one-pass, one-pass+peft, single-stream, single-stream-dual, lora-packed (the usual backends, or "
-        "with [BACKEND]), lora; default: three-pass one-pass lora-packed lora",
+        "authors-schedule, three-pass, one-pass, one-pass+peft, single-stream, single-stream-dual, lora-packed (the "
+        "usual backends, or with [BACKEND]), lora; default: authors-schedule three-pass one-pass lora-packed lora",
     )
     p.add_argument("--batch-sizes", type=int, nargs="+", metavar="B", help="default: 1 4")
     p.add_argument("--lengths", type=int, nargs="+", metavar="P", help="default: 64 256, on a GPU up to 2048")
@@ -112,7 +126,7 @@ def parse(argv: list[str] | None):
     check_at_least(p, args, batch_sizes=1)
     if bad := [n for n in args.lengths if not 2 <= n <= setup.max_length]:
         p.error(f"--lengths: expected 2 to {setup.max_length} tokens ({setup.name}), got {bad[0]}")
-    names = args.providers or ["three-pass", "one-pass", "lora-packed", "lora"]
+    names = args.providers or ["authors-schedule", "three-pass", "one-pass", "lora-packed", "lora"]
     args.providers, notes = choose_providers(p, setup, names, without=args.without, training=False)
     return args, setup, notes
 

@@ -144,8 +144,7 @@ def parse(argv: list[str] | None):
     if bad := [n for n in args.max_lengths if not 4 <= n <= setup.max_length]:
         p.error(f"--max-lengths: expected 4 to {setup.max_length} tokens ({setup.name}), got {bad[0]}")
     names = args.providers or ["authors-schedule", "three-pass", "one-pass", "one-pass+peft", "lora-packed", "lora"]
-    options = dict(extra=("authors-schedule",), without=args.without, training=True)
-    args.providers, notes = choose_providers(p, setup, names, **options)
+    args.providers, notes = choose_providers(p, setup, names, without=args.without, training=True)
     return args, setup, notes
 
 

@@ -110,10 +110,11 @@ def test_a_run_leaves_a_table_rows_and_a_plot(name, dtype, tmp_path, capsys):
     assert printed.startswith(SCRIPTS[name].EXPLANATION)
     assert "BPE" in printed and "instructions.jsonl" in printed
     rows = rows_of(tmp_path / f"{name}.csv")
-    expected = {"three-pass", "one-pass[sdpa]", "lora-packed[sdpa]", "lora"}
-    if name == "train_step":
-        expected |= {"authors-schedule", *PACKED}
-    assert {row["provider"] for row in rows} == expected
+    expected = {"authors-schedule", "three-pass", "one-pass[sdpa]", "lora-packed[sdpa]", "lora"}
+    expected |= {*PACKED} if name == "train_step" else set()
+    for batch in {row["batch"] for row in rows}:
+        alone = {"authors-schedule"} if batch == "1" else set()  # which is three-pass there
+        assert {row["provider"] for row in rows if row["batch"] == batch} == expected - alone
     for row in rows:
         assert row["provider"] in printed
         assert list(row)[: len(PROVENANCE)] == PROVENANCE
@@ -144,6 +145,13 @@ def test_a_run_leaves_a_table_rows_and_a_plot(name, dtype, tmp_path, capsys):
     # what bounds one pass is set beside packed LoRA alone; padded LoRA has FLOPs to spare
     start = columns.index("x LoRA")
     assert columns[start : start + 4] == ["x LoRA", "FLOPs", "x packed", "floor"] and columns.count("floor") == 1
+    shown = {tuple(cells[:3]): cells for cells in (re.split(r"\s{2,}", line.strip()) for line in printed.splitlines())}
+    for shape in {(row["batch"], row["length"]) for row in rows}:
+        speedups = {r["provider"]: r["speedup_over_three_pass"] for r in rows if (r["batch"], r["length"]) == shape}
+        fastest = max(float(speedups[x]) for x in ("three-pass", "authors-schedule") if x in speedups)
+        for provider, speedup in speedups.items():
+            found = shown[(*shape, provider)][columns.index("speedup")]
+            assert found == f"{float(speedup) / fastest:.2f}"
     assert "MFU" not in head and "n/a" not in printed
     assert "MFU" in common_report.whole_model(expected, torch.device("cuda")).head()
     assert "packed" not in common_report.whole_model({"lora"}, torch.device("cpu")).head()
@@ -471,9 +479,8 @@ def test_compiling_for_the_first_shape_leaves_out_no_other(tmp_path, monkeypatch
         ("prefill", ["--minutes", "0"], "--minutes: expected a number > 0"),
         ("prefill", ["--device", "abacus"], "--device: expected auto, cpu, cuda"),
         ("prefill", ["--device", "cuda:99"], "--device: cuda:99 asked for"),
-        ("prefill", ["--providers", "two-pass"], "--providers: expected names of three-pass, lora, one-pass"),
+        ("prefill", ["--providers", "two-pass"], "--providers: expected names of three-pass, authors-schedule, lora"),
         ("prefill", ["--providers", "one-pass[sparse]"], "--providers: expected names of"),
-        ("prefill", ["--providers", "authors-schedule"], "--providers: expected names of"),
         ("train_step", ["--providers", "lora-packed[sdpa"], "--providers: expected names of"),
         ("train_step", ["--providers", "lora-packed[flex]"], "lora-packed[flex] can't run here: FlexAttention has no"),
         ("prefill", ["--instructions", "nowhere.jsonl"], "--instructions: nowhere.jsonl is not a file"),

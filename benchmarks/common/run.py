@@ -20,7 +20,7 @@ from bitune_kernels.testing.timing import interleaved, provenance
 from .floor import PEAK_FIELDS, Floor, dims_of, head_dim_of, measured_peaks
 from .memory import Memory, memory_of
 from .models import MODELS, TWINS, Machine, Setup, attach, default_dtype, find_device, load_base, model_config
-from .report import CASE_FIELDS, TIME_FIELDS, Results, Table, finish, whole_model
+from .report import CASE_FIELDS, THREE_PASS, TIME_FIELDS, Results, Table, finish, whole_model
 from .text import Text
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
@@ -177,13 +177,12 @@ def choose_providers(
     setup: Setup,
     names: Sequence[str],
     *,
-    extra: Sequence[str] = (),
     without: Sequence[str] = (),
     training: bool,
 ) -> tuple[list[str], list[str]]:
     """The providers behind the names of the command line, and a note on each backend that can't run."""
     reasons = backend_reasons(setup, training=training) | dict.fromkeys(without, "--without")
-    single = ("three-pass", "lora", *extra)
+    single = (*THREE_PASS, "lora")
     chosen, notes = [], []
     for name in names:
         provider, _, backend = name.partition("[")
@@ -413,8 +412,8 @@ def measure(
                 )
                 rows = table.rows(facts | case.facts(), case, times, checks, memory)
                 results.append(rows)
-                for row in rows:
-                    tqdm.write(table.line(row))
+                for line in table.lines(rows):
+                    tqdm.write(line)
                 round_per_token = sum(t.quantile(0.5) for t in times.values()) / (batch * length)
             _advance(bar, done + 1)
     except KeyboardInterrupt:
