@@ -16,7 +16,7 @@ import matplotlib.figure
 import torch
 from common.floor import head_dim_of
 from common.memory import memory_of
-from common.models import attach, load_base
+from common.models import Models, attach, load_base
 from common.report import finish
 from common.run import (
     SMALLEST_BOUND,
@@ -36,11 +36,12 @@ from common.text import Text, padded
 from bitune_kernels.modeling import row_chunks
 
 EXPLANATION = """\
-The peak of a prefill without the weights. One pass has two rows per prompt token. three-pass, one stream after the
-other, and lora, the plain LoRA model, have one at a time. The floor: the key/value cache, and for each row the residual
-stream twice and one layer's q, k, v and attention output. one-pass+whole-mlp: the same with MLPs over all rows at once.
+The peak of a prefill without the weights. one-pass has two rows per prompt token; three-pass, one stream after the
+other, and plain LoRA have one at a time. one-pass and lora-packed run their MLPs on some thousand rows at a time, lora
+(plain LoRA as it is used), three-pass and one-pass+whole-mlp on all at once. The floor: the key/value cache, and for
+each row the residual stream twice and one layer's q, k, v and attention output.
 """
-PROVIDERS = ("one-pass", "one-pass+whole-mlp", "three-pass", "lora")
+PROVIDERS = ("one-pass", "one-pass+whole-mlp", "three-pass", "lora-packed", "lora")
 FIELDS = ("batch", "length", "provider", "rows", "step_mib", "floor_mib", "over_floor", "bytes_per_token", "over_lora")
 FIELDS += ("error",)
 
@@ -58,18 +59,19 @@ def floor_bytes(config, layers: int, itemsize: int, tokens: int, rows: int) -> i
 class Prefill:
     """Prompts of one length, and how each provider reads them."""
 
-    def __init__(self, model, text: Text, batch: int, length: int):
-        self.model = model
-        ids, mask = padded(text.prompts(batch, length), "left")
-        device = next(model.parameters()).device
-        self.inputs = dict(input_ids=ids.to(device), attention_mask=mask.to(device))
-        self.tokens, self.real = ids.numel(), int(mask.sum())
+    def __init__(self, models: Models, text: Text, batch: int, length: int):
+        self.models = models
+        device = next(models.bitune.parameters()).device
+        ids, self.mask = (x.to(device) for x in padded(text.prompts(batch, length), "left"))
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)
+        self.inputs = dict(input_ids=ids, attention_mask=self.mask, position_ids=positions)
+        self.tokens, self.real = ids.numel(), int(self.mask.sum())
         one_pass = 2 * self.real - batch
-        self.rows = dict(zip(PROVIDERS, (one_pass, one_pass, self.tokens, self.tokens), strict=True))
+        self.rows = dict(zip(PROVIDERS, (one_pass, one_pass, self.tokens, self.real, self.tokens), strict=True))
 
     @torch.no_grad()
     def run(self, provider: str):
-        model = self.model
+        model = self.models.of(provider)
         schedule = (
             model.disable_bitune() if provider == "lora" else model.use_schedule(use_fused=provider != "three-pass")
         )
@@ -77,20 +79,22 @@ class Prefill:
         with schedule, whole:
             return model(**self.inputs, use_cache=True, logits_to_keep=1)
 
+    def outputs(self, found) -> list[torch.Tensor]:
+        """The logits, and each layer's keys and values at the real tokens."""
+        caches = [x for layer in found.past_key_values.layers for x in (layer.keys, layer.values)]
+        return [found.logits, *(x.transpose(1, 2)[self.mask[:, -x.shape[2] :].bool()] for x in caches)]
 
-def measure(model, text: Text, args, setup, *shape: int) -> list[dict]:
-    case, measured, first = Prefill(model, text, *shape), {}, None
+
+def measure(models: Models, text: Text, args, setup, *shape: int) -> list[dict]:
+    case, measured, first = Prefill(models, text, *shape), {}, {}
     for name in args.providers:
         kept = []
         memory = memory_of(setup.device, lambda name=name, kept=kept: kept.append(case.run(name)))
-        out = kept.pop()
-        found = [out.logits] + [x for layer in out.past_key_values.layers for x in (layer.keys, layer.values)]
-        error = ""
-        if name != "lora":
-            if first is not None:
-                error = max(relative_error(f, e) for f, e in zip(found, first, strict=True))
-                check_errors(name, {"outputs": error}, {"outputs": SMALLEST_BOUND[setup.dtype_name]})
-            first = found if first is None else first
+        found, is_lora, error = case.outputs(kept.pop()), name.startswith("lora"), ""
+        if is_lora in first:
+            error = max(relative_error(f, e) for f, e in zip(found, first[is_lora], strict=True))
+            check_errors(name, {"outputs": error}, {"outputs": SMALLEST_BOUND[setup.dtype_name]})
+        first.setdefault(is_lora, found)
         measured[name] = memory.step, error
     rows = []
     for name, (step, error) in measured.items():
@@ -157,11 +161,11 @@ def main(argv: list[str] | None = None) -> int:
     args, setup = parse(argv)
     results, facts, text = begin("memory", args, setup, FIELDS)
     with exits("memory"):
-        model = attach(load_base(setup)).bitune
+        models = attach(load_base(setup), args.providers)
     print(f"{EXPLANATION}\n{title(setup, facts)}")
     print("shape, provider, MiB, floor MiB, in floors, bytes per token, in lora's")
     shapes = [(b, n) for n in sorted(set(args.lengths)) for b in sorted(set(args.batch_sizes))]
-    right = measure_each(shapes, partial(measure, model, text, args, setup), results, facts, table_line)
+    right = measure_each(shapes, partial(measure, models, text, args, setup), results, facts, table_line)
     finish(results, f"memory of a prefill: {title(setup, facts)}", draw)
     return 0 if right else 1
 

@@ -732,17 +732,23 @@ def test_memory_of_a_prefill(tmp_path, capsys, monkeypatch):
         step[512, "one-pass"] < 0.95 * step[512, "one-pass+whole-mlp"]
         and step[512, "one-pass"] < 2.1 * step[256, "one-pass"]
     )
+    # as chunked as one pass, so that it alone is a fair unit of it
+    assert step[512, "lora-packed"] < 0.95 * step[512, "lora"] < 0.95 * step[512, "one-pass"]
     right = memory.Prefill.run
 
     def wrong(case, provider):
         out = right(case, provider)
-        out.logits *= 1 if provider == "one-pass" else 2
+        out.logits *= 1 if provider in ("one-pass", "lora") else 2
         return out
 
     monkeypatch.setattr(memory.Prefill, "run", wrong)
-    assert memory.main([*command[:-4], "one-pass", "lora", "three-pass"]) == 1 and len(
-        rows_of(tmp_path / "memory.csv")
-    ) == len(rows)
+    for pair in (["one-pass", "three-pass"], ["lora", "lora-packed"]):
+        ragged = ["--batch-sizes", "3", "--lengths", "24"]
+        assert memory.main([*command[: command.index("--providers") + 1], *pair, *ragged]) == 1
+    assert len(rows_of(tmp_path / "memory.csv")) == len(rows)
+    monkeypatch.setattr(memory.Prefill, "run", right)
+    assert memory.main([*command, *ragged]) == 0
+    assert {r["provider"] for r in rows_of(tmp_path / "memory.csv") if r["batch"] == "3"} == {*memory.PROVIDERS}
 
 
 def test_one_layers_cache_is_there_twice_and_not_all():
