@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import time
 from pathlib import Path
@@ -150,6 +151,18 @@ def test_the_benchmarks_of_a_gpu_are_asked_for_rightly(checkout):
     assert {*commands("prefill", "triton")} == {f"{model}-without-cuda" for model in gpu_check.MODELS}
     lengths = {name: prefill.parse([*command[2:], "--device", "cpu"])[0].lengths for name, command in found}
     assert lengths["phi-2"] == [128, 512, 2048] and lengths["gemma-2b"][-1] == 8192
+
+
+def test_the_docstring_says_how_long_it_takes(checkout):
+    text = gpu_check.__doc__
+
+    def seconds(stages):
+        return sum(gpu_check.SECONDS[stage] * len(commands(stage)) for stage in stages)
+
+    (hours,) = re.findall(r"All of it takes up to (\d+) hours", text)
+    assert seconds(gpu_check.SECONDS) <= 3600 * int(hours)
+    ((there, stages, minutes),) = re.findall(r"for (\d+) minutes run --stages (\S+), which\ntakes up to (\d+)", text)
+    assert seconds(stages.split(",")) <= 60 * int(minutes) < 60 * int(there)
 
 
 def test_each_stage_loads_its_build_and_users_get_theirs(checkout, tmp_path, monkeypatch):

@@ -53,6 +53,9 @@ MODELS = {
 }
 
 
+DEFAULT_MODEL = "small"
+
+
 @dataclass
 class Machine:
     """The checked arguments that say where a benchmark runs."""

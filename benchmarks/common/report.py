@@ -14,6 +14,7 @@ from bitune_kernels.testing.timing import Timing
 
 from .floor import Floor
 from .memory import Memory
+from .models import DEFAULT_MODEL
 
 # The paper's schedule of three passes: over the padded batch, and sample by sample as its authors run it.
 THREE_PASS = ("three-pass", "authors-schedule")
@@ -299,6 +300,7 @@ def finish(results: Results, title: str, draw: Callable[..., str | None] = plot,
         print("nothing was measured")
         return
     print(f"\n{len(results.rows)} rows appended to {results.path}")
-    path = results.path.with_suffix(".png")
+    model = rows[-1].get("model", DEFAULT_MODEL)
+    path = results.path.with_name(results.path.stem + (f"-{model}" if model != DEFAULT_MODEL else "") + ".png")
     missing = draw(path, rows, title)
     print(f"plot: {path}" if missing is None else f"no plot: {missing}")

@@ -19,7 +19,18 @@ from bitune_kernels.testing.timing import interleaved, provenance
 
 from .floor import PEAK_FIELDS, Floor, dims_of, head_dim_of, measured_peaks
 from .memory import Memory, memory_of
-from .models import MODELS, TWINS, Machine, Setup, attach, default_dtype, find_device, load_base, model_config
+from .models import (
+    DEFAULT_MODEL,
+    MODELS,
+    TWINS,
+    Machine,
+    Setup,
+    attach,
+    default_dtype,
+    find_device,
+    load_base,
+    model_config,
+)
 from .report import CASE_FIELDS, THREE_PASS, TIME_FIELDS, Results, Table, finish, whole_model
 from .text import Text
 
@@ -36,7 +47,8 @@ PER_BACKEND = ("one-pass", "one-pass+peft", *TWINS)  # providers with an attenti
 def parser(description: str, providers: str, *, timed: bool = True) -> argparse.ArgumentParser:
     """The options that all benchmarks of whole models have; those of timing only where it is ``timed``."""
     p = argparse.ArgumentParser(description=description)
-    p.add_argument("--model", default="small", help=f"{', '.join(MODELS)} (random weights) or a model's folder")
+    kinds = f"{', '.join(MODELS)} (random weights) or a model's folder"
+    p.add_argument("--model", default=DEFAULT_MODEL, help=f"{kinds}; plots are named by it but for the default")
     p.add_argument("--layers", type=int, help="cut the model to its first layers (default: all)")
     p.add_argument("--instructions", type=Path, default=BENCHMARKS / "instructions.jsonl", help='lines of {"prompt"}')
     if timed:
