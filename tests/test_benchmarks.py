@@ -133,8 +133,8 @@ def test_a_run_leaves_a_table_rows_and_a_plot(name, dtype, tmp_path, capsys):
         if row["provider"] == "lora-packed[sdpa]":
             assert float(row["cost_in_lora_packed_passes"]) == float(row["memory_over_lora_packed"]) == 1
         # FLOPs over those of one pass, which has those of three passes
-        method = {"lora": "floor_attention", "lora-packed[sdpa]": "floor_packed_attention"}.get(row["provider"])
-        flops = float(row["useful_tflops"]) * 1e9 * float(row["p50_ms"]) * (float(row[method]) if method else 1)
+        method = float(row["floor_packed_attention"]) if row["provider"].startswith("lora") else 1
+        flops = float(row["useful_tflops"]) * 1e9 * float(row["p50_ms"]) * method
         assert flops == pytest.approx(float(row["floor_flops"]), rel=0.1)  # of rounded TFLOP/s
         assert row["utilisation"] == row["measured_tflops"] == ""
         assert float(row["step_mib"]) > 0 and row["peak_mib"] == ""  # which a CPU's allocator doesn't count
@@ -573,7 +573,11 @@ def test_floor_against_a_count_by_hand():
     assert found.packed_attention == pytest.approx((one_pass + attention[0]) / (packed + packed_attention))
 
     second = timing.Timing((1.0,))
-    for name, flops in (("three-pass", found.flops), ("lora", lora + attention[1]), ("single-stream[sdpa]", None)):
+    for name, flops in (
+        ("three-pass", found.flops),
+        ("lora", packed + packed_attention),
+        ("single-stream[sdpa]", None),
+    ):
         expected = ["", ""] if flops is None else [pytest.approx(flops), pytest.approx(flops / 2000)]
         huge = dataclasses.replace(found, flops=found.flops * 10**12)
         assert common_report.utilisation(name, huge, second, 2000.0) == expected

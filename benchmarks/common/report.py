@@ -56,7 +56,7 @@ COLUMNS = (
     Column("length", 6, lambda row: str(row["length"])),
     Column("provider", 19, lambda row: row["provider"]),
     Column("tokens/s", 9, _number("tokens_per_s", 0)),
-    Column("TFLOP/s", 7, _number("useful_tflops", 1), "gpu", "of the FLOPs that a method needs"),
+    Column("TFLOP/s", 7, _number("useful_tflops", 1), "gpu", "of the FLOPs that a method needs for the real tokens"),
     Column("MFU", 4, _number("utilisation"), "gpu", "those over a large matrix product's"),
     Column("p20 ms", 8, _number("p20_ms", 1)),
     Column("p50 ms", 8, _number("p50_ms", 1)),
@@ -169,11 +169,12 @@ def measurements(
 
 
 def utilisation(name: str, floor: Floor, t: Timing, peak: float | str) -> list[float | str]:
-    """TFLOP/s, FLOPs counted that the provider's method needs, and their share of the measured ``peak``.
+    """TFLOP/s, FLOPs counted that the provider's method needs for the real tokens, and their share of the measured
+    ``peak``: padding that a schedule computes is no use, and the two LoRA need the same.
 
     "" where they aren't known: of the single-stream variants, and of a CPU the peak.
     """
-    methods = {"lora": floor.attention, "lora-packed": floor.packed_attention}
+    methods = dict.fromkeys(("lora", "lora-packed"), floor.packed_attention)
     methods |= dict.fromkeys((*THREE_PASS, "one-pass", "one-pass+peft"), 1)
     method = methods.get(name.partition("[")[0])
     if method is None:
