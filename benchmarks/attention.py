@@ -1,7 +1,8 @@
 """The attention operator alone: each backend and what one would use instead, over shapes, forward and backward.
 
-Providers run on the same tensors, in turns. One that disagrees with the formula in float32 is not timed. Rows go to
-<out>/attention.csv, a plot of this run to <out>/attention.png.
+Providers run on the same tensors, in turns. One that disagrees with the formula in float32 is not timed. On a GPU times
+are the device's, of inputs that are not in its cache; what the host needs to enqueue a call stands beside them. Rows go
+to <out>/attention.csv, a plot of this run to <out>/attention.png.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ TIME_FIELDS = (
     "p20_ms",
     "p50_ms",
     "p80_ms",
+    "host_ms",
     "useful_gflop",
     "useful_tflops",
     "floor_mib",
@@ -79,6 +81,7 @@ class Attention(Case):
     """One layer's attention over a batch of prompts of the same or of different lengths."""
 
     yardstick = "formula"
+    device_alone = True
 
     def __init__(self, machine: Machine, batch, length, mode, ragged, heads_q, heads_kv, head_dim):
         self.device, self.dtype = machine.device, machine.dtype
@@ -324,6 +327,7 @@ def rows_of(facts: dict, case: Attention, times: dict[str, Timing], checks: dict
             name,
             t.rounds,
             *milliseconds(t),
+            "" if t.host is None else round(t.host * 1e3, 4),
             round(flops / 1e9, 6),
             round(flops / seconds / 1e12, 6),
             round(size / 2**20, 6),
@@ -347,6 +351,7 @@ COLUMNS = (
     ("p20 ms", 9),
     ("p50 ms", 9),
     ("p80 ms", 9),
+    ("host ms", 7),
     ("TFLOP/s", 8),
     ("x peer", 6),
     ("x floor", 7),
@@ -355,6 +360,7 @@ COLUMNS = (
     ("error", 7),
 )
 LEGEND = """\
+host ms: of the host alone, to enqueue a call; where it is longer than the device's, that is what a lone call takes.
 x peer: speed over the fastest peer of that shape.  x floor: time over the larger of useful FLOPs and fewest bytes at
 the rates measured above.  x one: cost in one-stream passes of the same backend.  MiB: peak above what was there."""
 
@@ -369,7 +375,7 @@ def table_line(row: dict) -> str:
 
     shape = f"{row['batch']} x {row['length']}{' ragged' if row['ragged'] else ''}"
     cells = [row["mode"], shape, f"{row['heads_q']}/{row['heads_kv']}x{row['head_dim']}", row["provider"]]
-    cells += [number(q, 3) for q in ("p20_ms", "p50_ms", "p80_ms")] + [f"{row['useful_tflops']:.4g}"]
+    cells += [number(q, 3) for q in ("p20_ms", "p50_ms", "p80_ms", "host_ms")] + [f"{row['useful_tflops']:.4g}"]
     cells += [number(key, 2) for key in ("speedup_over_best_peer", "time_over_floor", "cost_in_one_stream_passes")]
     return _line([*cells, number("peak_mib", 0), f"{row['error']:.1e}"])
 

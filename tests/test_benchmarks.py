@@ -279,8 +279,15 @@ def test_attention_leaves_a_table_rows_and_a_plot(dtype, tmp_path, capsys):
         assert float(row["useful_tflops"]) == pytest.approx(
             float(row["useful_gflop"]) / float(row["p50_ms"]), rel=1e-2, abs=1e-6
         )
-        # peaks are printed where they are measured, on a GPU
-        assert row["measured_tflops"] == row["floor_ms"] == row["time_over_floor"] == row["peak_mib"] == ""
+        # peaks and the host's time are printed where they are measured, on a GPU
+        assert (
+            row["host_ms"]
+            == row["measured_tflops"]
+            == row["floor_ms"]
+            == row["time_over_floor"]
+            == row["peak_mib"]
+            == ""
+        )
         assert row["best_peer"] in providers and float(row["floor_mib"]) > 0
         if row["provider"] == row["best_peer"]:
             assert float(row["speedup_over_best_peer"]) == 1
@@ -656,6 +663,42 @@ def test_interleaved_gives_every_provider_each_place():
         timing.interleaved({}, seconds=0)
     with pytest.raises(ValueError, match="min_rounds"):
         timing.interleaved({"a": nullcontext}, seconds=0, min_rounds=0)
+
+
+def test_the_time_of_a_device_alone(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def synchronize(self):
+            log.append("wait")
+
+        def elapsed_time(self, end):
+            return 7.0
+
+    class Buffer:
+        def zero_(self):
+            log.append("flush")
+
+    for name, fake in (("Event", Event), ("synchronize", lambda: log.append("idle")), ("_sleep", log.append)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(timing.torch, "empty", lambda size, dtype, device: Buffer())
+    call = {"a": lambda: time.sleep(0.01) or log.append("call")}
+    times = timing.interleaved(call, seconds=0, min_rounds=2, warmup=1, device="cuda", device_alone=True)
+    assert times["a"].seconds == (7e-3, 7e-3) and 0.01 <= times["a"].host < 0.1
+    rounds = [log[i : i + 7] for i in range(0, len(log), 7)]
+    assert [r[:2] + r[3:] for r in rounds] == [["idle", "flush", "event", "call", "event", "wait"]] * 3
+    # the device sleeps for longer than the host needs, whose time is known from the warm-up on
+    cycles = [r[2] for r in rounds]
+    assert cycles[0] == 0 and min(cycles[1:]) >= 2 * 0.01 * 1.98e9
+    log.clear()
+    assert timing.interleaved(call, seconds=0, min_rounds=1, device="cuda")["a"].host is None
+    assert log == ["idle", "event", "call", "event", "wait"] * 2  # of a call as it is, the host's time included
 
 
 def test_quantiles_and_ratios():

@@ -329,6 +329,7 @@ class Case:
         floor: what one pass must cost.
         outputs: names of what is compared with the oracle.
         yardstick: the provider that is the oracle in the dtype of the run; others may be twice as far off.
+        device_alone: whether a GPU's own time is what is asked for (``interleaved``), and not that of a call.
     """
 
     batch: int
@@ -338,6 +339,7 @@ class Case:
     floor: Floor
     outputs: tuple[str, ...]
     yardstick = "one-pass[reference]"
+    device_alone = False
 
     @property
     def label(self) -> str:
@@ -420,6 +422,7 @@ def measure(
                     min_rounds=args.min_rounds,
                     warmup=args.warmup,
                     device=setup.device,
+                    device_alone=case.device_alone,
                     progress=lambda share, done=done: _advance(bar, done + share),
                 )
                 rows = table.rows(facts | case.facts(), case, times, checks, memory)

@@ -11,16 +11,25 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 import torch
 
+FLUSHED = 2**28  # bytes, several times the L2 cache of any GPU
+CYCLES_PER_SECOND = 2e9  # of a GPU's clock, at most
+
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one provider, one value per round."""
+    """Seconds of one provider, one value per round.
+
+    Attributes:
+        host: the least that the host took to enqueue a call, where it was measured.
+    """
 
     seconds: tuple[float, ...]
+    host: float | None = None
 
     @property
     def rounds(self) -> int:
@@ -45,6 +54,7 @@ def interleaved(
     min_rounds: int = 3,
     warmup: int = 1,
     device: torch.device | str = "cpu",
+    device_alone: bool = False,
     progress: Callable[[float], object] | None = None,
 ) -> dict[str, Timing]:
     """Time functions in turns: a round calls each of them once, and each round starts with another one.
@@ -55,6 +65,7 @@ def interleaved(
         min_rounds: and at least so many.
         warmup: rounds that are not recorded.
         device: "cuda": CUDA events on an idle device, launch gaps included; else the wall clock.
+        device_alone: on "cuda": the device's own time from a cold L2 cache, without the host's (``_device_time``).
         progress: called after every round with the share that is done, in [0, 1].
 
     Returns:
@@ -64,7 +75,11 @@ def interleaved(
         raise ValueError("providers: expected at least one function, got none")
     if min_rounds < 1 or warmup < 0:
         raise ValueError(f"min_rounds, warmup: expected >= 1 and >= 0, got {min_rounds} and {warmup}")
-    clock = _event_time if torch.device(device).type == "cuda" else _wall_time
+    clock, host = _wall_time, {}
+    if torch.device(device).type == "cuda":
+        clock = _event_time
+        if device_alone:
+            clock = partial(_device_time, torch.empty(FLUSHED, dtype=torch.uint8, device=device), host)
     names = list(providers)
     times: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
@@ -73,7 +88,7 @@ def interleaved(
     try:
         for _ in range(warmup):
             for name in names:
-                providers[name]()
+                clock(providers[name])
         start, rounds, elapsed = time.perf_counter(), 0, 0.0
         while rounds < min_rounds or elapsed < seconds:
             first = rounds % len(names)
@@ -85,7 +100,7 @@ def interleaved(
     finally:
         if collecting:
             gc.enable()
-    return {name: Timing(tuple(values)) for name, values in times.items()}
+    return {name: Timing(tuple(values), host.get(providers[name])) for name, values in times.items()}
 
 
 def _wall_time(function) -> float:
@@ -99,6 +114,26 @@ def _event_time(function) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _device_time(buffer: torch.Tensor, host: dict[Callable, float], function) -> float:
+    """Seconds that the device needs for what a call enqueues, whoever enqueues it.
+
+    Writing ``buffer``, which is larger than the L2 cache, drops the call's inputs from there. Then the device sleeps
+    for twice as long as the host took for an earlier call (the least of them goes to ``host``), so that all kernels
+    are enqueued before the first of them starts. The first call of a function has no earlier one: warm up.
+    """
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    buffer.zero_()
+    torch.cuda._sleep(int(2 * host.get(function, 0.0) * CYCLES_PER_SECOND))
+    start.record()
+    begin = time.perf_counter()
+    function()
+    host[function] = min(time.perf_counter() - begin, host.get(function, float("inf")))
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
