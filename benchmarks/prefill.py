@@ -112,13 +112,13 @@ def parse(argv: list[str] | None):
     )
     p.add_argument("--batch-sizes", type=int, nargs="+", metavar="B", help="default: 1 4")
     p.add_argument("--lengths", type=int, nargs="+", metavar="P", help="default: 64 256, on a GPU up to 2048")
-    add_sweep_options(p, "2.5 on a CPU unless shapes are given")
+    add_sweep_options(p, "4 on a CPU unless shapes are given")
     args = p.parse_args(argv)
     setup = check_setup(p, args)
     check_minutes(p, args)
     on_cpu = setup.device.type == "cpu"
     if args.minutes is None and on_cpu and args.batch_sizes is None and args.lengths is None:
-        args.minutes = 2.5
+        args.minutes = 4
     args.batch_sizes = args.batch_sizes or [1, 4]
     args.lengths = args.lengths or [
         n for n in ((64, 256) if on_cpu else (64, 256, 1024, 2048)) if n <= setup.max_length
