@@ -38,17 +38,24 @@ def _softcap(softcap: float, device):
     return lambda score, b, h, i, j: cap * torch.tanh(score / cap)
 
 
-def _labels(plan: SegmentPlan, segments: tuple[int, ...], device):
+@cache
+def _compiled_block_mask():
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return torch.compile(create_block_mask, dynamic=True)
+
+
+def _labels(prompts: tuple[int, ...], answers: tuple[int, ...], segments: tuple[int, ...], device):
     # segment, sample and position of each row, for prompt rows (segments 0-2) and answer rows (segment 3)
-    index = torch.arange(plan.batch_size)
+    index = torch.arange(len(prompts))
     parts = []
     for s in segments:
-        lengths = torch.tensor(plan.answer_lengths if s == 3 else plan.prompt_lengths)
+        lengths = torch.tensor(answers if s == 3 else prompts)
         starts = lengths.cumsum(0) - lengths
         sample = index.repeat_interleave(lengths)
         position = torch.arange(int(lengths.sum())) - starts[sample]
         if s == 3:
-            position = position + torch.tensor(plan.prompt_lengths)[sample]
+            position = position + torch.tensor(prompts)[sample]
         parts.append(torch.stack([torch.full_like(sample, s), sample, position]))
     return torch.cat(parts, dim=1).to(device)
 
@@ -67,14 +74,16 @@ def _see(stream_mask: str, window: int | None):
     return visible
 
 
-@lru_cache(maxsize=4)  # one plan serves every layer of a model, and so does its block mask
-def _block_mask(plan: SegmentPlan, query_segments, key_segments, stream_mask: str, window: int | None, device):
+@lru_cache(maxsize=4)  # one serves every layer of a model, and every batch of these lengths
+def _block_mask(prompts, answers, query_segments, key_segments, stream_mask: str, window: int | None, device):
     from torch.nn.attention.flex_attention import create_block_mask
 
-    queries, keys = _labels(plan, query_segments, device), _labels(plan, key_segments, device)
+    # compiled it doesn't hold every pair of rows in memory; on a CPU that takes longer than it saves
+    create = _compiled_block_mask() if device.type == "cuda" else create_block_mask
+    queries, keys = (_labels(prompts, answers, segments, device) for segments in (query_segments, key_segments))
     visible = _see(stream_mask, window)
     sizes = queries.shape[1], keys.shape[1]
-    return create_block_mask(lambda b, h, i, j: visible(queries[:, i], keys[:, j]), None, None, *sizes, device=device)
+    return create(lambda b, h, i, j: visible(queries[:, i], keys[:, j]), None, None, *sizes, device=device)
 
 
 def attention(
@@ -115,7 +124,8 @@ def attention(
     if not q.shape[0]:
         return q.new_zeros(0, q.shape[1], v.shape[2]), k_mixed, v_mixed
 
-    block_mask = _block_mask(plan, tuple(query_segments), tuple(key_segments), stream_mask, window, q.device)
+    segments = tuple(query_segments), tuple(key_segments)
+    block_mask = _block_mask(plan.prompt_lengths, plan.answer_lengths, *segments, stream_mask, window, q.device)
     out = _compiled()(
         *(x.transpose(0, 1).unsqueeze(0) for x in (q, keys, values)),
         score_mod=None if softcap is None else _softcap(softcap, q.device),
