@@ -20,7 +20,7 @@ import torch._functorch.config
 from common.floor import PEAK_FIELDS, measured_peaks, visible_pairs
 from common.memory import memory_of
 from common.models import Machine
-from common.peers import SDPA_KERNELS, SdpaCalls
+from common.peers import PEERS, SdpaCalls, VarlenCalls, without_varlen
 from common.report import Results, Table, milliseconds, worst_error
 from common.run import (
     OWN,
@@ -114,12 +114,12 @@ class Attention(Case):
             self.leaves = [x.requires_grad_() for x in (self.q, self.k, self.v, *self.alphas)]
         if mode == "prefill":
             self.caches = [torch.empty_like(x[: self.tokens]) for x in (self.k, self.v)]
-            prompt, answer = [], []
-            for n, a in zip(self.prompts, self.answers, strict=True):  # a sample's slots follow each other
-                start = len(prompt) + len(answer)
-                prompt += range(start, start + n)
-                answer += range(start + n, start + n + a)
-            self.positions = torch.tensor(prompt + answer, device=self.device)
+        prompt, answer = [], []
+        for n, a in zip(self.prompts, self.answers, strict=True):  # a sample's slots follow each other
+            start = len(prompt) + len(answer)
+            prompt += range(start, start + n)
+            answer += range(start + n, start + n + a)
+        self.positions = torch.tensor(prompt + answer, device=self.device)
         self.calls, self.graphs, self.expected = {}, {}, None
 
     @property
@@ -173,9 +173,10 @@ class Attention(Case):
 
     def _call(self, provider: str):
         inputs = self.q, self.k, self.v, *self.alphas
-        if provider in SDPA_KERNELS:
-            caches = self.caches if self.mode == "prefill" else None
-            return partial(SdpaCalls(provider, self.plan, self.device), *inputs, caches)
+        if provider in PEERS:
+            varlen = provider == "varlen"
+            calls = VarlenCalls(self.plan, self.positions) if varlen else SdpaCalls(provider, self.plan, self.device)
+            return partial(calls, *inputs, self.caches if self.mode == "prefill" else None)
         backend, _, kind = provider.removesuffix("]").partition("[")
         if self.mode == "prefill":
             k_cache, v_cache = self.caches
@@ -196,7 +197,7 @@ class Attention(Case):
         """What a call returned as rows of [bidir prompts | causal prompts | answers]."""
         N, A = self.N, self.A
         bidir, causal, answer = slice(0, N), slice(N, 2 * N), slice(2 * N, 2 * N + A)
-        if provider in SDPA_KERNELS:
+        if provider in PEERS:
             return found
         if provider.endswith("[two-calls]"):
             (full, _, _), (second, _, _) = found
@@ -246,7 +247,7 @@ class Attention(Case):
         results = {"out": [out]}
         if self.mode == "prefill":
             results["cache"] = [x.clone() for x in self.caches]
-        elif self.mode == "forward" and provider not in SDPA_KERNELS:
+        elif self.mode == "forward" and provider not in PEERS:
             results["mixed"] = list(found[1:])
         return results
 
@@ -432,6 +433,7 @@ def choose_providers(p: argparse.ArgumentParser, args, machine: Machine, heads) 
     reasons |= dict.fromkeys(args.without, "--without")
     kind = machine.device.type
     reasons["sdpa-flash"] = None
+    reasons["varlen"] = without_varlen(machine.device, machine.dtype)
     reasons["sdpa-cudnn"] = None if kind == "cuda" else f"cuDNN's attention needs a CUDA device, got {kind}"
     names = check_names(p, "providers", args.providers or [], reasons)
     if missing := [n for n in names if reasons[n]]:
@@ -442,7 +444,7 @@ def choose_providers(p: argparse.ArgumentParser, args, machine: Machine, heads) 
         "sdpa": "its calls are those of sdpa-flash and sdpa-cudnn" if kind == "cuda" else None,
         "sdpa-flash": "sdpa runs the same kernel on a CPU" if kind == "cpu" else None,
     }
-    order = [*OWN, "sdpa-flash", "sdpa-cudnn", "flash", "flex", "sdpa", "reference"]
+    order = [*OWN, "sdpa-flash", "sdpa-cudnn", "varlen", "flash", "flex", "sdpa", "reference"]
     why = {n: reasons[n] or other.get(n) or (not_usual(n, machine.device) if n in reasons else None) for n in order}
     return [n for n in order if why[n] is None], [f"left out: {n}: {why[n]}" for n in order if why[n] is not None]
 
@@ -484,8 +486,8 @@ def parse(argv: list[str] | None):
     p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add_run_options(
         p,
-        "cuda, triton, sdpa-flash, sdpa-cudnn, flash, flex, sdpa, reference; default: what can run here but the last "
-        "two, on a CPU sdpa",
+        "cuda, triton, sdpa-flash, sdpa-cudnn, varlen, flash, flex, sdpa, reference; default: what can run here but "
+        "the last two, on a CPU sdpa",
         seconds=0.3,
         min_rounds=5,
         warmup=2,

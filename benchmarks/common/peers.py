@@ -1,18 +1,21 @@
-"""What one would use for Bitune's attention without this package: two SDPA calls, a mix, and a third for the answer."""
+"""What one would use for Bitune's attention without this package: a call per stream, a mix, a call for the answer."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from bitune_kernels import SegmentPlan, mix_kv
 
 SDPA_KERNELS = {"sdpa-flash": SDPBackend.FLASH_ATTENTION, "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION}
+PEERS = (*SDPA_KERNELS, "varlen")
 
 
 class SdpaCalls:
@@ -106,6 +109,44 @@ class _Group:
     def take(self, x: torch.Tensor, rows: slice) -> torch.Tensor:
         """[T, H, D] -> [size, n, H, D], a view."""
         return x[rows].unflatten(0, (self.size, -1))
+
+
+def without_varlen(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``VarlenCalls`` can't run here, or None."""
+    if device.type != "cuda":
+        return f"varlen_attn needs a CUDA device, got {device.type}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"varlen_attn needs float16 or bfloat16, got {dtype}"
+    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
+        return f"varlen_attn of torch {torch.__version__} has no grouped heads"
+    return None
+
+
+class VarlenCalls:
+    """PyTorch's own packed FlashAttention: the whole batch in each call, whatever the lengths."""
+
+    def __init__(self, plan: SegmentPlan, slots: torch.Tensor):
+        """``slots``: where the rows of [prompts | answers] stand sample by sample, [N + A]."""
+        self.plan, self.slots = plan, slots.split([plan.num_prompt, plan.num_answer])
+        self.longest = max(n + a for n, a in zip(plan.prompt_lengths, plan.answer_lengths, strict=True))
+
+    def __call__(self, q, k, v, alpha_k=None, alpha_v=None, caches=None) -> list[tuple[slice, torch.Tensor]]:
+        """As ``SdpaCalls``, with outputs [rows, H, D]."""
+        plan, N, start = self.plan, self.plan.num_prompt, self.plan.answer_start
+        joined = []
+        for i, (x, alpha) in enumerate(((k, alpha_k), (v, alpha_v))):
+            mixed = x[:N] if alpha is None else mix_kv(x[start - N : start], x[:N], alpha)
+            rows = torch.empty_like(x[: N + plan.num_answer]) if caches is None else caches[i]
+            joined.append(rows.index_copy_(0, self.slots[0], mixed).index_copy_(0, self.slots[1], x[start:]))
+        prompts = plan.cu_prompt, plan.cu_prompt, plan.max_prompt, plan.max_prompt
+        answers = plan.cu_answer, plan.cu_prompt + plan.cu_answer, plan.max_answer, self.longest
+        bidir, causal = ([x[rows] for x in (q, k, v)] for rows in (slice(0, N), slice(start - N, start)))
+        calls = (bidir, prompts, (-1, -1)), (causal, prompts, (-1, 0)), ((q[start:], *joined), answers, (-1, 0))
+        out_rows = slice(0, N), slice(N, 2 * N), slice(2 * N, None)
+        return [
+            (rows, varlen_attn(*tensors, *lengths, window_size=window, enable_gqa=True))
+            for rows, (tensors, lengths, window) in zip(out_rows, calls, strict=True)
+        ]
 
 
 def _attend(q, k, v, mask=None, causal: bool = False) -> torch.Tensor:
