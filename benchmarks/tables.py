@@ -1,4 +1,4 @@
-"""The tables of docs/measured.md and of README.md, from the rows in benchmarks/results/. A test holds the pages to them.
+"""The tables of docs/measured.md and README.md, from the rows in benchmarks/results/. A test holds the pages to them.
 
 Rows of a changed tree are left out. A line is the newest run of its shape that has all providers of the table, whose
 commit it names; ranges are over all runs of that shape.
