@@ -63,14 +63,15 @@ def by_dtype(found: dict[tuple, list]) -> list[tuple[tuple, list]]:
 
 
 def prefill() -> str:
-    needed = ("three-pass", "authors-schedule", ONE_PASS, PACKED, "lora")
+    needed = ("three-pass", ONE_PASS, PACKED, "lora")
     lines = []
     for (dtype, batch, length), found in by_dtype(runs(read("prefill"), "dtype", "batch", "length")):
         run = newest(found, needed)
         if run is None:
             continue
         one = run[ONE_PASS]
-        times = (number(run[name], "p50_ms", 0) for name in ("three-pass", "authors-schedule", ONE_PASS))
+        alone = run.get("authors-schedule", run["three-pass"])  # the same for one prompt
+        times = (number(row, "p50_ms", 0) for row in (run["three-pass"], alone, one))
         every = [faster(r, "three-pass") for r in found if "three-pass" in r]
         packed = f"{number(one, 'cost_in_lora_packed_passes')} ({number(one, 'floor_packed_linear')})"
         ratios = (f"{faster(run, 'three-pass', 'authors-schedule'):.2f}", span(every), packed)
@@ -168,12 +169,13 @@ def summary() -> str:
     """Of README.md."""
     lines = []
     for (dtype, batch, length), found in by_dtype(runs(read("prefill"), "dtype", "batch", "length")):
-        run = newest(found, ("three-pass", "authors-schedule", ONE_PASS, PACKED))
+        run = newest(found, ("three-pass", ONE_PASS, PACKED))
         if run is not None and dtype == "float32":
             one = run[ONE_PASS]
             cost = f"{number(one, 'cost_in_lora_packed_passes')} ({number(one, 'floor_packed_linear')})"
             what = "1 prompt of" if batch == "1" else f"{batch} prompts of up to"
-            against = f"{faster(run, 'three-pass'):.2f}, {faster(run, 'authors-schedule'):.2f}"
+            over = (faster(run, name) for name in ("three-pass", "authors-schedule") if name in run)
+            against = ", ".join(f"{x:.2f}" for x in over)
             lines.append([f"prefill, {what} {length} tokens", against, cost])
     for (dtype, layers, batch, length), run in updates().items():
         one = run[ONE_PASS]
