@@ -214,84 +214,24 @@ def results(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_measured_figures_stand_in_the_results():
-    measured = DOCS["docs/measured.md"]
-    shas = re.findall(r"commit `(\w+)`", measured)
-    rows = results("prefill")
-    names = ("prefill", "train_step", "lora", "generate", "choices", "memory")
-    every = [row for name in names for row in results(name)]
-    for sha in shas:
-        assert any(row["git_sha"].startswith(sha) and row["git_dirty"] == "0" for row in every), sha
-    table = re.findall(
-        r"^\| (\w+) \| (\d+) x (\d+) \| (\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \(([\d.]+)\) \|", measured, re.M
-    )
-    assert len(table) == len(re.findall(r"^\| b?float", measured, re.M)) >= 6, "every line of the table is read"
-    for dtype, batch, length, three, one, *ratios in table:
-        shape = {"dtype": dtype, "batch": batch, "length": length}
-        same = [r for r in rows if r["git_sha"].startswith(shas[0]) and shape.items() <= r.items()]
-        by_provider = {r["provider"]: r for r in same}
-        found = by_provider["one-pass[sdpa]"]
-        assert f"{float(by_provider['three-pass']['p50_ms']):.0f}" == three and f"{float(found['p50_ms']):.0f}" == one
-        columns = ("speedup_over_three_pass", "cost_in_lora_passes", "floor_linear")
-        assert [f"{float(found[c]):.2f}" for c in columns] == ratios
-    text = re.sub(r"\s+", " ", measured)
-    runs = re.findall(r"([\d.]+), ([\d.]+), ([\d.]+) and ([\d.]+) times [^(;]*\(commit `(\w+)`\)", text)
-    assert len(runs) == 2
-    for *speedups, sha in runs:
-        later = [r for r in rows if r["git_sha"].startswith(sha) and r["provider"] == "one-pass[sdpa]"]
-        assert [f"{float(r['speedup_over_three_pass']):.2f}" for r in later] == speedups
-    low = [r for r in rows if r["git_sha"].startswith(shas[0]) and r["dtype"] == "bfloat16"]
-    costs = [f"{float(r['memory_over_lora']):.2f}" for r in low if r["provider"] == "one-pass[sdpa]"]
-    assert "It costs memory: {}, {} and {} times plain LoRA's".format(*costs) in text
-    updates = [r for r in results("train_step") if r["git_sha"].startswith(shas[0])]
-    update = {r["provider"]: r for r in updates if r["dtype"] == "float32"}
-    lines = re.findall(
-        r"^\| [^|]+ \| ([\d.]+) s \| ([\d.]+)[^|]*\| ([\d.]+)[^|]*\| ([\d.]+) \| ([\d.]+) \|", measured, re.M
-    )
-    order = ["one-pass[sdpa]", "one-pass+peft[sdpa]", "authors-schedule", "three-pass", "lora-packed[sdpa]", "lora"]
-    columns = ["cost_in_lora_passes", "cost_in_lora_packed_passes", "memory_over_lora", "memory_over_lora_packed"]
-    for provider, (seconds, *ratios) in zip(order, lines, strict=True):
-        row = update[provider]
-        assert f"{float(row['p50_ms']) / 1e3:.1f}" == seconds, provider
-        assert [f"{float(row[c]):.2f}" for c in columns] == ratios, provider
-    floors = set(
-        re.findall(r"\((\d\.\d\d)\)", measured[measured.index("| schedule") : measured.index("* One pass is")])
-    )
-    one = update["one-pass[sdpa]"]
-    packed = f"{float(one['floor_linear']) / float(one['floor_packed_linear']):.2f}"
-    assert floors == {f"{float(one['floor_linear']):.2f}", f"{float(one['floor_packed_linear']):.2f}", packed}
-    linear = [r for r in results("lora") if r["provider"] == "segment" and r["dtype"] == "float32"]
-    n64, n256, n1024, n4096 = (f"{float(r['speedup_over_peft']):.2f}" for r in linear)
-    assert f"float32 {n64} times faster at 64 rows, {n256} at 256, {n1024} at 1024 and {n4096} at 4096" in text
-    request = [r for r in results("generate") if r["provider"] == "bitune" and r["dtype"] == "float32"][-1]
-    first, rest, whole = (f"{float(request[f'cost_of_{c}']):.2f}" for c in ("first", "decoding", "request"))
-    assert f"first token {first} times its time, decoding {rest}, the whole {whole} in float32" in text
-    scored = ("speedup_over_one_by_one", "fewer_rows", "cost_in_lora")
-    short, long = ([f"{float(r[c]):.2f}" for c in scored] for r in results("choices") if r["provider"] == "one-pass")
-    assert f"{short[0]} times faster than a pass for each ({short[1]} times fewer rows)" in text
-    assert f"of 200 tokens {long[0]} times ({long[1]}). That is {short[2]} and {long[2]} times what" in text
-    memory_providers = ("one-pass", "one-pass+whole-mlp", "three-pass", "lora")
-    memory = {(r["length"], r["provider"]): r for r in results("memory")}
-    lines = re.findall(r"^\| (\d+) " + r"\| ([\d.]+) " * 5 + r"\|$", measured, re.M)
-    assert len(lines) == len({length for length, _ in memory})
-    for length, one, over_floor, *others in lines:
-        assert f"{float(memory[length, 'one-pass']['over_floor']):.2f}" == over_floor
-        for provider, kib in zip(memory_providers, (one, *others), strict=True):
-            assert f"{float(memory[length, provider]['bytes_per_token']) / 1024:.1f}" == kib, (length, provider)
-    now, before = (f"{float(memory['32768', p]['over_lora']):.2f}" for p in memory_providers[:2])
-    assert f"then needs {now} times its memory, where it would need {before} times" in text
-    # the README's own table repeats figures of the page, and its first screen the range of the prefills
-    summary = README[README.index("## Measured") : README.index("## Limits")]
-    figures = re.findall(r"\b\d\.\d\d\b", summary)
-    assert len(figures) > 10 and set(figures) <= set(re.findall(r"\b\d\.\d\d\b", measured))
-    ratios = [
-        float(x) for x in (*(x for run in runs for x in run[:-1]), *(line[5] for line in table if line[0] == "float32"))
-    ]
-    assert f"a prefill is {min(ratios):.1f} to {max(ratios):.1f} times faster" in README
-    assert "a training step 1.29 times faster than the authors' schedule" in re.sub(r"\s+", " ", README)
-    assert "One pass is 1.29 times faster than the authors' schedule" in text
-    steps = [float(update[name]["p50_ms"]) for name in ("authors-schedule", "one-pass[sdpa]")]
-    assert f"{steps[0] / steps[1]:.2f}" == "1.29"
+def test_the_measured_tables_are_those_of_the_rows():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import tables
+
+    printed = {name: table() for name, table in tables.TABLES.items()}
+    assert all(table.count("\n") > 1 for table in printed.values())
+    pages = {name: DOCS["README.md" if name == "README" else "docs/measured.md"] for name in printed}
+    assert not [name for name, table in printed.items() if f"\n{table}\n" not in pages[name]]
+    # the README's first screen says it in words
+    state = re.sub(r"\s+", " ", README)
+    found = tables.runs((r for r in tables.read("prefill") if r["dtype"] == "float32"), "batch", "length")
+    for name, words in (("three-pass", "padded calls"), ("authors-schedule", "calls per prompt")):
+        ratios = [
+            tables.faster(r, name) for same in found.values() for r in same if {tables.ONE_PASS, name} <= r.keys()
+        ]
+        assert f"{min(ratios):.1f} to {max(ratios):.1f} times faster than three {words}" in state, (name, ratios)
+    (update,) = [run for shape, run in tables.updates().items() if shape[0] == "float32"]
+    assert f"a training step {tables.faster(update, 'authors-schedule'):.2f} times faster than the authors'" in state
 
 
 def test_the_quality_tables_are_those_of_the_rows():
