@@ -22,6 +22,7 @@ from .. import schedule
 from . import tiles
 from .common import (
     LOG2E,
+    WEIGHTS,
     launch_arguments,
     load_keys,
     load_rows,
@@ -194,7 +195,7 @@ def dq_of_run(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_prompt", "window"])
+@triton.jit(do_not_specialize=["num_prompt", "window"], do_not_specialize_on_alignment=WEIGHTS)
 def dq_kernel(
     items,
     q,
@@ -432,7 +433,7 @@ def keys_of(item, BLOCK: tl.constexpr):
     return kind, row, first + tl.arange(0, BLOCK) < tl.load(item + K_LENGTH, volatile=True)
 
 
-@triton.jit(do_not_specialize=["num_prompt", "window"])
+@triton.jit(do_not_specialize=["num_prompt", "window"], do_not_specialize_on_alignment=WEIGHTS)
 def dkv_kernel(
     items,
     q,

@@ -26,6 +26,7 @@ from ..outputs import allocate
 from . import tiles
 from .common import (
     LOG2E,
+    WEIGHTS,
     launch_arguments,
     load_keys,
     load_rows,
@@ -221,7 +222,7 @@ def write_rows(
     store_rows(written, target, stride_written_row, stride_written_dim, tile, there, DIM, BLOCK_DIM)
 
 
-@triton.jit(do_not_specialize=["num_prompt", "window"])
+@triton.jit(do_not_specialize=["num_prompt", "window"], do_not_specialize_on_alignment=WEIGHTS)
 def forward_kernel(
     items,
     q,

@@ -11,6 +11,10 @@ from . import tiles
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
+# A layer's weight is an element of the tensor of all layers' weights: only every fourth one is aligned to 16 bytes, and
+# Triton would compile each kernel for both.
+WEIGHTS = ["alpha_k", "alpha_v", "beta"]
+
 CAUSAL = tl.constexpr(schedule.CAUSAL)
 ANTI_CAUSAL = tl.constexpr(schedule.ANTI_CAUSAL)
 AFTER = tl.constexpr(schedule.AFTER)

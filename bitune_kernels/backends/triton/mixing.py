@@ -17,7 +17,7 @@ from .common import mix as mixed_tile
 _BLOCK = 32  # rows per program: bound by memory, so any size that fills the loads
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["alpha"])
 def mix_kernel(
     causal,
     bidir,
@@ -48,7 +48,7 @@ def mix_kernel(
     store_rows(mixed + (first * HEADS + head) * DIM, near, HEADS * DIM, 1, mixed_tile(c, b, a), valid, DIM, BLOCK_DIM)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["alpha"])
 def mix_backward_kernel(
     d_mixed,
     d_attended,
