@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from bitune_kernels import BituneChat
+from bitune_kernels.modeling import one_pass
 from bitune_kernels.modeling.adapters import BIDIR, CAUSAL, _using
 from bitune_kernels.plan import find_turns
 from tests.families import BY_ID
@@ -76,6 +77,23 @@ def test_alternating_training_equals_turns_over_a_cache(family, variant):
                     rows.append(found[b, at + p - 1 : at + p + a])
                     at += p + a
                 torch.testing.assert_close(torch.cat(rows), expected[0], atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_layers_share_their_plans(dynamic, monkeypatch):
+    # With a plan lives what a backend derives from it: the tiles of its kernels, which are copied to the GPU.
+    model, plans = model_of("gemma3_text", turns="alternating", dynamic_mixing=dynamic).eval(), []
+
+    def recorded(operator):
+        return lambda *args, **options: plans.append(args[5]) or operator(*args, **options)
+
+    for name in ("bitune_attention", "bitune_prefill"):
+        monkeypatch.setattr(one_pass, name, recorded(getattr(one_pass, name)))
+    turns = [(6, 4), (3, 2)]
+    _, cache = turn_by_turn(model, conversations(given=[(turns, 0)])[0], turns)
+    assert len({layer.keys.shape[2] for layer in cache.layers}) == 2 < len(cache.layers), "windows cut the past"
+    calls = 1 + dynamic  # with dynamic mixing prompts and answers are a call each
+    assert len(set(plans)) == calls * (1 + 2), "one for the first turn, one for each length of the second one's past"
 
 
 @torch.no_grad()

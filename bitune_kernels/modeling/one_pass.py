@@ -50,6 +50,12 @@ class OnePass(Pass):
         self.shared = () if mixing is None else mixing.alphas()
         self.doubles = config.doubles_rows and plan.num_prompt > 0
         self.attended = replace(plan, num_streams=2) if config.doubles_rows else plan  # the rows that attention gets
+        # One plan for all layers, or for those with as long a past: what a backend derives from a plan is kept with it.
+        self.plans = [self.attended] * structure.num_layers
+        if past is not None:
+            lengths = [past.rows(layer)[0].shape[2] for layer in range(structure.num_layers)]
+            plans = {length: self.attended.with_prefix(length) for length in set(lengths)}
+            self.plans = [plans[length] for length in lengths]
         self.trims = trims and structure.trim is not None and plan.answer_start > 0 and plan.num_answer > 0
         self.caches: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = {} if keep_cache else None
         # one row for each slot of a cache: on the size of a tensor a compiled layer doesn't specialize
@@ -61,6 +67,8 @@ class OnePass(Pass):
             sample = torch.arange(len(lengths), device="cpu").repeat_interleave(lengths)
             self.sample = sample.to(device)  # of each prompt row
             self.counts = lengths.clamp(min=1)[:, None].to(device)
+            parts = {plan: plan.split() for plan in set(self.plans)}
+            self.parts = [parts[plan] for plan in self.plans]  # of each layer: prompts, answers
 
     # properties, since a compiled layer specializes on plain numbers
     @property
@@ -80,7 +88,8 @@ class OnePass(Pass):
         return self.plan.num_prompt if self.config.separate_adapters else 0
 
     def attend(self, module, query, key, value, scaling, softcap, sinks):
-        plan, layer = self.attended, self.structure.layer_index(module)
+        layer = self.structure.layer_index(module)
+        plan = self.plans[layer]
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [1, heads, T, dim] -> [T, heads, dim]
         if torch.is_autocast_enabled(q.device.type):  # rotary embeddings leave q and k in float32, v is lower
             q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
@@ -105,7 +114,7 @@ class OnePass(Pass):
             q = q[plan.answer_start :]
         if self.past is not None:
             k_past, v_past = (x[0].transpose(0, 1) for x in self.past.rows(layer))
-            plan, options["prefix"] = plan.with_prefix(k_past.shape[0]), (k_past, v_past)
+            options["prefix"] = k_past, v_past
         elif plan.prefix_index is not None:
             options["prefix"] = self._earlier_turns(k, alpha_k), self._earlier_turns(v, alpha_v)
         out = self._run(layer, (q, k, v, alpha_k, alpha_v, plan), options)
@@ -118,13 +127,14 @@ class OnePass(Pass):
         """The operator, and with ``caches`` what it leaves in the layer's."""
         _, k, v, _, _, plan = call
         if self.caches is None:
-            attention = self._attend_mixed if self.config.dynamic_mixing else bitune_attention
-            return attention(*call, backend=self.config.backend, **options)[0]
+            if self.config.dynamic_mixing:
+                return self._attend_mixed(layer, *call, backend=self.config.backend, **options)[0]
+            return bitune_attention(*call, backend=self.config.backend, **options)[0]
         self.caches[layer] = k_cache, v_cache = [x.new_zeros(self._slots.shape[0], *x.shape[1:]) for x in (k, v)]
         if not self.config.dynamic_mixing:
             places = dict(k_cache=k_cache, v_cache=v_cache, cache_positions=plan.token_index)
             return bitune_prefill(*call, backend=self.config.backend, **places, **options)
-        out, *mixed = self._attend_mixed(*call, backend=self.config.backend, **options)
+        out, *mixed = self._attend_mixed(layer, *call, backend=self.config.backend, **options)
         for cache, prompt, own in zip((k_cache, v_cache), mixed, (k, v), strict=True):
             cache.index_copy_(0, plan.token_index, torch.cat([prompt, own[plan.answer_start :]]))
         return out
@@ -139,12 +149,12 @@ class OnePass(Pass):
         alphas = self.mixing.gated(layer, self.shared, state.index_add(0, self.sample, rows) / self.counts)
         return tuple(alpha.index_select(0, self.sample) for alpha in alphas)
 
-    def _attend_mixed(self, q, k, v, alpha_k, alpha_v, plan, prefix=None, beta=None, **options):
+    def _attend_mixed(self, layer, q, k, v, alpha_k, alpha_v, plan, prefix=None, beta=None, **options):
         # With weights of their own for each sample, keys and values are mixed here. The prompts, and the answers over
         # the mix as their past, are then two calls.
         n, start = plan.num_prompt, plan.answer_start
         mixed = tuple(mix(x[n:start], x[:n], alpha) for x, alpha in ((k, alpha_k), (v, alpha_v)))
-        prompts, answers = plan.split()
+        prompts, answers = self.parts[layer]
         out = []
         if q.shape[0] > plan.num_answer:
             own = [x[:start] for x in (q, k, v)]
