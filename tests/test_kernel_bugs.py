@@ -631,6 +631,15 @@ def test_inputs_stay_as_they_were():
     assert_equal({name: x.detach() for name, x in given.items()}, before)
 
 
+@pytest.mark.parametrize("shape", [(0, 2, 4), (3, 2, 0)], ids=["no rows", "no dims"])
+def test_what_mixes_nothing_moves_no_weight(shape, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *shape, **o: x.new_full(shape, float("nan"), **o))
+    causal, bidir = torch.ones(2, *shape, device=DEVICE, requires_grad=True)
+    alpha = torch.tensor([0.2, 0.7], device=DEVICE, requires_grad=True)
+    mix_kv(causal, bidir, alpha, backend="triton").sum().backward()
+    assert not alpha.grad.any()
+
+
 # 3, 7: the schedule. Every row of every segment once, no tile without work, the longest first.
 
 PLANS = [
@@ -652,6 +661,29 @@ VARIANTS = [
     )
 ]
 MASKS_AND_WINDOWS = list(itertools.product(schedule.MASKS, (None, 1, 7)))
+
+
+def test_tiles_go_to_the_gpu_without_waiting_for_it(monkeypatch):
+    # Seen at copies that nothing makes here: only those from pinned memory, asked not to block, leave the host running.
+    real, copies = torch.Tensor.to, []
+
+    def to(x, *target, **options):
+        if target[0] != torch.device("cuda"):
+            return real(x, *target, **options)
+        copies.append((x.dtype, getattr(x, "pinned", False), options))
+        return x
+
+    def pin_memory(x):
+        x.pinned = True
+        return x
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    plan, options = SegmentPlan.from_lengths([5], [3], device="cpu"), VARIANTS[0] | {"stream_mask": "full"}
+    options = {name: x for name, x in options.items() if name != "num_streams"} | {"group_size": 2, "window": None}
+    for _ in range(2):
+        schedule.cached(plan, torch.device("cuda"), schedule.backward_q_items, **options, block=16)
+    assert copies == [(torch.int32, True, {"non_blocking": True})]
 
 
 def plans(seed):
@@ -823,8 +855,8 @@ def test_schedule_backward_kv(variant):
                 owner = (kinds[item["kind"]], item["k_row"] + key)
                 owners[owner] += 1
                 for part in range(item["parts"]):
-                    i = item[f"q_position_{part}"]
-                    for token in range(item[f"q_length_{part}"]):
+                    i = item[f"position_{part}"]
+                    for token in range(item[f"length_{part}"]):
                         j = item["position"] + key
                         if masked(item[f"mask_{part}"], i + token, j) and in_window(i + token, j, window):
                             pairs[item[f"stream_row_{part}"] + token, owner] += 1

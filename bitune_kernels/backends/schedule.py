@@ -91,7 +91,10 @@ def cached(plan: SegmentPlan, device: torch.device, make, **options) -> torch.Te
     schedules = _SCHEDULES.setdefault(plan, {})
     key = (device, make.__name__, *options.values())
     if key not in schedules:
-        schedules[key] = make(plan, **options).to(device, torch.int32)
+        items = make(plan, **options).to(torch.int32)
+        if device.type == "cuda":  # a copy from pageable memory would wait for all that the GPU still has to do
+            items = items.pin_memory()
+        schedules[key] = items.to(device, non_blocking=True)
     return schedules[key]
 
 

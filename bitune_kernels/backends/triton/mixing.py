@@ -149,8 +149,8 @@ def mix_backward(
     add = d_causal is not None
     if not add:
         d_causal, d_bidir = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (causal, bidir))
-    partial = causal.new_zeros(triton.cdiv(rows, _BLOCK), heads, dtype=torch.float32)
-    if causal.numel():
+    partial = causal.new_empty(triton.cdiv(rows, _BLOCK), heads, dtype=torch.float32)
+    if partial.numel():  # also where a head has no dims: each element is written
         with torch.cuda.device_of(causal):
             mix_backward_kernel[(len(partial), heads)](
                 d_mixed,
