@@ -60,6 +60,28 @@ def test_a_whole_run(place):
     assert run(place) == 2  # the folder has a final model
 
 
+def test_answers_end_where_the_chat_template_ends_them(place, capsys):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer.save_pretrained(place / "model")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    (place / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    assert run(place, "--max-steps", "1") == 0
+    base = base_model(vocab_size=VOCAB)
+    model = BituneModel.from_pretrained(base, place / "run" / "final")
+    assert model.generation_config.eos_token_id == [2, end] != base.generation_config.eos_token_id
+    options = ["--model", str(place / "model"), "--adapter", str(place / "run")]
+    assert main(["export", *options, "--output", str(place / "exported")]) == 0
+    for folder in ("exported", "exported/bitune"):
+        saved = json.loads((place / folder / "generation_config.json").read_text())
+        assert saved["eos_token_id"] == [2, end], folder
+
+
 def test_a_quantized_base_with_dora_and_dropout_is_trained(place):
     options = "--quantize nf4 --use-dora true --use-rslora true --lora-dropout 0.1 --max-steps 2".split()
     assert run(place, *options, "--dtype", "bfloat16") == 0
@@ -219,15 +241,18 @@ def test_answers_are_those_of_three_passes_one_by_one(place, trained, capsys):
     options, model = trained
     tokenizer, generation = byte_tokenizer(), model.generation_config
     free = [greedy(model, tokenizer(p)["input_ids"], 9) for p in PROMPTS]
-    # A model that samples unless told otherwise, and whose own end token isn't the tokenizer's.
-    end, last = free[1][3], free[2][5]
+    # A model that samples unless told otherwise, whose own end token isn't the tokenizer's, nor that of its training.
+    end, last, learned = free[1][3], free[2][5], free[0][7]
+    model.end_answers_with([learned])
+    model.save_pretrained(place / "adapter")
     generation.update(do_sample=True, temperature=5.0, top_k=3, eos_token_id=end)
     generation.save_pretrained(place / "model")
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(last)
     tokenizer.save_pretrained(place / "model")
     tokenizer = AutoTokenizer.from_pretrained(place / "model")
-    expected = [row[: next((i + 1 for i, token in enumerate(row) if token in (end, last)), 9)] for row in free]
-    assert (expected[1][-1], expected[2][-1]) == (end, last) and end != last and len(expected[0]) == 9
+    ends = (end, last, learned)
+    expected = [row[: next(i + 1 for i, token in enumerate(row) if token in ends)] for row in free]
+    assert (expected[1][-1], expected[2][-1], expected[0][-1]) == ends and len({*ends}) == 3
     rows = "\r\n\r\n".join(json.dumps({"prompt": p}, ensure_ascii=False) for p in PROMPTS)
     (place / "prompts.jsonl").write_text(rows, encoding="utf-8-sig")  # as editors of Windows write it
     several = ["generate", *options, "--file", str(place / "prompts.jsonl"), "--max-new-tokens", "9"]

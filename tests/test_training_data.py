@@ -112,6 +112,10 @@ def test_messages_go_through_the_chat_template():
     assert tok.decode(sample["input_ids"][n:]) == "blue</s>"
     with pytest.raises(ValueError, match=r"^messages: expected messages as the chat template takes them; no system"):
         tokenize([{"messages": [{"role": "system", "content": "s"}, *messages]}], tok)
+    tok.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    tok.chat_template += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    with pytest.raises(ValueError, match=r"^messages: expected a chat template that writes an end token .* with 'e'"):
+        tokenize([{"messages": messages}], tok)
 
 
 def test_a_space_that_merges_with_the_colon_stays_with_the_answer():

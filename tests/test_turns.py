@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from tokenizers import AddedToken
 from transformers import DynamicCache
 
 from bitune_kernels import BituneChat
@@ -293,6 +294,14 @@ def test_a_chat_goes_on_from_messages_and_after_a_failure(model, tokenizer):
     chat.send("c", **OPTIONS)
     texts = [tuple(tokenizer.decode(part) for part in turn) for turn in chat._turns]
     assert texts[0] == ("<user>a</s>\n<assistant>", "b</s>") and texts[1][0] == "\n<user>c</s>\n<assistant>"
+    # an end token that the tokenizer names nowhere, as those of chat templates on base models
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("<end>", special=True)])
+    tokenizer.chat_template = TEMPLATE.replace("{{ eos_token }}", "<end>")
+    chat = BituneChat(model, tokenizer, "alternating", messages=given)
+    chat.send("c", **OPTIONS)
+    texts = [tuple(tokenizer.decode(part) for part in turn) for turn in chat._turns]
+    assert texts[0] == ("<user>a<end>\n<assistant>", "b<end>") and texts[1][0] == "\n<user>c<end>\n<assistant>"
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def answer_options(given, model, tokenizer) -> dict:
 
 
 def end_tokens(model, tokenizer) -> list[int] | None:
-    """Those of the model's generation_config, and the tokenizer's own, which ``bitune train`` ends answers with."""
+    """Those of the model's generation_config, with what ended the answers in training, and the tokenizer's own."""
     own = model.generation_config.eos_token_id
     return sorted({*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}) or None
 

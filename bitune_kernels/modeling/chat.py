@@ -152,7 +152,7 @@ class BituneChat:
                 "is a new one, got 'alternating'"
             )
         rest = whole[start + len(last) :]
-        if answer[-1:] and answer[-1] in self.tokenizer.all_special_ids:  # it is in the cache already
+        if answer[-1:] and answer[-1] in self.tokenizer.added_tokens_decoder:  # it is in the cache already
             return rest.lstrip().removeprefix(self.tokenizer.decode(answer[-1:]))
         return rest
 

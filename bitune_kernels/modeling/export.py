@@ -30,5 +30,7 @@ def export_merged(model: BituneModel, folder: str | Path) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished / "bitune")
     model._detach()
-    model.base_model.merge_and_unload(adapter_names=[CAUSAL]).save_pretrained(unfinished)
+    merged = model.base_model.merge_and_unload(adapter_names=[CAUSAL])
+    merged.generation_config = model.generation_config  # with the end tokens of training
+    merged.save_pretrained(unfinished)
     os.replace(unfinished, folder)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import pad
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..config import CONFIG_NAME, BituneConfig
 from ..mixing import MixingCoefficients
@@ -419,6 +422,16 @@ class BituneModel(PeftModelForCausalLM):
             with self._hooks.generating(run):
                 return super().generate(**kwargs)
 
+    def end_answers_with(self, tokens: Iterable[int]) -> None:
+        """Let ``generate()`` stop at these token ids too, here and where the model is loaded from its folder.
+
+        Those of the base model stay: chat templates may end answers with another token than the one that ends texts.
+        """
+        own = self.generation_config.eos_token_id
+        ends = {*tokens, *(own if isinstance(own, list) else [own])} - {None}
+        self.generation_config = copy.copy(self.generation_config)  # the base model keeps its own
+        self.generation_config.eos_token_id = sorted(ends)
+
     def generate_batch(self, *args, **kwargs):
         """Continuous batching is refused: it computes prompts in parts, and packed with other requests."""
         raise ValueError(
@@ -446,6 +459,7 @@ class BituneModel(PeftModelForCausalLM):
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
         """Write both adapters (as PEFT does, a folder each), the mixing coefficients and the config.
 
+        After ``end_answers_with`` the end tokens too, as ``generation_config.json``.
         A model sharded by FSDP2 needs ``state_dict``, the full one of ``get_model_state_dict``.
         """
         folder = os.fspath(save_directory)  # str(None) would be a folder of that name
@@ -457,6 +471,8 @@ class BituneModel(PeftModelForCausalLM):
         super().save_pretrained(folder, **kwargs)
         if kwargs.get("is_main_process", True):
             self.bitune_config.save(folder)
+            if "generation_config" in vars(self):  # else it is the base model's
+                GenerationConfig(eos_token_id=self.generation_config.eos_token_id).save_pretrained(folder)
             # empty: the Trainer's load_best_model_at_end takes a folder without it for no checkpoint
             save_file({}, Path(folder, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
             if self.mixing is not None:
@@ -546,5 +562,7 @@ class BituneModel(PeftModelForCausalLM):
         model = get_bitune_model(base_model, config, self_test=self_test, autocast_adapter_dtype=autocast_adapter_dtype)
         for name in model.peft_config:
             model.load_adapter(Path(folder, name), name)
+        if Path(folder, GENERATION_CONFIG_NAME).is_file():
+            model.end_answers_with(GenerationConfig.from_pretrained(folder).eos_token_id)
         model._train_adapters(is_trainable)
         return model.train(is_trainable)

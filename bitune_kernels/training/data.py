@@ -186,7 +186,8 @@ def tokenize(
         turns: as in ``BituneConfig``. With another than "one" every answer in ``messages`` is trained.
 
     Raises:
-        ValueError: no sample is left; a tokenizer without an end token.
+        ValueError: no sample is left; a tokenizer without an end token; a chat template that writes none behind an
+            answer.
     """
     from datasets import Dataset
 
@@ -210,6 +211,12 @@ def tokenize(
     report = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
     if not samples:
         raise ValueError(f"data: expected at least one sample with an answer, got none ({report or 'no rows'})")
+    tokens = {sample["labels"][-1] for sample in samples} - {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}
+    if tokens:  # nothing would teach the model to end an answer, and generate() where to stop
+        raise ValueError(
+            "messages: expected a chat template that writes an end token behind an answer, got one that ends it with "
+            f"{tokenizer.decode(min(tokens))!r}"
+        )
     if skipped:
         logger.warning("data: %d samples; skipped %s", len(samples), report)
     return Dataset.from_list(samples)

@@ -106,6 +106,7 @@ def train(recipe: Recipe, model: str, output: str | Path, resume: bool = False) 
         task_type="CAUSAL_LM",
     )
     bitune = get_bitune_model(base, recipe.bitune_config(lora))
+    bitune.end_answers_with({labels[-1] for labels in samples["labels"]})
     groups = parameter_groups(bitune, recipe.lr, recipe.theta_lr, recipe.weight_decay)
     trainer = _Trainer(
         model=bitune,
