@@ -363,6 +363,7 @@ def test_figures_show_the_model(place, trained, monkeypatch, capsys):
         ("generate", "--file wrong", "--file wrong, line 2: expected JSON, got"),
         ("generate", "--file half", "--file half, line 1: expected JSON, got 'utf-8' codec can't encode"),
         ("generate", "--file rows.jsonl", "line 1: expected a text 'prompt', or 'messages' with role and content"),
+        ("generate", "--file parts", "line 1: expected a text 'prompt', or 'messages' with role and content"),
         ("generate", "--file answered", "line 1: expected messages whose last one is to be answered"),
         ("generate", "--prompt 12345 --max-new-tokens 252", "at most the 256 tokens of the model, got 5 and 252"),
         ("plot attention", "--prompt x --output x.png", "--prompt: expected 2 to 256 tokens, got 1"),
@@ -395,6 +396,7 @@ def test_what_is_asked_wrongly_is_named(command, options, message, place, monkey
     Path("half").write_text(r'{"prompt": "\ud83d"}')
     Path("wrong").write_text('{"prompt": "x"}\n{')
     Path("messages").write_text('[{"role": "user", "content": "x"}]')
+    Path("parts").write_text('{"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}')
     Path("answered").write_text('{"messages": [{"role": "assistant", "content": "x"}]}')
     usual = "--adapter adapter" if command == "plot alpha" else "--model model --adapter adapter"  # the last one counts
     assert main(shlex.split(f"{command} {usual} {options}")) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,7 @@ def test_messages_go_through_the_chat_template():
         {"messages": [*messages[:3], {"role": "assistant"}]}
     ]
     (sample,) = tokenize([{"messages": messages}, *without_answers], tok)
+    assert list(tokenize([{"prompt": messages[:3], "completion": messages[3:]}], tok)) == [sample]  # as TRL has them
     n = sample["labels"].count(-100)
     assert tok.decode(sample["input_ids"][:n]).endswith("<user>sky?</s>\n<assistant>")
     assert tok.decode(sample["input_ids"][n:]) == "blue</s>"
@@ -146,6 +148,7 @@ def test_every_answer_of_a_conversation_can_be_trained():
     assert tok.decode(sample["input_ids"]) == text
     trained = tok.decode([t for t in sample["labels"] if t != -100])
     assert trained == "hello</s>blue</s>" and len(sample["labels"]) == len(sample["input_ids"])
+    assert list(tokenize([{"prompt": messages[:1], "completion": messages[1:]}], tok, turns="alternating")) == [sample]
     tok.chat_template = tok.chat_template.replace("messages %}", "messages[-1:] %}")
     with pytest.raises(ValueError, match="messages: expected a chat template that leaves earlier turns"):
         tokenize([{"messages": messages}], tok, turns="recompute")
@@ -164,6 +167,16 @@ def test_what_is_skipped_is_counted_once(caplog):
     for wrong in ("{}", "{prompt.text}"):
         with pytest.raises(ValueError, match=r"^prompt, completion: expected format strings over the columns"):
             tokenize(rows, byte_tokenizer(), prompt=wrong)
+    said = {"role": "user", "content": "hi"}
+    parts = {"role": "user", "content": [{"type": "text", "text": "hi"}]}
+    for row, message in (
+        ({"prompt": [said], "completion": "yes"}, "data: expected a text or a number in column 'prompt', got list"),
+        ({"prompt": "a", "completion": {"x": 1}}, "data: expected a text or a number in column 'completion', got dict"),
+        ({"messages": [parts, said]}, "messages: expected a text as content, got [{"),
+        ({"prompt": ["hi"], "completion": ["yes"]}, "messages: expected each with role and content, got 'hi'"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            tokenize([row], byte_tokenizer())
     with pytest.raises(ValueError, match=r"^tokenizer: expected one with an end token"):
         tokenize(rows, byte_tokenizer(eos_token=None))
 

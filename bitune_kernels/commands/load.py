@@ -73,8 +73,10 @@ def end_tokens(model, tokenizer) -> list[int] | None:
 
 
 def are_messages(value) -> bool:
-    """Whether ``value`` is what chat templates take: a list of messages with role and content."""
-    return isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
+    """Whether ``value`` is what chat templates take: a list of messages with a role and a text as content."""
+    return isinstance(value, list) and all(
+        isinstance(m, dict) and {"role", "content"} <= m.keys() and isinstance(m["content"], str | None) for m in value
+    )
 
 
 def number(kind, accept, expected: str):

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,33 @@ def load_rows(data: str, name: str | None = None, split: str = "train", revision
     return load_dataset(data, name, split=split, revision=revision)
 
 
+def messages_of(row: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The conversation in a row: ``messages``, or ``prompt`` and ``completion`` that are both lists of them, as in TRL.
+
+    Raises:
+        ValueError: messages without a role, or with a content that is no text.
+    """
+    messages = row.get("messages")
+    if messages is None and all(isinstance(row.get(name), list) for name in ("prompt", "completion")):
+        messages = row["prompt"] + row["completion"]
+    for message in messages or ():
+        if not isinstance(message, dict) or "role" not in message:
+            raise ValueError(f"messages: expected each with role and content, got {message!r}")
+        if not isinstance(message.get("content"), str | None):
+            raise ValueError(f"messages: expected a text as content, got {message['content']!r}")
+    return messages
+
+
+class _Columns(Formatter):
+    """``str.format`` over the columns of a row. Of a list it would write Python's repr."""
+
+    def get_field(self, field_name, args, kwargs):
+        value, first = super().get_field(field_name, args, kwargs)
+        if isinstance(value, list | dict):
+            raise ValueError(f"data: expected a text or a number in column {field_name!r}, got {type(value).__name__}")
+        return value, first
+
+
 def _is_answer(message: dict[str, Any]) -> bool:
     return message.get("role") == "assistant" and bool(message.get("content"))
 
@@ -99,19 +127,20 @@ def _before_and_with_answer(messages: list[dict[str, Any]], tokenizer) -> tuple[
 def tokenize_row(row: dict[str, Any], tokenizer, prompt="{prompt}", completion="{completion}", reader=None):
     """``(prompt ids, answer ids)`` of one row; the answer is empty where the row has none.
 
-    A row with ``messages`` goes through the tokenizer's chat template: its last message, by the assistant, is the
-    answer, and all before it, earlier answers included, the prompt. Any other row is ``TEMPLATE``, a space, the answer
-    and the end token.
+    A row with messages (``messages_of``) goes through the tokenizer's chat template: the last one, by the assistant, is
+    the answer, and all before it, earlier answers included, the prompt. Any other row is ``TEMPLATE``, a space, the
+    answer and the end token.
 
     Args:
         prompt, completion: format strings over the columns.
         reader: a key of ``READERS`` instead of them.
 
     Raises:
-        ValueError: a missing column; a chat template that writes the prompt otherwise once the answer follows.
+        ValueError: a missing column, or one that is no text; a chat template that writes the prompt otherwise once the
+            answer follows.
     """
-    if reader is None and row.get("messages") is not None:
-        messages = row["messages"]
+    messages = messages_of(row) if reader is None else None
+    if messages is not None:
         if len(messages) < 2 or not _is_answer(messages[-1]):
             return [], []
         first, both = _before_and_with_answer(messages, tokenizer)
@@ -123,7 +152,7 @@ def tokenize_row(row: dict[str, Any], tokenizer, prompt="{prompt}", completion="
             question, answer = READERS[reader](row)
         else:
             row = {name: "" if value is None else value for name, value in row.items()}
-            question, answer = prompt.format(**row), completion.format(**row)
+            question, answer = (_Columns().vformat(text, (), row) for text in (prompt, completion))
     except KeyError as error:
         raise ValueError(f"data: expected a column {error}, got {', '.join(sorted(row))}") from None
     except (IndexError, AttributeError) as error:
@@ -183,7 +212,7 @@ def tokenize(
         rows: an iterable of dicts, a Dataset for example.
         prompt, completion, reader: as in ``tokenize_row``.
         max_length, max_answer_length: tokens of prompt and answer together, and of the answer, end token included.
-        turns: as in ``BituneConfig``. With another than "one" every answer in ``messages`` is trained.
+        turns: as in ``BituneConfig``. With another than "one" every answer in messages is trained.
 
     Raises:
         ValueError: no sample is left; a tokenizer without an end token; a chat template that writes none behind an
@@ -196,8 +225,9 @@ def tokenize(
 
     samples, skipped = [], Counter()
     for row in rows:
-        if turns != "one" and reader is None and row.get("messages") is not None:
-            both, labels = tokenize_conversation(row["messages"], tokenizer)
+        messages = messages_of(row) if turns != "one" and reader is None else None
+        if messages is not None:
+            both, labels = tokenize_conversation(messages, tokenizer)
         else:
             first, rest = tokenize_row(row, tokenizer, prompt, completion, reader)
             both, labels = first + rest, [-100] * len(first) + rest
