@@ -252,14 +252,10 @@ struct Consumer {
   }
 
   // Scores of the tile whose first key is `first` to probabilities.
-  __device__ void step(float (&s)[S::kBlockN / 2], float (&rescale)[2], const Item& item, int head, const Run& r,
-                       int first) {
+  __device__ void step(float (&s)[S::kBlockN / 2], float (&rescale)[2], const Run& r, int first,
+                       const Bounds (&bounds)[2]) {
     if (kPrescaled) scale_scores(s, a.softmax_scale, a.softcap);
-    if (first < r.span.whole || first >= r.span.rest) {
-      Bounds bounds[2];
-      bounds_of(bounds, queries(item, head), item, r, a.window);
-      mask_scores(s, first, bounds);
-    }
+    if (first < r.span.whole || first >= r.span.rest) mask_scores(s, first, bounds);
     softmax.step(s, kPrescaled ? 1 : a.softmax_scale * kLog2e, rescale);
   }
 
@@ -272,6 +268,8 @@ struct Consumer {
     float s[S::kBlockN / 2];
     uint32_t p[S::kBlockN / 4];
     float rescale[2];
+    Bounds bounds[2];
+    bounds_of(bounds, queries(item, head), item, r, a.window);
     int first = r.span.start;
 
     ptx::mbarrier_wait(memory.k_full(ring.stage()), ring.full());
@@ -281,7 +279,7 @@ struct Consumer {
     pass_turn();
     ptx::wgmma_hold(s);
     arrive(memory.k_empty(ring.stage()));
-    step(s, rescale, item, head, r, first);
+    step(s, rescale, r, first, bounds);
     multiply_rows(acc, rescale);
     pack_rows<typename S::Element>(s, p);
 
@@ -297,7 +295,7 @@ struct Consumer {
       ptx::wgmma_wait<1>();
       ptx::wgmma_hold(s);
       arrive(memory.k_empty(ring.stage()));
-      step(s, rescale, item, head, r, first);
+      step(s, rescale, r, first, bounds);
       if (first + S::kBlockN < r.span.stop) {  // a branch: else ptxas moves the wait before the softmax
         Ring next{ring.n + 1};
         ptx::mbarrier_wait(memory.k_full(next.stage()), next.full());
@@ -325,6 +323,8 @@ struct Consumer {
     float ratio = mix_k.less / mix_k.more;
     float s[S::kBlockN / 2];
     uint32_t p[S::kBlockN / 4];
+    Bounds bounds[2];
+    bounds_of(bounds, queries(item, head), item, r, a.window);
     for (int first = r.span.start; first < r.span.stop; first += S::kBlockN) {
       Ring of_values = ring;
       await_turn();
@@ -341,7 +341,7 @@ struct Consumer {
       }
       pass_turn();
       float rescale[2];
-      step(s, rescale, item, head, r, first);
+      step(s, rescale, r, first, bounds);
       multiply_rows(acc, rescale);
 #pragma unroll
       for (int i = 0; i < 2; ++i, ++of_values.n) {

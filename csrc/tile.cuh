@@ -165,16 +165,19 @@ __device__ void scale_scores(float (&s)[N], float scale, float softcap) {
     s[i] = softcap * kLog2e * (1 - 2 * ptx::reciprocal(1 + ptx::exp2(s[i] * inner)));
 }
 
-// first_key: the run's key in column 0.
+// first_key: the run's key in column 0. One comparison per score where nothing is hidden before a row's keys.
 template <int N>
 __device__ void mask_scores(float (&s)[N], int first_key, const Bounds (&bounds)[2]) {
   int key = first_key + threadIdx.x % 4 * 2;
+  int high[2] = {bounds[0].high - key, bounds[1].high - key};
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    int j = key + i / 4 * 8 + i % 2;
-    const Bounds& b = bounds[i / 2 % 2];
-    if (j < b.low || j >= b.high) s[i] = -ptx::infinity();
-  }
+  for (int i = 0; i < N; ++i)
+    if (i / 4 * 8 + i % 2 >= high[i / 2 % 2]) s[i] = -ptx::infinity();
+  if (bounds[1].low <= first_key) return;  // the other row's isn't higher
+  int low[2] = {bounds[0].low - key, bounds[1].low - key};
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    if (i / 4 * 8 + i % 2 < low[i / 2 % 2]) s[i] = -ptx::infinity();
 }
 
 // The online softmax of a thread's two rows. m: largest score so far, in log2. l: the thread's share of the sum of

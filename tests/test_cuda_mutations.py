@@ -84,7 +84,8 @@ FAULTS = [
     fault("window: one earlier", SCHEDULE, "i - window + 1", "i - window", WINDOW),
     fault("the diagonal twice", SCHEDULE, "mask == after ? i + 1", "mask == after ? i", SHARED),
     fault("masked tiles without a mask", SM90, "first >= r.span.rest)", "false)", LONG),
-    fault("one key too many", TILE, "j >= b.high", "j > b.high", PLAIN, capability=80),
+    fault("one key too many", TILE, "i % 2 >= high", "i % 2 > high", PLAIN, capability=80),
+    fault("a window that one row alone needs", TILE, "bounds[1].low <=", "bounds[0].low <=", WINDOW),
     fault("heads of a group", TILE, "q.head[r] = head * a.group_size + packed", "q.head[r] = packed", PLAIN),
     # softmax
     fault("no rescale", TILE, "x[i] *= factor[i / 2 % 2];", ";", LONG),
