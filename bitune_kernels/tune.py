@@ -2,8 +2,8 @@
 
     python -m bitune_kernels.tune
 
-A tile whose results differ from the table's is left out. The fastest go to a file in the user's cache, which
-``tiles.choose`` reads at the next start.
+A tile whose results differ from the table's is left out, and so is one that gains less than ``MARGIN``. The fastest go
+to a file in the user's cache, which ``tiles.choose`` reads at the next start.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ except ModuleNotFoundError:
 # (query heads, key/value heads) of common models, by head dim; two samples, half prompt and half answer.
 HEADS = {64: (32, 8), 128: (32, 8), 256: (8, 1)}
 LENGTH = 1024
+
+# How many times as fast as the table's tile another one must be: the best of a dozen is always ahead by chance.
+MARGIN = 1.02
 
 
 def neighbours(tile: Tile) -> list[Tile]:
@@ -70,7 +73,10 @@ def calls(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device, 
 def fastest(
     entry: Tile, call: Callable[[Tile], list[torch.Tensor]], measure: Callable[[dict], dict[Tile, Timing]]
 ) -> tuple[Tile, float]:
-    """The fastest right tile among ``neighbours(entry)``, and how many times as fast as the entry it is."""
+    """The fastest right tile among ``neighbours(entry)``, and how many times as fast as the entry it is.
+
+    The entry itself, unless another one is faster by ``MARGIN``.
+    """
     expected, providers = call(entry), {}
     eps = max(torch.finfo(x.dtype).eps for x in expected)  # float32 results too are made of rounded products
     for tile in neighbours(entry):
@@ -84,7 +90,8 @@ def fastest(
             providers[tile] = partial(call, tile)
     times = measure(providers)
     best = min(times, key=lambda tile: times[tile].quantile(0.5))
-    return best, 1 / times[best].ratio(times[entry])
+    gain = 1 / times[best].ratio(times[entry])
+    return (best, gain) if gain >= MARGIN else (entry, 1.0)
 
 
 def store(found: dict[str, Tile]) -> None:
@@ -105,7 +112,7 @@ def main(argv: list[str] | None = None, measure=None) -> int:
         p.error("no CUDA device to tune for")
     device, dtype = torch.device("cuda", torch.cuda.current_device()), torch.bfloat16
     gpu = torch.cuda.get_device_name(device)
-    measure = measure or partial(interleaved, seconds=args.seconds, device=device)
+    measure = measure or partial(interleaved, seconds=args.seconds, device=device, device_alone=True)
     todo, found = [(kernel, head_dim) for head_dim in HEADS for kernel in tiles.KERNELS], {}
     for kernel, head_dim in tqdm(todo, unit="kernel", leave=False, disable=None) if tqdm else todo:
         table = partial(tiles.of_device, head_dim=head_dim, element_size=dtype.itemsize, device=device)

@@ -168,6 +168,8 @@ def test_tuning_keeps_the_fastest_right_tile_and_choose_reads_it(hopper, monkeyp
         return {tile: Timing((seconds.get(tile, 5.0),) * 3) for tile in providers}
 
     assert tune.fastest(slow, call, measure) == (best, 4.0)
+    within_margin = {tile: Timing((1.0 if tile == slow else 0.99,) * 3) for tile in tune.neighbours(slow)}
+    assert tune.fastest(slow, call, lambda providers: within_margin) == (slow, 1.0)
     assert "Tile(block_m=64, block_n=64, num_warps=8, num_stages=2): left out" in capsys.readouterr().err
 
     monkeypatch.setattr(tune, "calls", lambda *args: call)
@@ -181,9 +183,16 @@ def test_tuning_keeps_the_fastest_right_tile_and_choose_reads_it(hopper, monkeyp
     assert chosen() == best
     assert chosen("dkv") == table("dkv") and chosen(head_dim=64) == table(head_dim=64)
     assert chosen(dtype=torch.float32) == table(element_size=4)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200")
+    for owner, name, another in (
+        (torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200"),
+        (tiles, "__version__", "another version of the kernels"),
+    ):
+        with monkeypatch.context() as changed:
+            changed.setattr(owner, name, another)
+            new_process()
+            assert chosen() == slow
     new_process()
-    assert chosen() == slow
+    assert chosen() == best
 
     found = {"another": Tile(16, 16, 4, 1)}
     tune.store(found)

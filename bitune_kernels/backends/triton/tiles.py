@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import triton
 
+from ..._version import __version__
 from ...env import cache_folder
 
 # The most rows that a tile has.
@@ -183,7 +184,8 @@ def tuned_path() -> Path:
 
 def tuned_key(gpu: str, kernel: str, head_dim: int, element_size: int) -> str:
     """What a tuned tile depends on."""
-    return f"{gpu}, triton {triton.__version__}, {kernel}, head dim {head_dim}, {element_size} bytes"
+    versions = f"bitune_kernels {__version__}, triton {triton.__version__}"
+    return f"{gpu}, {versions}, {kernel}, head dim {head_dim}, {element_size} bytes"
 
 
 @cache
