@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from bitune_kernels import BituneModel
+from bitune_kernels.commands.serve import GRACE
 from tests.test_trainers import WORDS, tokenizer
 from tests.tiny import base_model, bitune_model
 
@@ -128,6 +130,14 @@ def test_what_is_wrong_has_a_status_and_the_server_stays(server):
     with pytest.raises(APIStatusError) as refused:
         client.post("/systemone", body={}, cast_to=object)
     assert refused.value.status_code == 404
+    long = asked | {"messages": [{"role": "user", "content": "x " * 300}]}
+    for options in (long, long | {"stream": True}):
+        with pytest.raises(APIStatusError) as refused:
+            client.chat.completions.create(**options)
+        assert refused.value.status_code == 400
+        assert "prompt: expected fewer than the 256 tokens of the model, got 301" in str(refused.value)
+    filled = client.chat.completions.create(**asked | {"max_tokens": 100000})
+    assert filled.usage.total_tokens == 256 and filled.choices[0].finish_reason == "length"
     idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(LIMIT)]
     with pytest.raises(APIStatusError) as refused:
         OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0).chat.completions.create(**asked)
@@ -137,3 +147,17 @@ def test_what_is_wrong_has_a_status_and_the_server_stays(server):
     time.sleep(0.5)
     assert client.chat.completions.create(**asked).choices[0].finish_reason in ("length", "stop")
     assert process.poll() is None
+
+
+def test_answers_in_the_making_do_not_keep_the_server(server):  # the last test: it stops the server
+    port, process = server
+    body = json.dumps({"model": "adapter", "prompt": "x", "max_tokens": 255}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
+    for client in clients:
+        client.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+    time.sleep(0.5)
+    process.terminate()
+    process.wait(GRACE + 5)  # of a minute's work
+    for client in clients:
+        client.close()

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from .load import adapter_folder, add_model_options, at_least_one, end_tokens, load_model, load_tokenizer, number
+from .load import (
+    adapter_folder,
+    add_model_options,
+    at_least_one,
+    end_tokens,
+    load_model,
+    load_tokenizer,
+    max_tokens,
+    number,
+)
+
+GRACE = 3  # seconds that answers in the making get when the server is to stop
 
 
 def add(commands) -> None:
@@ -29,12 +40,13 @@ def _run(given) -> None:
     try:
         import uvicorn
         from fastapi import HTTPException
+        from fastapi.responses import JSONResponse
         from transformers.cli.serving import chat_completion, completion, response, server
         from transformers.cli.serving.model_manager import ModelManager
-        from transformers.cli.serving.utils import GenerationState
+        from transformers.cli.serving.utils import GenerateManager, GenerationState
     except ImportError as error:
         raise ValueError(f"serve: expected transformers[serving], got {error}") from None
-    tokenizer = load_tokenizer(given)
+    tokenizer, limit = load_tokenizer(given), max_tokens(given)
     model = load_model(given)
     model.generation_config.eos_token_id = end_tokens(model, tokenizer)
 
@@ -51,11 +63,34 @@ def _run(given) -> None:
         def get_gen_models(cache_dir=None):
             return [{"id": name, "object": "model", "owned_by": "bitune", "created": 0}]
 
+    class Answers(GenerateManager):
+        """Makes none that the model wasn't made for."""
+
+        def generate_streaming(self, model, processor, inputs, gen_config, **options):
+            self._cap(inputs, gen_config)
+            return super().generate_streaming(model, processor, inputs, gen_config, **options)
+
+        async def generate_non_streaming(self, model, processor, inputs, gen_config, **options):
+            self._cap(inputs, gen_config)
+            return await super().generate_non_streaming(model, processor, inputs, gen_config, **options)
+
+        def _cap(self, inputs, gen_config) -> None:
+            asked, length = gen_config.max_new_tokens, inputs["input_ids"].shape[-1]
+            if limit is None:
+                return
+            if length >= limit:
+                raise ValueError(f"prompt: expected fewer than the {limit} tokens of the model, got {length}")
+            gen_config.max_new_tokens = limit - length if asked is None else min(asked, limit - length)
+
+    class State(GenerationState):
+        def get_manager(self, model_id, use_cb=False):
+            return answers
+
     class Refused:
         async def handle_request(self, *args):
             raise HTTPException(status_code=404, detail="not served with a Bitune model")
 
-    models, state = Models(device=str(model.device), model_timeout=-1), GenerationState()
+    models, state, answers = Models(device=str(model.device), model_timeout=-1), State(), Answers()
     models.force_model = name  # what a request may ask for; as an argument it would be loaded from the hub
     app = server.build_server(
         models,
@@ -66,4 +101,11 @@ def _run(given) -> None:
         systemone_handler=Refused(),
         generation_state=state,
     )
-    uvicorn.run(app, host=given.host, port=given.port, limit_concurrency=given.limit, log_level="info")
+
+    @app.exception_handler(ValueError)
+    async def _wrong_request(request, error):
+        # as OpenAI's clients read it
+        return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=400)
+
+    options = dict(limit_concurrency=given.limit, timeout_graceful_shutdown=GRACE, log_level="info")
+    uvicorn.run(app, host=given.host, port=given.port, **options)
