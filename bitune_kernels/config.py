@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 CONFIG_NAME = "bitune_config.json"
+FORMAT_NAME = "prompt_format.json"  # in the final folder of a run: how its samples were written
 
 MIXINGS = ("abs", "relu")
 GRANULARITIES = ("layer", "head", "global")

@@ -46,7 +46,7 @@ def run(place, *options, output="run", recipe=RECIPES / "gsm8k.yaml"):
     return main(["train", "--recipe", str(recipe), *paths, *settings, *map(str, options)])
 
 
-def test_a_whole_run(place):
+def test_a_whole_run(place, capsys):
     assert run(place, "--theta-lr", "1e-2", "--backend=sdpa", "--gradient-checkpointing", "selective") == 0
     folder = place / "run"
     with (folder / "alpha.csv").open(newline="") as file:
@@ -58,6 +58,13 @@ def test_a_whole_run(place):
     assert model.bitune_config.loss == "sample"
     assert float(model.mixing.alpha(2)[0]) == pytest.approx(float(rows[-1]["alpha_k"]), abs=1e-6)
     assert run(place) == 2  # the folder has a final model
+    capsys.readouterr()
+    answers = []
+    for changes in (["--format", "question"], [], ["--format", "text"]):
+        options = ["--model", str(place / "model"), "--adapter", str(folder), "--json", *changes]
+        assert main(["generate", *options, "--prompt", "1 + 1?", "--max-new-tokens", "9"]) == 0
+        answers += lines(capsys)
+    assert answers[0] == answers[1] and answers[2]["prompt_tokens"] < answers[1]["prompt_tokens"]
 
 
 def test_answers_end_where_the_chat_template_ends_them(place, capsys):
@@ -76,6 +83,9 @@ def test_answers_end_where_the_chat_template_ends_them(place, capsys):
     model = BituneModel.from_pretrained(base, place / "run" / "final")
     assert model.generation_config.eos_token_id == [2, end] != base.generation_config.eos_token_id
     options = ["--model", str(place / "model"), "--adapter", str(place / "run")]
+    capsys.readouterr()
+    assert main(["generate", *options, "--prompt", "hi", "--json", "--max-new-tokens", "2"]) == 0
+    assert lines(capsys)[0]["prompt_tokens"] == len("<user>hi\n<assistant>") + 1
     assert main(["export", *options, "--output", str(place / "exported")]) == 0
     for folder in ("exported", "exported/bitune"):
         saved = json.loads((place / folder / "generation_config.json").read_text())

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
-from bitune_kernels.training.data import load_rows, tokenize
+from bitune_kernels.training.data import load_rows, prompt_formats, tokenize
 from bitune_kernels.training.recipe import Recipe, load_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -109,6 +109,7 @@ def test_messages_go_through_the_chat_template():
     ]
     (sample,) = tokenize([{"messages": messages}, *without_answers], tok)
     assert list(tokenize([{"prompt": messages[:3], "completion": messages[3:]}], tok)) == [sample]  # as TRL has them
+    assert prompt_formats([{"messages": messages}, {"messages": None, "prompt": "x"}]) == {"chat", "question"}
     n = sample["labels"].count(-100)
     assert tok.decode(sample["input_ids"][:n]).endswith("<user>sky?</s>\n<assistant>")
     assert tok.decode(sample["input_ids"][n:]) == "blue</s>"

@@ -16,6 +16,7 @@ from .load import (
     check_answer_options,
     load_model,
     load_tokenizer,
+    warn_of_chats,
 )
 
 
@@ -46,6 +47,7 @@ def _run(given) -> None:
     tokenizer = load_tokenizer(given)
     if not tokenizer.chat_template:
         raise ValueError(f"--model: expected a tokenizer with a chat template, got {given.model} without one")
+    warn_of_chats(given)
     model = load_model(given)
 
     from transformers import TextStreamer

@@ -18,6 +18,7 @@ from .load import (
     load_model,
     load_tokenizer,
     max_tokens,
+    prompt_format,
 )
 
 
@@ -61,10 +62,10 @@ def _run(given) -> None:
 
 
 def _encode(prompts: list[tuple[str, str | list]], tokenizer, given) -> list[list[int]]:
-    limit, rows = max_tokens(given), []
+    limit, kind, rows = max_tokens(given), prompt_format(given), []
     for place, prompt in prompts:
         try:
-            rows.append(encode(prompt, tokenizer, given.format))
+            rows.append(encode(prompt, tokenizer, kind))
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
         if limit is not None and len(rows[-1]) + given.max_new_tokens > limit:

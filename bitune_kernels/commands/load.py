@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from argparse import ArgumentTypeError
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,10 +29,25 @@ def add_format_option(parser) -> None:
     parser.add_argument(
         "--format",
         choices=FORMATS,
-        default="text",
         help="how a prompt reaches the model: as it is (text), as bitune train writes prompts (question: "
-        "'Question: ...\\n\\nAnswer:'), or as the user's turn in the tokenizer's chat template (chat); default: text",
+        "'Question: ...\\n\\nAnswer:'), or as the user's turn in the tokenizer's chat template (chat); default: as in "
+        "the run of bitune train, and text for other folders and for runs that had both",
     )
+
+
+def prompt_format(given) -> str:
+    """``--format``, or without it what the samples of the run had."""
+    from ..config import FORMAT_NAME
+
+    path = adapter_folder(given.adapter) / FORMAT_NAME
+    trained = json.loads(path.read_text()) if path.is_file() else "text"
+    return getattr(given, "format", None) or trained
+
+
+def warn_of_chats(given) -> None:
+    """Say on stderr that a model wasn't trained on conversations."""
+    if prompt_format(given) == "question":
+        print("bitune: trained on single questions and answers, not on the chat template", file=sys.stderr)
 
 
 def add_answer_options(parser) -> None:

@@ -14,6 +14,7 @@ from .load import (
     load_model,
     load_tokenizer,
     max_tokens,
+    prompt_format,
 )
 
 _FORMATS = (".png", ".pdf", ".svg")
@@ -127,7 +128,7 @@ def _load(given):
     _check_output(given.output)
     tokenizer, limit = load_tokenizer(given), max_tokens(given)
     try:
-        tokens = encode(given.prompt, tokenizer, given.format)
+        tokens = encode(given.prompt, tokenizer, prompt_format(given))
     except ValueError as error:
         raise ValueError(f"--prompt: {error}") from None
     if not 2 <= len(tokens) <= (limit or len(tokens)):

@@ -11,6 +11,7 @@ from .load import (
     load_tokenizer,
     max_tokens,
     number,
+    warn_of_chats,
 )
 
 GRACE = 3  # seconds that answers in the making get when the server is to stop
@@ -47,6 +48,7 @@ def _run(given) -> None:
     except ImportError as error:
         raise ValueError(f"serve: expected transformers[serving], got {error}") from None
     tokenizer, limit = load_tokenizer(given), max_tokens(given)
+    warn_of_chats(given)
     model = load_model(given)
     model.generation_config.eos_token_id = end_tokens(model, tokenizer)
 

@@ -92,6 +92,13 @@ def messages_of(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     return messages
 
 
+def prompt_formats(rows, reader: str | None = None) -> set[str]:
+    """How the prompts of these rows are written: "chat" by the chat template, "question" by ``TEMPLATE``, or both."""
+    if reader is not None:
+        return {"question"}
+    return {"question" if messages_of(row) is None else "chat" for row in rows}
+
+
 class _Columns(Formatter):
     """``str.format`` over the columns of a row. Of a list it would write Python's repr."""
 

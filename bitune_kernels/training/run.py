@@ -24,9 +24,10 @@ from transformers import (
 )
 from transformers.integrations import get_available_reporting_integrations
 
+from ..config import FORMAT_NAME
 from .alpha import AlphaCallback, alpha_history, plot_alpha, write_alpha_csv
 from .checkpointing import selective_checkpointing
-from .data import load_rows, tokenize
+from .data import load_rows, prompt_formats, tokenize
 from .optim import parameter_groups
 from .recipe import Recipe
 
@@ -89,6 +90,7 @@ def train(recipe: Recipe, model: str, output: str | Path, resume: bool = False) 
     rows = load_rows(recipe.data, recipe.data_name, recipe.data_split, recipe.data_revision)
     samples = tokenize(rows, tokenizer, **{name: getattr(recipe, name) for name in names})
     _check_lengths(config, samples, recipe.max_length)
+    formats = prompt_formats(rows, recipe.reader)
     if first:
         output.mkdir(parents=True, exist_ok=True)
         (output / f".{RUN_NAME}").write_text(json.dumps(run, indent=2) + "\n")
@@ -132,6 +134,8 @@ def train(recipe: Recipe, model: str, output: str | Path, resume: bool = False) 
         shutil.rmtree(unfinished, ignore_errors=True)
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
+        if len(formats) == 1:
+            (unfinished / FORMAT_NAME).write_text(json.dumps(*formats) + "\n")
         os.replace(unfinished, output / FINAL)
     return output / FINAL
 
