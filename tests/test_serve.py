@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,8 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import uvicorn
+from fastapi.testclient import TestClient
 
 from bitune_kernels import BituneModel
+from bitune_kernels.cli import main
 from bitune_kernels.commands.serve import GRACE
 from tests.test_trainers import WORDS, tokenizer
 from tests.tiny import base_model, bitune_model
@@ -26,7 +30,8 @@ VOCAB, LIMIT, TOKENS = 4 + len(WORDS), 80, 6
 def chat_tokenizer():
     """Of whole words: a stream holds back the bytes of an unfinished character."""
     words = tokenizer()
-    words.chat_template = "{% for m in messages %}{{ m.content }} {{ eos_token }} {% endfor %}"
+    words.chat_template = "{% if messages[0].role == 'bot' %}{{ raise_exception('no bots') }}{% endif %}"
+    words.chat_template += "{% for m in messages %}{{ m.content }} {{ eos_token }} {% endfor %}"
     return words
 
 
@@ -43,6 +48,37 @@ def place(tmp_path_factory):
     chat_tokenizer().save_pretrained(place / "model")
     bitune_model(base=base_model(vocab_size=VOCAB)).save_pretrained(place / "adapter")
     return place
+
+
+def test_a_wrong_request_is_named_and_the_model_after_its_run(place, tmp_path, monkeypatch, capsys):
+    apps = []
+    monkeypatch.setattr(uvicorn, "run", lambda app, **options: apps.append(TestClient(app)))
+    shutil.copytree(place / "adapter", tmp_path / "answers" / "final")
+    (tmp_path / "answers" / "final" / "prompt_format.json").write_text('"question"')
+    shutil.copytree(place / "model", tmp_path / "plain")
+    (tmp_path / "plain" / "chat_template.jinja").unlink()
+    for model in (place / "model", tmp_path / "plain"):
+        assert main(["serve", "--model", str(model), "--adapter", str(tmp_path / "answers")]) == 0
+        told = capsys.readouterr().err
+        assert "bitune: serving the model 'answers'\n" in told and "bitune: trained on single questions" in told
+    chat, completion = "/v1/chat/completions", "/v1/completions"
+    say = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+    for path, body, message in (
+        (chat, say | {"max_tokens": 0}, "`max_new_tokens` must be greater than 0, but is 0."),
+        (chat, say | {"max_tokens": -5, "stream": True}, "`max_new_tokens` must be greater than 0, but is -5."),
+        (chat, say | {"max_tokens": "x"}, "invalid literal for int() with base 10: 'x'"),
+        (chat, {"max_tokens": 2}, "expected a request of OpenAI's API, KeyError: 'messages'"),
+        (chat, say | {"messages": 3}, "expected a request of OpenAI's API, TypeError"),
+        (chat, say | {"messages": []}, "Cannot apply chat template to an empty conversation"),
+        (chat, say | {"messages": [{"role": "bot"}]}, "expected a request of OpenAI's API, TemplateError: no bots"),
+        (completion, {"prompt": "x", "stop": []}, "stop: expected a text or a list of texts, got []"),
+    ):
+        answer = apps[0].post(path, json=body)
+        assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(message), answer.text
+    refused = apps[1].post(chat, json=say)
+    assert refused.status_code == 400 and "chat_template is not set" in refused.json()["error"]["message"]
+    answer = apps[1].post(completion, json={"prompt": "x", "max_tokens": 2})
+    assert answer.status_code == 200 and answer.json()["usage"]["total_tokens"] == 3
 
 
 @pytest.fixture(scope="module")

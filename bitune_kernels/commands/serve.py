@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 from .load import (
-    adapter_folder,
     add_model_options,
     at_least_one,
     end_tokens,
@@ -26,7 +28,7 @@ def add(commands) -> None:
         epilog="example: bitune serve --model google/gemma-2b-it --adapter runs/answers --port 8000",
     )
     add_model_options(parser)
-    parser.add_argument("--name", help="of the model in requests; default: the name of the folder with adapters")
+    parser.add_argument("--name", help="of the model in requests; default: the name of the folder in --adapter")
     parser.add_argument("--host", default="localhost", help="default: localhost")
     port = number(int, lambda x: 0 <= x < 65536, "a port, 0 to 65535")
     parser.add_argument("--port", type=port, default=8000, help="default: 8000; 0: a free one")
@@ -37,11 +39,12 @@ def add(commands) -> None:
 
 
 def _run(given) -> None:
-    name = given.name or adapter_folder(given.adapter).resolve().name
+    name = given.name or Path(given.adapter).resolve().name
     try:
         import uvicorn
         from fastapi import HTTPException
         from fastapi.responses import JSONResponse
+        from jinja2 import TemplateError
         from transformers.cli.serving import chat_completion, completion, response, server
         from transformers.cli.serving.model_manager import ModelManager
         from transformers.cli.serving.utils import GenerateManager, GenerationState
@@ -69,14 +72,19 @@ def _run(given) -> None:
         """Makes none that the model wasn't made for."""
 
         def generate_streaming(self, model, processor, inputs, gen_config, **options):
-            self._cap(inputs, gen_config)
+            self._check(inputs, gen_config)
             return super().generate_streaming(model, processor, inputs, gen_config, **options)
 
         async def generate_non_streaming(self, model, processor, inputs, gen_config, **options):
-            self._cap(inputs, gen_config)
+            self._check(inputs, gen_config)
             return await super().generate_non_streaming(model, processor, inputs, gen_config, **options)
 
-        def _cap(self, inputs, gen_config) -> None:
+        def _check(self, inputs, gen_config) -> None:
+            # here, since what generate() raises in a stream comes behind the status
+            gen_config.validate()
+            stop = gen_config.stop_strings
+            if stop is not None and not (stop and all(isinstance(text, str) and text for text in stop)):
+                raise ValueError(f"stop: expected a text or a list of texts, got {stop!r}")
             asked, length = gen_config.max_new_tokens, inputs["input_ids"].shape[-1]
             if limit is None:
                 return
@@ -104,10 +112,13 @@ def _run(given) -> None:
         generation_state=state,
     )
 
-    @app.exception_handler(ValueError)
-    async def _wrong_request(request, error):
+    async def wrong_request(request, error):
+        what = "" if isinstance(error, ValueError) else f"expected a request of OpenAI's API, {type(error).__name__}: "
         # as OpenAI's clients read it
-        return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=400)
+        return JSONResponse({"error": {"message": f"{what}{error}", "type": "invalid_request_error"}}, status_code=400)
 
+    for kind in (ValueError, TypeError, KeyError, TemplateError):
+        app.add_exception_handler(kind, wrong_request)
     options = dict(limit_concurrency=given.limit, timeout_graceful_shutdown=GRACE, log_level="info")
+    print(f"bitune: serving the model {name!r}", file=sys.stderr)
     uvicorn.run(app, host=given.host, port=given.port, **options)
