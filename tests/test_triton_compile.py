@@ -40,7 +40,8 @@ def compiled(cache):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_tiles_of_the_table_compile_within_their_gpu(arch, compiled):
-    # No spills, matrix instructions, and shared memory that Triton itself accepts: a row is broken by OutOfResources.
+    # No spills, matrix instructions, no product twice but where compiled.py says so, and shared memory that Triton
+    # itself accepts: a row is broken by OutOfResources.
     done = compiled("-m", "bitune_kernels.testing.compiled", "--arch", str(arch))
     assert done.returncode == 0, done.stdout + done.stderr
     for kernel in tiles.KERNELS:
@@ -65,7 +66,7 @@ lengths = (
 weights = torch.full((3, len(lengths)), 0.5, requires_grad=True)
 with compiling_for(90) as compiled:
     for layer, (prompts, answers, past) in enumerate(lengths):
-        inputs = Case(prompts, answers, prefix=past, beta="scalar").make(torch.bfloat16, requires_grad=True)
+        inputs = Case(prompts, answers, prefix=past, beta="scalar", sinks=True).make(torch.bfloat16, requires_grad=True)
         inputs["softmax_scale"] = 0.25 * len(prompts)
         inputs |= zip(("alpha_k", "alpha_v", "beta"), weights[:, layer])
         outputs = triton.attention(**inputs)
@@ -81,16 +82,20 @@ def test_one_kernel_serves_all_lengths_and_layers(compiled):
     assert done.stdout.split() == ["dkv", "dq", "forward", "mix", "mix_backward"], done.stdout + done.stderr
 
 
-def test_a_tile_beyond_shared_memory_is_refused(compiled):
-    # Otherwise the stand-in for the driver would let everything through.
+def test_bad_tiles_are_refused(compiled):
+    # One beyond shared memory: otherwise the stand-in for the driver would let everything through. One with too few
+    # keys for eight warps: each score is computed twice, so of a loop's two products one counts double.
     code = """
 import torch
 from bitune_kernels.backends.triton.tiles import Tile
 from bitune_kernels.testing.compiled import compile_rows
-print(*compile_rows(89, "one", 128, torch.bfloat16, backward=False, chosen={"forward": Tile(128, 64, 8, 4)}))
+for tile in (Tile(128, 64, 8, 4), Tile(64, 32, 8, 2)):
+    print(*compile_rows(89, "one", 128, torch.bfloat16, backward=False, chosen={"forward": tile}))
 """
     done = compiled("-c", code)
-    assert "out of resource: shared memory" in done.stdout, done.stdout + done.stderr
+    large, twice = done.stdout.splitlines() or pytest.fail(done.stderr)
+    assert "out of resource: shared memory" in large
+    assert "work 1.50" in twice and twice.endswith("computes products twice"), twice
 
 
 @pytest.mark.parametrize("arch", sorted(tiles.SHARED_MEMORY))

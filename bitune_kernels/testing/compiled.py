@@ -31,20 +31,29 @@ from .cases import Case
 
 ARCHS = (80, 89, 90, 100)
 
-# Bytes of stack per thread that are accepted of Hopper's backward at the largest head dim: accumulators and addresses
-# leave it so few registers that, from one version of the compiler to the next, a few numbers end there.
-STACK_OF_256 = 64
+# What is accepted of single kernels, by architecture, kernel and head dim. Everything else keeps all in registers and
+# computes each product of a whole tile once.
+#
+# Bytes of stack per thread: in Hopper's backward accumulators and addresses leave so few registers that, from one
+# option and one version of the compiler to the next, a few numbers end there; at head dim 128 without grouped heads.
+STACK = {(90, "dkv", 128): 8, (90, "dq", 256): 64, (90, "dkv", 256): 80}
+# Work: Hopper's instruction takes 64 rows from four warps, so with eight each score of a tile of 64 rows is computed
+# twice. The registers have no room for 128 rows of two accumulators, or of two parts.
+WORK = {(90, "forward_two_parts", 256): 3 / 2, (90, "dq_two_parts", 256): 5 / 3, (90, "dkv", 256): 3 / 2}
 
-# Options of a call that make other kernels.
+# Of a tile of query rows and one of keys.
+PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}
+
+# Options of a call that make other kernels; heads are grouped by four where nothing else is said.
 VARIANTS = {
     "two": {},  # streams
     "one": {"num_streams": 1},
-    "shared": {"num_streams": 1, "shared_qkv": True},
-    "beta": {"beta": "head"},
+    "shared": {"num_streams": 1, "shared_qkv": True, "beta": "head"},  # the streams share q, k and v
+    "beta": {"beta": "head", "heads": (4, 4)},
     "prefill": {},  # two streams, into a cache
-    "all": {"beta": "head", "window": 40, "softcap": 2.0, "sinks": True, "prefix": (16, 16)},
+    "softcap": {"softcap": 2.0, "window": 40, "heads": (8, 4)},
 }
-TWO_PARTS = {"forward": ("shared", "beta", "all"), "dq": ("shared",), "dkv": ()}
+TWO_PARTS = {"forward": ("shared", "beta"), "dq": ("shared",), "dkv": ()}
 LENGTHS = {"prompts": (16, 16), "answers": (16, 16)}
 
 
@@ -60,6 +69,7 @@ class Binary:
     spills: int  # loads and stores of local memory
     wgmma: int  # instructions of Hopper's matrix unit, HGMMA
     mma: int  # of other matrix units: HMMA, and Blackwell's UTC*MMA
+    loops: tuple[int, ...]  # multiply-adds of HGMMA and HMMA per warp and turn, of each innermost loop that has any
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,18 @@ class Row:
     binary: Binary | None
     error: str = ""
 
+    def work(self) -> tuple[float, float]:
+        """Multiply-adds that a loop issues over those that its tiles need, the most of any loop: over whole tiles of
+        keys, and over the mixed prompt's half ones. 1.0, or more where warps repeat what others compute; 0.0 where
+        the instructions don't show it (float32, Blackwell's UTC*MMA) or there is no such loop."""
+        t, products = self.tile, PRODUCTS[self.kernel.removesuffix("_two_parts")]
+        per_key = products * t.block_m * tiles.block_dim(self.head_dim) / t.num_warps
+        whole, half = t.block_n * per_key, t.block_n_mixed(True) * per_key
+        return (
+            max((n / whole for n in self.binary.loops if n >= whole), default=0.0),
+            max((n / half for n in self.binary.loops if n < whole), default=0.0),
+        )
+
     def broken_rule(self) -> str | None:
         """What is wrong with this kernel, or None."""
         b = self.binary
@@ -82,14 +104,14 @@ class Row:
             return self.error
         if b.shared > tiles.SHARED_MEMORY[self.arch]:
             return f"{b.shared} bytes of shared memory, the part has {tiles.SHARED_MEMORY[self.arch]}"
-        # float32 is for checks, and "all" has every option at once.
-        may_spill = self.variant == "all" or self.dtype == torch.float32
-        hopper_backward = self.arch == 90 and self.head_dim > 128 and not self.kernel.startswith("forward")
-        accepted = STACK_OF_256 if hopper_backward else 0
-        if not may_spill and (b.stack > accepted or b.local or (b.spills and not accepted)):
-            return "spills registers"
+        place = (self.arch, self.kernel, self.head_dim)
+        accepted = STACK.get(place, 0)
+        if self.dtype.itemsize == 2 and (b.stack > accepted or b.local or (b.spills and not accepted)):
+            return "spills registers"  # float32 is for checks
         if self.dtype.itemsize == 2 and not (b.wgmma if self.arch == 90 else b.mma or b.wgmma):
             return "no matrix instructions"
+        if self.work()[0] > WORK.get(place, 1):
+            return "computes products twice"
         return None
 
     def __str__(self) -> str:
@@ -99,6 +121,7 @@ class Row:
         if b is not None:
             line += f"{b.registers:5} registers{b.shared:7} B shared{b.stack:4} B stack{b.spills:4} spills"
             line += f"{b.wgmma:4} wgmma{b.mma:4} mma"
+            line += "  work {:.2f}, mixed {:.2f}".format(*self.work())
         return f"{line}  {self.broken_rule() or ''}".rstrip()
 
 
@@ -169,7 +192,30 @@ def inspect(name: str, cubin: bytes, shared: int) -> Binary:
     counts = (
         len(re.findall(pattern, code)) for pattern in (r"\b(?:STL|LDL)\b", r"\bHGMMA\b", r"\b(?:HMMA|UTC\w*MMA)\b")
     )
-    return Binary(name, shared, registers, stack, local, *counts)
+    return Binary(name, shared, registers, stack, local, *counts, loops(code))
+
+
+def loops(code: str) -> tuple[int, ...]:
+    """``Binary.loops`` of what nvdisasm prints."""
+    labels, branches, done = {}, [], [0]  # multiply-adds before each instruction
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = len(done) - 1
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            if (branch := re.search(r"\bBRA\b.*?(\.L_\w+)", instruction[1])) and branch[1] in labels:  # backwards
+                branches.append((labels[branch[1]], len(done)))
+            done.append(done[-1] + _multiply_adds(instruction[1]))
+    inner = [a for a in branches if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in branches)]
+    return tuple(n for first, end in inner if (n := done[end] - done[first]))
+
+
+def _multiply_adds(instruction: str) -> int:
+    # Of one warp, of the four that HGMMA takes.
+    if shape := re.search(r"\bHGMMA\.(\d+)x(\d+)x(\d+)", instruction):
+        m, n, k = map(int, shape.groups())
+        return m * n * k // 4
+    shape = re.search(r"\bHMMA\.168(8|16)\b", instruction)
+    return 16 * 8 * int(shape[1]) if shape else 0
 
 
 def call(
@@ -225,18 +271,19 @@ def compile_rows(
 
 
 def table_rows(arch: int, head_dims: Sequence[int] = tiles.HEAD_DIMS) -> Iterator[Row]:
-    """Every entry of the table for two-byte elements, and on Hopper every variant; float32 where memory is tightest."""
+    """Every entry of the table for two-byte elements, on two parts also with Gemma 2's head dim, softcap and window,
+    and on Hopper every variant; float32 where memory is tightest."""
     for head_dim in head_dims:
         yield from compile_rows(arch, "two", head_dim, torch.bfloat16)
         yield from compile_rows(arch, "shared", head_dim, torch.bfloat16)
+        if head_dim == 256 and arch in (80, 90):
+            yield from compile_rows(arch, "softcap", head_dim, torch.bfloat16)
         if arch == 90:
             yield from compile_rows(arch, "one", head_dim, torch.bfloat16, backward=False)  # its dkv is that of shared
             yield from compile_rows(arch, "prefill", head_dim, torch.bfloat16, backward=False)
             yield from compile_rows(arch, "beta", head_dim, torch.bfloat16)
         if arch == 89:
             yield from compile_rows(arch, "two", head_dim, torch.float32)
-    if arch == 90:
-        yield from compile_rows(arch, "all", 128, torch.bfloat16)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -56,18 +56,18 @@ SHARED_MEMORY = {arch: kilobytes * 1024 for arch, kilobytes in SHARED_MEMORY.ite
 # fmt: off
 HALF = {  # float16, bfloat16
     80: {
-        "forward":           (Tile(128,  64, 4, 3), Tile(128,  64, 8, 2), Tile( 64,  32, 8, 1)),
-        "forward_two_parts": (Tile(128,  64, 8, 3), Tile(128,  32, 8, 2), Tile( 64,  32, 8, 1)),
-        "dq":                (Tile(128,  64, 8, 2), Tile( 64,  64, 8, 2), Tile( 32,  32, 8, 2)),
-        "dq_two_parts":      (Tile(128,  64, 8, 2), Tile( 64,  64, 8, 2), Tile( 32,  32, 8, 2)),
-        "dkv":               (Tile( 64, 128, 8, 2), Tile( 64,  64, 8, 2), Tile( 32,  64, 8, 2)),
+        "forward":           (Tile(128,  64, 4, 3), Tile(128,  64, 8, 2), Tile( 64,  64, 8, 1)),
+        "forward_two_parts": (Tile(128,  64, 8, 3), Tile( 64,  64, 8, 2), Tile( 32,  64, 8, 1)),
+        "dq":                (Tile(128,  64, 8, 2), Tile( 64,  64, 8, 2), Tile( 32,  64, 8, 1)),
+        "dq_two_parts":      (Tile(128,  64, 8, 2), Tile( 64,  64, 8, 2), Tile( 32,  64, 8, 1)),
+        "dkv":               (Tile( 64, 128, 8, 2), Tile( 64,  64, 8, 2), Tile( 64,  32, 8, 2)),
     },
     86: {
-        "forward":           (Tile(128,  64, 4, 3), Tile(128,  64, 8, 2), Tile( 64,  32, 8, 1)),
-        "forward_two_parts": (Tile(128,  64, 8, 3), Tile(128,  32, 8, 2), Tile( 64,  32, 8, 1)),
-        "dq":                (Tile(128,  64, 8, 2), Tile( 64,  32, 8, 2), Tile( 32,  32, 8, 1)),
-        "dq_two_parts":      (Tile(128,  64, 8, 2), Tile( 64,  32, 8, 2), Tile( 32,  32, 8, 1)),
-        "dkv":               (Tile( 64, 128, 8, 2), Tile( 64,  64, 8, 2), Tile( 32,  32, 8, 2)),
+        "forward":           (Tile(128,  64, 4, 3), Tile(128,  64, 8, 2), Tile( 64,  64, 8, 1)),
+        "forward_two_parts": (Tile(128,  64, 8, 3), Tile( 64,  64, 8, 2), Tile( 32,  64, 8, 1)),
+        "dq":                (Tile(128,  64, 8, 2), Tile( 64,  64, 8, 1), Tile( 32,  64, 8, 1)),
+        "dq_two_parts":      (Tile(128,  64, 8, 2), Tile( 64,  64, 8, 1), Tile( 32,  64, 8, 1)),
+        "dkv":               (Tile( 64, 128, 8, 2), Tile( 64,  64, 8, 2), Tile( 32,  32, 4, 1)),
     },
     90: {  # from 64 rows on (of keys, in dkv) a tile gets Hopper's own matrix instructions
         "forward":           (Tile(128, 128, 8, 3), Tile(128,  64, 8, 3), Tile(128,  32, 8, 3)),
@@ -76,12 +76,12 @@ HALF = {  # float16, bfloat16
         "dq_two_parts":      (Tile(128,  64, 8, 3), Tile(128,  64, 8, 2), Tile( 64,  16, 8, 3)),
         "dkv":               (Tile( 64, 128, 8, 3), Tile( 32, 128, 8, 3), Tile( 16,  64, 8, 2)),
     },
-    100: {  # likewise, but at head dim 256 its backward spills there, and takes the older instructions
+    100: {  # likewise, but at head dim 256 most of its backward spills there, and takes the older instructions
         "forward":           (Tile(128, 128, 8, 3), Tile(128,  64, 8, 3), Tile( 64,  64, 8, 2)),
         "forward_two_parts": (Tile(128,  64, 8, 3), Tile(128,  64, 8, 3), Tile( 64,  32, 8, 2)),
         "dq":                (Tile(128,  64, 8, 3), Tile(128,  64, 8, 2), Tile( 64,  32, 8, 2)),
-        "dq_two_parts":      (Tile(128,  64, 8, 3), Tile( 64,  64, 8, 2), Tile( 32,  32, 8, 1)),
-        "dkv":               (Tile( 64, 128, 8, 3), Tile( 64,  64, 8, 2), Tile( 32,  32, 8, 2)),
+        "dq_two_parts":      (Tile(128,  64, 8, 3), Tile( 64,  64, 8, 2), Tile( 32,  64, 8, 1)),
+        "dkv":               (Tile( 64, 128, 8, 3), Tile( 64,  64, 8, 2), Tile( 64,  32, 8, 2)),
     },
 }
 # Exact products are no work of matrix units: the same on every part, and small enough for each.
