@@ -124,8 +124,8 @@ FAULTS = [
     Fault(
         "prompt after the prefix: position",
         SCHEDULE,
-        '"length": n, "position": m, "mask"',
-        '"length": n, "position": 0, "mask"',
+        'run = {"length": n, "position": m,',
+        'run = {"length": n, "position": 0,',
         PREFIX,
     ),
     Fault(
