@@ -37,7 +37,7 @@ def _env(given) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 0, or 2 after an error in what was asked for, which goes to stderr in one line."""
+    """Returns 0, 2 after an error in what was asked for, which goes to stderr in one line, or 130 after Ctrl-C."""
     parser = _Parser(prog="bitune", description=__doc__)
     parser.add_argument("--version", action="version", version=f"bitune_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -52,6 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError, TypeError, FloatingPointError) as error:
         print("bitune:", " ".join(str(error).split()), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)  # behind a prompt or a bar
+        return 130
     return 0
 
 

@@ -235,6 +235,9 @@ def test_wrong_files_are_refused_by_name(tmp_path):
         load_recipe(tmp_path / "none.yaml")
     with pytest.raises(FileNotFoundError, match=r"^data: expected a file"):
         load_rows(str(tmp_path / "none.jsonl"))
+    for other in (path, tmp_path):
+        with pytest.raises(ValueError, match=rf"^data: expected a .json or .jsonl file .*, got {other}, which"):
+            load_rows(str(other))
     for text in ("", "\n", '{"prompt": "x"}\n{"prompt"'):
         path.with_suffix(".jsonl").write_text(text)
         with pytest.raises(ValueError, match=r"^data: expected JSON rows with the same columns in .*mine.jsonl, got"):

@@ -59,7 +59,7 @@ def load_rows(data: str, name: str | None = None, split: str = "train", revision
 
     Raises:
         FileNotFoundError: ``data`` names a file that isn't there.
-        ValueError: the file isn't made of JSON rows.
+        ValueError: the file isn't made of JSON rows, or ``data`` is a folder or another file.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
@@ -72,6 +72,8 @@ def load_rows(data: str, name: str | None = None, split: str = "train", revision
         except (DatasetGenerationError, StopIteration, ValueError) as error:  # the last two: a file without rows
             found = str(error.__cause__ or error) or "none"
             raise ValueError(f"data: expected JSON rows with the same columns in {data}, got {found}") from None
+    if Path(data).exists():
+        raise ValueError(f"data: expected a .json or .jsonl file or an id of the Hub, got {data}, which is neither")
     return load_dataset(data, name, split=split, revision=revision)
 
 

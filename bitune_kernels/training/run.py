@@ -142,15 +142,20 @@ def train(recipe: Recipe, model: str, output: str | Path, resume: bool = False) 
 
 def _arguments(recipe: Recipe, output: Path) -> TrainingArguments:
     """The Trainer's own settings; what it and the plot at the end need is there."""
+    # older releases of transformers know the second name only, newer ones warn of it
+    name = "activation" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient"
+    checkpointing = {
+        f"{name}_checkpointing": recipe.gradient_checkpointing is not False,
+        f"{name}_checkpointing_kwargs": selective_checkpointing()
+        if recipe.gradient_checkpointing == "selective"
+        else {"use_reentrant": False},
+    }
     arguments = TrainingArguments(
         output_dir=str(output),
         max_steps=recipe.max_steps,
         per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.accumulation,
-        gradient_checkpointing=recipe.gradient_checkpointing is not False,
-        gradient_checkpointing_kwargs=selective_checkpointing()
-        if recipe.gradient_checkpointing == "selective"
-        else {"use_reentrant": False},
+        **checkpointing,
         learning_rate=recipe.lr,
         lr_scheduler_type=recipe.schedule,
         warmup_steps=recipe.warmup,
