@@ -20,7 +20,7 @@ from bitune_kernels import BituneChat, BituneConfig, BituneModel, __version__
 from bitune_kernels.cli import main
 from bitune_kernels.commands.plot import _load_mixing
 from bitune_kernels.modeling import export_merged, stream_attention, stream_distance
-from bitune_kernels.training.data import TEMPLATE
+from bitune_kernels.training.data import TEMPLATE, tokenize
 from bitune_kernels.training.run import _last_checkpoint
 from tests.test_training_data import byte_tokenizer
 from tests.test_turns import TEMPLATE as TEMPLATE_OF_CHATS
@@ -47,7 +47,10 @@ def run(place, *options, output="run", recipe=RECIPES / "gsm8k.yaml"):
 
 
 def test_a_whole_run(place, capsys, recwarn):
-    assert run(place, "--theta-lr", "1e-2", "--backend=sdpa", "--gradient-checkpointing", "selective") == 0
+    held_out = [{"question": "2 + 2?", "answer": "4"}, {"question": "Is 7 more than 1?", "answer": "Yes, by 6."}]
+    (place / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
+    options = ["--eval-data", place / "held_out.jsonl", "--eval-steps", "3", "--backend=sdpa"]
+    assert run(place, "--theta-lr", "1e-2", *options, "--gradient-checkpointing", "selective") == 0
     folder = place / "run"
     with (folder / "alpha.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -56,6 +59,14 @@ def test_a_whole_run(place, capsys, recwarn):
     assert not list(folder.glob(".*")), "nothing unfinished is left"
     model = BituneModel.from_pretrained(base_model(vocab_size=VOCAB), folder / "final")
     assert model.bitune_config.loss == "sample"
+    history = json.loads((folder / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
+    measured = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    rows_held_out = tokenize(held_out, byte_tokenizer(), prompt="{question}", completion="{answer}")
+    with torch.no_grad():
+        each = [
+            model(**{name: torch.tensor([row[name]]) for name in ("input_ids", "labels")}).loss for row in rows_held_out
+        ]
+    assert [*measured] == [3, 6] and measured[6] == pytest.approx(float(sum(each)) / 2, abs=1e-5)
     assert float(model.mixing.alpha(2)[0]) == pytest.approx(float(rows[-1]["alpha_k"]), abs=1e-6)
     assert not any(str(warning.message).startswith("`gradient_checkpointing") for warning in recwarn)
     assert run(place) == 2  # the folder has a final model
@@ -134,6 +145,8 @@ def test_resuming_ends_where_a_whole_run_ends(place, monkeypatch, capsys):
         (["--lr"], "--lr: expected a value"),
         (["--lr", "fast"], "lr: expected float"),
         (["--data", "none.jsonl"], "data: expected a file, got none.jsonl"),
+        (["--eval-data", "none.jsonl"], "eval_data: expected a file, got none.jsonl"),
+        (["--eval-data", "openai/gsm8k"], "eval_data: expected a .json or .jsonl file, got 'openai/gsm8k'"),
         (["--max-length", "3"], "data: expected at least one sample with an answer, got none (12 too long)"),
         (["--target-modules", "[q_proj, query]"], "got query"),
         (["--resume"], "resume: expected a folder with run.json"),
@@ -178,7 +191,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(place, capsys):
 
 
 def test_help_and_version_load_nothing_heavy():
-    commands = ["train", "generate", "chat", "serve", "export", "plot", "plot alpha", "env"]
+    commands = ["generate", "chat", "serve", "export", "plot", "plot alpha", "env"]
     calls = [["--version"], ["--help"], *([*command.split(), "--help"] for command in commands)]
     code = f"""if True:
         import sys
@@ -193,7 +206,15 @@ def test_help_and_version_load_nothing_heavy():
     """
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert printed.startswith(f"bitune_kernels {__version__}\nusage: bitune [-h] [--version]")
-    assert printed.count("example: bitune") >= len(commands) - 2
+    assert printed.count("example: bitune") >= len(commands) - 1
+
+
+def test_help_lists_the_fields_of_a_recipe(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--help"])
+    printed = capsys.readouterr().out
+    assert "example: bitune train" in printed
+    assert "  --lora-alpha 1\n" in printed and "  --eval-data null\n" in printed and "  --prompt {prompt}\n" in printed
 
 
 def test_the_commands_of_the_readme_run(place, monkeypatch, capsys):

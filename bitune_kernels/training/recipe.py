@@ -18,7 +18,8 @@ class Recipe:
     """One training run. Defaults that the paper fixes are in ``recipes/paper.yaml``; lengths are in tokens.
 
     Fields: data (a .json or .jsonl file, or an id of the Hub), data_name (its configuration), data_split,
-    data_revision, prompt, completion, reader, max_length, max_answer_length as in ``training.data``; lora_r,
+    data_revision, prompt, completion, reader, max_length, max_answer_length as in ``training.data``; eval_data, a file
+    whose loss is measured every eval_steps updates (None: save_steps) and doesn't train; lora_r,
     lora_alpha, lora_dropout, use_rslora, use_dora, target_modules as in PEFT's LoraConfig; variant .. turns as in
     ``BituneConfig``; dtype of the base, and quantize, "nf4" or "int8" by bitsandbytes (null: neither); lr of the
     adapters, theta_lr of the thetas (None: lr); warmup, a share of the steps (below 1) or their number; batch_size
@@ -34,6 +35,8 @@ class Recipe:
     data_name: str | None = None
     data_split: str = "train"
     data_revision: str | None = None
+    eval_data: str | None = None
+    eval_steps: int | None = None
     prompt: str = "{prompt}"
     completion: str = "{completion}"
     reader: str | None = None
@@ -80,6 +83,8 @@ class Recipe:
             setattr(self, name, _convert(name, kind, getattr(self, name)))
         if not self.data:
             raise ValueError("data: expected a .json or .jsonl file or an id of the Hub, got nothing")
+        if self.eval_data is not None and not self.eval_data.endswith((".json", ".jsonl")):
+            raise ValueError(f"eval_data: expected a .json or .jsonl file, got {self.eval_data!r}")
         if self.reader is not None and self.reader not in READERS:
             raise ValueError(f"reader: expected one of {', '.join(READERS)}, got {self.reader!r}")
         if self.dtype not in ("float32", "bfloat16", "float16"):
@@ -96,7 +101,7 @@ class Recipe:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: expected two numbers in [0, 1), got {self.betas}")
         positive = "lora_r lora_alpha lr max_length max_steps batch_size accumulation logging_steps save_steps".split()
-        optional = [name for name in ("theta_lr", "max_answer_length") if getattr(self, name) is not None]
+        optional = [name for name in ("theta_lr", "max_answer_length", "eval_steps") if getattr(self, name) is not None]
         for name in positive + optional:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")

@@ -88,8 +88,11 @@ def train(recipe: Recipe, model: str, output: str | Path, resume: bool = False) 
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     names = ("prompt", "completion", "reader", "max_length", "max_answer_length", "turns")
     rows = load_rows(recipe.data, recipe.data_name, recipe.data_split, recipe.data_revision)
-    samples = tokenize(rows, tokenizer, **{name: getattr(recipe, name) for name in names})
-    _check_lengths(config, samples, recipe.max_length)
+    options = {name: getattr(recipe, name) for name in names}
+    samples = tokenize(rows, tokenizer, **options)
+    held_out = None if recipe.eval_data is None else tokenize(load_rows(recipe.eval_data), tokenizer, **options)
+    for some in filter(None, (samples, held_out)):
+        _check_lengths(config, some, recipe.max_length)
     formats = prompt_formats(rows, recipe.reader)
     if first:
         output.mkdir(parents=True, exist_ok=True)
@@ -114,6 +117,7 @@ def train(recipe: Recipe, model: str, output: str | Path, resume: bool = False) 
         model=bitune,
         args=arguments,
         train_dataset=samples,
+        eval_dataset=held_out,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
         optimizers=(torch.optim.AdamW(groups, lr=recipe.lr, betas=tuple(recipe.betas)), None),
@@ -162,6 +166,10 @@ def _arguments(recipe: Recipe, output: Path) -> TrainingArguments:
         max_grad_norm=recipe.clip,
         logging_steps=recipe.logging_steps,
         logging_nan_inf_filter=False,
+        eval_strategy="no" if recipe.eval_data is None else "steps",
+        eval_steps=recipe.eval_steps or recipe.save_steps,
+        per_device_eval_batch_size=recipe.batch_size,
+        prediction_loss_only=True,
         save_steps=recipe.save_steps,
         save_total_limit=recipe.save_total_limit,
         report_to=recipe.report_to,
