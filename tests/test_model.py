@@ -11,10 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import IA3Config, LilyConfig, LoraConfig, PromptTuningConfig
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from bitune_kernels import BituneConfig, BituneModel, get_bitune_model
 from bitune_kernels.modeling import adapters, encode, score_choices, stream_distance
@@ -263,6 +264,20 @@ def test_an_adapter_that_is_not_there_is_not_looked_for_elsewhere(tmp_path, monk
     ):
         with pytest.raises(FileNotFoundError, match=r"^mine/bidir: not found"):
             load()
+
+
+def test_the_model_card_says_how_to_load_it(tmp_path):
+    base_model().save_pretrained(tmp_path / "base")
+    model = bitune_model(base=AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "mine")
+    card = ModelCard.load(tmp_path / "mine" / "README.md")
+    assert (card.data.library_name, card.data.base_model) == ("bitune_kernels", str(tmp_path / "base"))
+    code, scope = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1], {}
+    exec(code.replace("this folder", str(tmp_path / "mine")), scope)
+    assert torch.equal(scope["model"].mixing.theta_k, model.mixing.theta_k)
+    (tmp_path / "mine" / "README.md").write_text("changed")
+    model.save_pretrained(tmp_path / "mine")
+    assert (tmp_path / "mine" / "README.md").read_text() == "changed"
 
 
 def test_how_a_model_runs_is_not_saved_with_it(tmp_path):

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -44,6 +45,20 @@ from .self_test import check_chunked_loss, check_one_pass
 from .structure import Structure, refuse_dispatched, refuse_packed, refuse_partitioned
 
 logger = logging.getLogger(__name__)
+
+_CARD = """
+Adapters and mixing coefficients of [Bitune](https://arxiv.org/abs/2405.14862) for `{base_model}`, which
+reads its prompts in both directions with them. bitune_kernels loads them; PEFT alone would read prompts causally.
+
+```python
+from transformers import AutoModelForCausalLM
+
+from bitune_kernels import BituneModel
+
+base_model = AutoModelForCausalLM.from_pretrained("{base_model}")
+model = BituneModel.from_pretrained(base_model, "this folder")
+```
+"""
 
 MIXING_NAME = "bitune_mixing.safetensors"
 
@@ -459,7 +474,7 @@ class BituneModel(PeftModelForCausalLM):
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
         """Write both adapters (as PEFT does, a folder each), the mixing coefficients and the config.
 
-        After ``end_answers_with`` the end tokens too, as ``generation_config.json``.
+        After ``end_answers_with`` the end tokens too, as ``generation_config.json``; a model card where there is none.
         A model sharded by FSDP2 needs ``state_dict``, the full one of ``get_model_state_dict``.
         """
         folder = os.fspath(save_directory)  # str(None) would be a folder of that name
@@ -480,6 +495,20 @@ class BituneModel(PeftModelForCausalLM):
                 thetas = {n: state.get(f"mixing.{n}", p) for n, p in self.mixing.named_parameters()}
                 thetas = {n: t.detach().float().cpu().contiguous() for n, t in thetas.items()}
                 save_file(thetas, Path(folder, MIXING_NAME), metadata={"format": "pt"})
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """Write ``README.md``, which says how the model is loaded, unless there is one already."""
+        path = Path(output_dir, "README.md")
+        if path.exists():
+            return
+        name = self.get_base_model().config._name_or_path
+        data = ModelCardData(
+            base_model=name or None,
+            library_name="bitune_kernels",
+            pipeline_tag="text-generation",
+            tags=["bitune"],
+        )
+        ModelCard(f"---\n{data.to_yaml()}\n---\n{_CARD.format(base_model=name or 'path/to/its-base-model')}").save(path)
 
     def load_adapter(self, model_id: str | Path, adapter_name: str, is_trainable: bool = False, **kwargs):
         """Load one adapter's weights from its own folder, and with "causal" the mixing coefficients beside it.
