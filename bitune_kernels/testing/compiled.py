@@ -34,10 +34,16 @@ ARCHS = (80, 89, 90, 100)
 # What is accepted of single kernels, by architecture, kernel and head dim. Everything else keeps all in registers and
 # computes each product of a whole tile once.
 #
-# Bytes of stack per thread: on Hopper accumulators and addresses leave so few registers that, from one option and one
-# version of the compiler to the next, a few numbers end there; at head dim 128 with beta and without grouped heads.
-# These are the most of Triton 3.6 to 3.9. 3.7 alone: 0, 8, 16, and for dkv at 256 80 with softcap, else 8.
-STACK = {(90, "forward_two_parts", 128): 8, (90, "dkv", 128): 16, (90, "dq", 256): 64, (90, "dkv", 256): 192}
+# Bytes of stack per thread, the most of Triton 3.7 and 3.9: accumulators and addresses leave so few registers that,
+# from one option and one version to the next, a few numbers end there. Beside each: with 3.7.
+STACK = {
+    (90, "forward_two_parts", 128): 8,  # 0; heads that aren't grouped
+    (90, "dkv", 128): 16,  # 8; likewise
+    (90, "dq", 256): 16,  # 16
+    (90, "dq_two_parts", 256): 96,  # 0
+    (90, "dkv", 256): 192,  # 80 with softcap, else up to 8
+    (100, "forward_two_parts", 128): 80,  # 0
+}
 # Work: Hopper's instruction takes 64 rows from four warps, so with eight each score of a tile of 64 rows is computed
 # twice. The registers have no room for 128 rows of two accumulators, or of two parts.
 WORK = {(90, "forward_two_parts", 256): 3 / 2, (90, "dq_two_parts", 256): 5 / 3, (90, "dkv", 256): 3 / 2}
