@@ -186,11 +186,9 @@ def summary() -> str:
     for (dtype, layers, batch, length), run in updates().items():
         one = run[ONE_PASS]
         cost = f"{number(one, 'cost_in_lora_packed_passes')} ({number(one, 'floor_packed_linear')})"
-        over = [f"{faster(run, name):.2f}" if name in run else "" for name in ("three-pass", "authors-schedule")]
+        over = [f"{faster(run, name):.2f}" if name in run else "not run" for name in ("three-pass", "authors-schedule")]
         rest = "" if dtype == "float32" else f", {layers} layers, emulated {dtype}"
-        lines.append(
-            [f"training step, {batch} samples of up to {length} tokens{rest}", ", ".join(filter(None, over)), cost]
-        )
+        lines.append([f"training step, {batch} samples of up to {length} tokens{rest}", ", ".join(over), cost])
     head = ["one pass", "times faster than three passes: padded, one by one", "its time, packed LoRA = 1 (floor)"]
     return markdown(head, lines)
 

@@ -39,7 +39,7 @@ def _as_trained(model):
     with torch.no_grad():
         for p, _ in changed:
             scale = p.abs().mean() / 2
-            p.add_(torch.randn(p.shape, generator=generator).to(p) * (scale if scale > 0 else 0.1))
+            p.add_(torch.randn(p.shape, generator=generator).to(p) * (scale if scale > 0 else 0.01))
     try:
         yield
     finally:
