@@ -177,9 +177,8 @@ def test_trainers_give_the_same_losses(make, tmp_path):
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
-def test_saved_with_the_model(tmp_path):
+def test_chunks_are_asked_for_where_a_model_is_loaded(tmp_path):
     bitune_model(loss_chunk_rows=5).save_pretrained(tmp_path)
-    assert BituneModel.from_pretrained(base_model(), tmp_path).bitune_config.loss_chunk_rows == 5
-    assert (
-        BituneModel.from_pretrained(base_model(), tmp_path, loss_chunk_rows=None).bitune_config.loss_chunk_rows is None
-    )
+    for rows in (None, 5):
+        loaded = BituneModel.from_pretrained(base_model(), tmp_path, loss_chunk_rows=rows)
+        assert loaded.bitune_config.loss_chunk_rows == rows

@@ -120,9 +120,11 @@ def own(monkeypatch):
     ("case", "dtype", "backend"),
     [
         pytest.param(case, dtype, backend, id=f"{backend}-{name(dtype)}-{case.id}")
-        for case in CASES
+        for place, case in enumerate(CASES)
         for dtype in DTYPES
         for backend in runnable_backends(case, dtype, default_device())
+        # interpreted, a case takes ten seconds: all in float16, every other one in float32 too
+        if backend not in ON_CPU or dtype == torch.float16 or place % 2 == 0
     ],
 )
 def test_backend_against_oracle(case, dtype, backend):
@@ -439,8 +441,8 @@ OPERATOR_CASES = [
 
 
 def few(cases: list, case) -> list[str]:
-    """Triton for the first and the last of these cases, which its interpreter takes a minute for."""
-    return ON_CPU if case in (cases[0], cases[-1]) else []
+    """Triton for the last of these cases, the one with most options: its interpreter takes half a minute for each."""
+    return ON_CPU if case is cases[-1] else []
 
 
 def operator_arguments(case, backend, requires_grad, dtype=torch.float32):

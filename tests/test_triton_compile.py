@@ -42,10 +42,13 @@ def compiled(cache):
 def test_the_tiles_of_the_table_compile_within_their_gpu(arch, compiled):
     # No spills, matrix instructions, no product twice but where compiled.py says so, and shared memory that Triton
     # itself accepts: a row is broken by OutOfResources.
-    done = compiled("-m", "bitune_kernels.testing.compiled", "--arch", str(arch))
+    # Of sm_89 and sm_100 the largest head dim, where memory is tightest; the command without arguments compiles all.
+    dims = [256] if arch in (89, 100) else tiles.HEAD_DIMS
+    command = ["-m", "bitune_kernels.testing.compiled", "--arch", str(arch), "--head-dims", *map(str, dims)]
+    done = compiled(*command)
     assert done.returncode == 0, done.stdout + done.stderr
     for kernel in tiles.KERNELS:
-        for head_dim in tiles.HEAD_DIMS:
+        for head_dim in dims:
             assert re.search(rf"^sm_{arch} .* {head_dim} bfloat16 +{kernel} ", done.stdout, re.M), done.stdout
 
 
