@@ -41,6 +41,10 @@ def number(row: dict, column: str, digits: int = 2, scale: float = 1.0) -> str:
     return f"{float(row[column]) * scale:.{digits}f}"
 
 
+def in_packed_lora(row: dict) -> str:
+    return f"{number(row, 'cost_in_lora_packed_passes')} ({number(row, 'floor_packed_linear')})"
+
+
 def commit(row: dict) -> str:
     return f"`{row['git_sha'][:7]}`"
 
@@ -79,7 +83,7 @@ def prefill() -> str:
         alone = run.get("authors-schedule", run["three-pass"])  # the same for one prompt
         times = (number(row, "p50_ms", 0) for row in (run["three-pass"], alone, one))
         every = [faster(r, "three-pass") for r in found if "three-pass" in r]
-        packed = f"{number(one, 'cost_in_lora_packed_passes')} ({number(one, 'floor_packed_linear')})"
+        packed = in_packed_lora(one)
         ratios = (f"{faster(run, 'three-pass', 'authors-schedule'):.2f}", span(every), packed)
         lines.append([dtype, f"{batch} x {length}", *times, *ratios, number(one, "cost_in_lora_passes"), commit(one)])
     head = ["dtype", "prompts", "three passes, padded: ms", "one by one: ms", "one pass: ms"]
@@ -109,8 +113,7 @@ def train_step() -> str:
     for (dtype, layers, batch, length), run in updates().items():
         for name in SCHEDULES.keys() & run.keys():
             row = run[name]
-            floor = {ONE_PASS: f" ({number(row, 'floor_packed_linear')})"}.get(name, "")
-            packed = number(row, "cost_in_lora_packed_passes") + floor
+            packed = in_packed_lora(row) if name == ONE_PASS else number(row, "cost_in_lora_packed_passes")
             memory = number(row, "memory_over_lora_packed")
             shape = f"{batch} x {length}, {layers} layers, {dtype}"
             lines.append([shape, SCHEDULES[name], number(row, "p50_ms", 1, 1e-3), packed, memory, commit(row)])
@@ -178,14 +181,14 @@ def summary() -> str:
         run = newest(found, ("three-pass", ONE_PASS, PACKED))
         if run is not None and dtype == "float32":
             one = run[ONE_PASS]
-            cost = f"{number(one, 'cost_in_lora_packed_passes')} ({number(one, 'floor_packed_linear')})"
+            cost = in_packed_lora(one)
             what = "1 prompt of" if batch == "1" else f"{batch} prompts of up to"
             over = (faster(run, name) for name in ("three-pass", "authors-schedule") if name in run)
             against = ", ".join(f"{x:.2f}" for x in over)
             lines.append([f"prefill, {what} {length} tokens", against, cost])
     for (dtype, layers, batch, length), run in updates().items():
         one = run[ONE_PASS]
-        cost = f"{number(one, 'cost_in_lora_packed_passes')} ({number(one, 'floor_packed_linear')})"
+        cost = in_packed_lora(one)
         over = [f"{faster(run, name):.2f}" if name in run else "not run" for name in ("three-pass", "authors-schedule")]
         rest = "" if dtype == "float32" else f", {layers} layers, emulated {dtype}"
         lines.append([f"training step, {batch} samples of up to {length} tokens{rest}", ", ".join(over), cost])
