@@ -494,7 +494,7 @@ def test_a_time_limit_leaves_out_the_larger_shapes(batches, tmp_path, capsys):
 def test_compiling_for_the_first_shape_leaves_out_no_other(tmp_path, monkeypatch):
     monkeypatch.setattr(prefill.Prefill, "errors", lambda *args: next(checks))
     checks = ({"logits": time.sleep(wait) or 0.0, "cache": 0.0} for wait in (1, 0))
-    shapes = ["--batch-sizes", "1", "--lengths", "4", "400", "--providers", "lora"]
+    shapes = ["--batch-sizes", "1", "--lengths", "4", "400", "--providers", "lora", "--dtype", "float32"]
     assert run("prefill", tmp_path, *shapes, "--minutes", "1") == 0
     assert len(rows_of(tmp_path / "prefill.csv")) == 2
 

@@ -329,7 +329,12 @@ TUNERS = (
     Case("loha", LLAMA, peft.LoHaConfig(r=4, alpha=4, target_modules=[*ATTENTION, "gate_proj", "down_proj"])),
     Case("embedding", LLAMA, lora(LLAMA, target_modules=["embed_tokens", *ATTENTION])),
     # its vectors are one parameter, which a layer shares that the bidirectional stream never reaches
-    Case("vblora", LLAMA, peft.VBLoRAConfig(target_modules=["q_proj", "o_proj"], vector_length=8, num_vectors=16)),
+    Case(
+        "vblora",
+        LLAMA,
+        peft.VBLoRAConfig(target_modules=["q_proj", "o_proj"], vector_length=8, num_vectors=16),
+        gradients=3e-5,
+    ),
     Case("full", LLAMA, None, scale=0.02),
 )
 

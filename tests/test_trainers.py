@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
@@ -345,6 +346,7 @@ def test_trls_trainers_by_log_probabilities_equal_the_three_pass_schedule(make, 
 
 def test_a_loop_under_accelerate_equals_the_same_loop_without():
     rows, trained = list(tokenized()), []
+    AcceleratorState._reset_state(reset_partial_state=True)  # a Trainer leaves its own precision behind
     for accelerator in (Accelerator(cpu=True, gradient_accumulation_steps=2), None):
         model = bitune_model(theta_init=0.01).train()
         before = snapshot(model)
