@@ -115,6 +115,22 @@ def refuse_packed(model: nn.Module) -> None:
                 f"base_model: expected floating-point weights, or layers of a library that dequantizes them "
                 f"(bitsandbytes, torchao), got a plain nn.Linear of {weight.dtype} at {name}"
             )
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                f"base_model: expected 4-bit weights as they were loaded, got {name} as bitsandbytes packs it in a "
+                "pass without gradients, for a product that has none; load the model again"
+            )
+
+
+def keep_as_loaded(model: nn.Module) -> None:
+    """Let 4-bit weights stay what training can go on with.
+
+    On a CPU with AVX512-BF16, bitsandbytes packs them anew in the first pass without gradients, rounded, and for a
+    product through which no gradient comes back in a later pass either.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def refuse_dispatched(model: nn.Module) -> None:
