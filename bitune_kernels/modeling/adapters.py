@@ -23,7 +23,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..lora.segment import Adapter, adapted_row_norms, segment_lora_add, segment_lora_linear, segment_scale
-from .passes import current
+from .passes import current, new_strides
 
 CAUSAL, BIDIR = "causal", "bidir"
 
@@ -147,9 +147,9 @@ def _before(module, args):
     dim, n = block
     x, *others = args
     with _using(module, BIDIR):
-        bidir = module.forward(x.narrow(dim, 0, n), *others)
+        bidir = module.forward(new_strides(x.narrow(dim, 0, n)), *others)
     p.pending.append((module, dim, bidir))
-    return x.narrow(dim, n, x.shape[dim] - n), *others
+    return new_strides(x.narrow(dim, n, x.shape[dim] - n)), *others
 
 
 def _after(module, args, output):

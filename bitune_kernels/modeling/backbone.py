@@ -20,7 +20,7 @@ from .doubling import DoublingHooks
 from .generate import Generation, check_cache
 from .labels import check_inputs
 from .one_pass import Observer, OnePass, TrimHooks
-from .passes import Past, current, one_at_a_time, open_call, set_open_call
+from .passes import Past, current, new_strides, one_at_a_time, open_call, set_open_call
 from .row_chunks import run_in_chunks
 from .structure import Structure, refuse_partitioned
 from .three_pass import ThreePass
@@ -66,7 +66,9 @@ class _Call:
 class BackboneHooks:
     """Attached to one backbone for the life of a Bitune model."""
 
-    def __init__(self, structure: Structure, config: BituneConfig, mixing: MixingCoefficients | None):
+    def __init__(
+        self, structure: Structure, config: BituneConfig, mixing: MixingCoefficients | None, head: torch.nn.Module
+    ):
         self.structure, self.config, self.mixing = structure, config, mixing
         self.enabled = True
         self.trims = True
@@ -80,6 +82,8 @@ class BackboneHooks:
         self._handles = [
             backbone.register_forward_pre_hook(self._before, with_kwargs=True),
             backbone.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            # for the last token of each prompt
+            head.register_forward_pre_hook(lambda _, args: (new_strides(args[0]), *args[1:])),
         ]
         self._handles += run_in_chunks(structure.mlps)
         self._handles += TrimHooks(structure).handles

@@ -222,7 +222,7 @@ class BituneModel(PeftModelForCausalLM):
                 device=device,
             )
         structure.adapted = route_rows(base_model, structure.attentions)
-        self._hooks = BackboneHooks(structure, config, self.mixing)
+        self._hooks = BackboneHooks(structure, config, self.mixing, base_model.get_output_embeddings())
         if config.loss == "sample":
             # The Trainer would hand on the number of tokens in all accumulated batches, and divide by nothing; so it
             # divides by the number of batches, as for every model that says this.

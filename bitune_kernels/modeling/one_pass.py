@@ -14,7 +14,7 @@ from ..mixing import MixingCoefficients, mix
 from ..ops import bitune_attention, bitune_prefill
 from ..plan import SegmentPlan
 from .adapters import base_module
-from .passes import Pass, Past, current
+from .passes import Pass, Past, current, new_strides
 from .structure import Structure
 
 # Called in each layer, in order, with the plan, q, k, v [T, heads, head_dim] of all rows (positions applied) and
@@ -230,7 +230,7 @@ class TrimHooks:
             # Beside the hidden states, some layers get further features of every row. Attention's own tensors
             # come as tuples, keywords, or without a dimension of features, and stay whole.
             per_row = isinstance(x, torch.Tensor) and x.ndim == 3 and x.shape[1] == p.residual_rows
-            return x[:, p.plan.answer_start :] if per_row else x
+            return new_strides(x[:, p.plan.answer_start :]) if per_row else x
 
         if args:
             return tuple(answer(x) for x in args), kwargs
@@ -246,4 +246,4 @@ class TrimHooks:
 
     def leave_attention(self, module, args):
         p = self._pass()
-        return None if p is None else (args[0][:, p.plan.answer_start :], *args[1:])
+        return None if p is None else (new_strides(args[0][:, p.plan.answer_start :]), *args[1:])

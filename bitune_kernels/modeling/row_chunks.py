@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .passes import current
+from .passes import current, new_strides
 
 # A chunk's products are as fast as whole ones, and its intermediate tensors small beside what attention needs.
 ROWS = 4096
@@ -34,13 +34,13 @@ def _before(module, args):
     for chunk in chunks:
         end = first + chunk.shape[1]
         p.chunk = before + first, before + end
-        y = module.forward(chunk)
+        y = module.forward(new_strides(chunk))
         out = y.new_empty(1, x.shape[1], y.shape[2]) if out is None else out
         out[:, first:end] = y
         first = end
     p.chunk = before + first, p.num_rows
     p.pending.append((module, out))
-    return last
+    return new_strides(last)
 
 
 def _after(module, args, output):
