@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from peft import IA3Config, LilyConfig, LoraConfig, PromptTuningConfig
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from bitune_kernels import BituneConfig, BituneModel, get_bitune_model
@@ -686,3 +687,35 @@ def test_a_model_in_bfloat16_keeps_theta_exact():
     for name, parameter in model.mixing.named_parameters():
         assert parameter.dtype == torch.float32 and torch.equal(parameter, thetas[name])
     assert model.get_base_model().lm_head.weight.dtype == torch.bfloat16
+
+
+class Products(TorchDispatchMode):
+    """Keeps the shape of the second factor of each product, by the operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.factors = {torch.ops.aten.mm.default: set(), torch.ops.aten.bmm.default: set()}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in self.factors:
+            self.factors[func].add(tuple(args[1].shape[-2:]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    "peft",
+    [lora(target_modules=["q_proj"]), lora(target_modules=["down_proj"], use_dora=True, lora_dropout=0.1), IA3Config()],
+    ids=["lora", "dora", "ia3"],
+)
+def test_no_frozen_weight_is_copied(peft, batch, monkeypatch):
+    """As ``linear`` does, for a batched product, with rows that were cut from a longer tensor."""
+    monkeypatch.setattr("bitune_kernels.modeling.row_chunks.ROWS", 4)
+    model = bitune_model(peft=peft)
+    weights = {tuple(m.weight.T.shape) for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    ids = torch.arange(12 * batch).view(batch, 12)
+    with torch.no_grad(), Products() as products:
+        model.eval()(ids, logits_to_keep=1)
+        model.train()(ids, prompt_lengths=[9] * batch)
+    single, batched = products.factors.values()
+    assert weights & single and not weights & batched

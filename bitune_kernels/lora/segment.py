@@ -39,15 +39,22 @@ class Adapter(NamedTuple):
     dropout: float = 0.0
 
 
-# A CPU with AVX2 alone has no bfloat16 or float16 products: PyTorch's loops are several times slower than float32.
-_EMULATES = torch.backends.cpu.get_cpu_capability() == "AVX2"
-
-
 _NO_ADAPTER = Adapter(None, None)  # of no row
 
 
+def _emulated_dtypes() -> tuple[torch.dtype, ...]:
+    # What an x86 CPU has no products of: PyTorch's loops are several times slower than products in float32.
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        return torch.bfloat16, torch.float16
+    has_float16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return (torch.float16,) if torch.backends.cpu.get_cpu_capability() == "AVX512" and not has_float16 else ()
+
+
+_EMULATED = _emulated_dtypes()
+
+
 def _emulated(device_type: str, dtype: torch.dtype) -> bool:
-    return _EMULATES and device_type == "cpu" and dtype in (torch.bfloat16, torch.float16)
+    return device_type == "cpu" and dtype in _EMULATED
 
 
 def _product_dtype(x: torch.Tensor) -> torch.dtype:
@@ -56,7 +63,7 @@ def _product_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def _cast(dtype: torch.dtype, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    return [None if t is None else t.to(dtype) for t in tensors]
+    return [t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors]
 
 
 def _drop(x: torch.Tensor, mask: torch.Tensor | None, keep: float) -> torch.Tensor:
@@ -180,6 +187,18 @@ class _SegmentLora(torch.autograd.Function):
         return None if dx is None else dx.to(x_.dtype), dproduct, None, None, None, None, *grads
 
 
+class _NoContext:
+    def save_for_backward(self, *tensors):
+        pass
+
+
+def _segment_lora_of(*args):
+    # an autograd function costs its 15 us where nothing is differentiated too
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _SegmentLora.apply(*args)
+    return _SegmentLora.forward(_NoContext(), *args)
+
+
 def segment_lora_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -208,7 +227,7 @@ def segment_lora_linear(
     """
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("weight, bias: expected a frozen base layer, got requires_grad=True")
-    return _SegmentLora.apply(_autocast(x), None, weight, bias, n, twice, *(bidir or _NO_ADAPTER), *causal)
+    return _segment_lora_of(_autocast(x), None, weight, bias, n, twice, *(bidir or _NO_ADAPTER), *causal)
 
 
 def segment_lora_add(
@@ -223,7 +242,7 @@ def segment_lora_add(
     Returns:
         [T, out_features] in the product's dtype. Differentiable once in product, x and the adapters.
     """
-    return _SegmentLora.apply(_autocast(x), product, None, None, n, False, *(bidir or _NO_ADAPTER), *causal)
+    return _segment_lora_of(_autocast(x), product, None, None, n, False, *(bidir or _NO_ADAPTER), *causal)
 
 
 class _SegmentScale(torch.autograd.Function):

@@ -87,8 +87,10 @@ class SegmentLora(_SegmentLayer):
         return segment_lora_add(base(x), x, n, *both)  # the library that owns the weights multiplies by them
 
     def _adapter(self, name: str) -> Adapter:
-        a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
-        p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        a, b = self.lora_A[name], self.lora_B[name]
+        p = 0.0
+        if self.training and isinstance(dropout := self.lora_dropout[name], nn.Dropout):
+            p = dropout.p
         return Adapter(a.weight, b.weight, self.scaling[name], b.bias, p)
 
 
@@ -106,9 +108,10 @@ def _is_plain(base: nn.Module, x: torch.Tensor) -> bool:
     """Whether ``base`` is a frozen linear layer that holds its weight as numbers which x can be multiplied by."""
     if type(base) is not nn.Linear or type(base.weight) not in (nn.Parameter, torch.Tensor):
         return False
-    autocast = torch.is_autocast_enabled(x.device.type)
-    frozen = not any(p.requires_grad for p in base.parameters(recurse=False))
-    return frozen and (autocast or base.weight.dtype == x.dtype)
+    weight, bias = base.weight, base.bias
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return False
+    return weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
 
 
 @cache

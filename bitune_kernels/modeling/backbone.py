@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -82,8 +83,7 @@ class BackboneHooks:
         self._handles = [
             backbone.register_forward_pre_hook(self._before, with_kwargs=True),
             backbone.register_forward_hook(self._after, with_kwargs=True, always_call=True),
-            # for the last token of each prompt
-            head.register_forward_pre_hook(lambda _, args: (new_strides(args[0]), *args[1:])),
+            head.register_forward_pre_hook(_before_head),
         ]
         self._handles += run_in_chunks(structure.mlps)
         self._handles += TrimHooks(structure).handles
@@ -323,7 +323,7 @@ class BackboneHooks:
             use_cache = getattr(backbone.config, "use_cache", True)
         if not (use_cache or past is not None):
             return None
-        leaves = [tokens, *backbone.parameters(), *(() if self.mixing is None else self.mixing.parameters())]
+        leaves = chain([tokens], backbone.parameters(), () if self.mixing is None else self.mixing.parameters())
         if torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
             if past is not None:
                 raise ValueError("past_key_values: expected a cache only under torch.no_grad(), got one in training")
@@ -412,6 +412,11 @@ def _end_interrupted() -> None:
     if call is not None and not call.prepares:
         set_open_call(None)
         call.scope.close()
+
+
+def _before_head(head, args):
+    # generate() has it read the last row of each prompt
+    return new_strides(args[0]), *args[1:]
 
 
 def _each(x: torch.Tensor, call: _Call) -> torch.Tensor:
