@@ -186,6 +186,12 @@ def _git() -> tuple[str, int | str]:
 
 
 def _cpu() -> str:
+    # "AMD EPYC, AVX512, bfloat16": cloud machines of one name differ in what matters here
+    able = ["bfloat16"] if torch.cpu._is_avx512_bf16_supported() else []
+    return ", ".join([_cpu_name(), torch.backends.cpu.get_cpu_capability(), *able])
+
+
+def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
