@@ -244,11 +244,10 @@ def _outputs_and_gradients(function, inputs: dict) -> dict[str, torch.Tensor]:
 
 
 def _check_registered(case: Case, backend: str, dtype: torch.dtype, device: str) -> None:
-    options = {"beta": None, "sinks": None, "prefix": None, "backend": backend}
-
     def arguments(call, requires_grad):
-        scale = {"softmax_scale": case.softmax_scale or case.head_dim**-0.5}
-        return registered._flatten(**options | call | scale, requires_grad=requires_grad)
+        given = call | {"softmax_scale": case.softmax_scale or case.head_dim**-0.5}
+        options = backends.Options(**{name: given.pop(name) for name in backends.Options._fields if name in given})
+        return registered._flatten(*given.values(), options, requires_grad, backend)
 
     training = arguments(case.make(dtype, device, requires_grad=True), True)
     torch.library.opcheck(torch.ops.bitune.attention.default, tuple(training))

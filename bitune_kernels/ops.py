@@ -7,6 +7,7 @@ import math
 import torch
 
 from . import backends, mixing, registered
+from .backends import Options, autograd
 from .masks import STREAM_MASKS
 from .plan import SegmentPlan
 
@@ -72,26 +73,12 @@ def bitune_attention(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    args, options = _checked(
-        q,
-        k,
-        v,
-        alpha_k,
-        alpha_v,
-        plan,
-        softmax_scale=softmax_scale,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        stream_mask=stream_mask,
-        shared_qkv=shared_qkv,
-        beta=beta,
-        prefix=prefix,
-    )
-    requires_grad = bool(_requiring_grad(*args, **options))
+    options = Options(softmax_scale, window, softcap, sinks, stream_mask, shared_qkv, beta, prefix)
+    args, options = _checked(q, k, v, alpha_k, alpha_v, plan, options)
+    requires_grad = bool(_requiring_grad(*args, options))
     if torch.compiler.is_compiling():
-        return registered.attention(*args, **options, requires_grad=requires_grad, backend=backend)
-    return backends.choose(backend, q, v, requires_grad, **options).attention(*args, **options)
+        return registered.attention(*args, options, requires_grad, backend)
+    return autograd.attention(backends.choose(backend, q, v, requires_grad, options), *args, options)
 
 
 def bitune_prefill(
@@ -119,7 +106,7 @@ def bitune_prefill(
     Returns:
         out, as ``bitune_attention``. Not differentiable: call it under ``torch.no_grad()``.
     """
-    args, options = _checked(q, k, v, alpha_k, alpha_v, plan, **options)
+    args, options = _checked(q, k, v, alpha_k, alpha_v, plan, Options(**options))
     rows = plan.num_prompt + plan.num_answer
     if not isinstance(cache_positions, torch.Tensor):
         raise TypeError(f"cache_positions: expected an int64 tensor, got {type(cache_positions).__name__}")
@@ -142,14 +129,14 @@ def bitune_prefill(
         found = f"{int(cache_positions.min())} to {int(cache_positions.max())}"
         raise ValueError(f"cache_positions: expected slots of 0 to {slots - 1}, got {found}")
     # The mix also depends on alpha: with its gradient the caller's cache would become part of a graph.
-    if needs_grad := _requiring_grad(*args, **options):
+    if needs_grad := _requiring_grad(*args, options):
         raise ValueError(
             f"{', '.join(needs_grad)}: expected no gradients (bitune_prefill is for inference), got requires_grad=True"
         )
-    cache = {"k_cache": k_cache, "v_cache": v_cache, "cache_positions": cache_positions}
+    cache = k_cache, v_cache, cache_positions
     if torch.compiler.is_compiling():
-        return registered.prefill(*args, **options, **cache, backend=backend)
-    return backends.prefill(backends.choose(backend, q, v, False, **options), *args, **options, **cache)
+        return registered.prefill(args, options, cache, backend)
+    return backends.prefill(backends.choose(backend, q, v, False, options), args, options, *cache)
 
 
 def mix_kv(
@@ -217,24 +204,9 @@ def _check_floating(name: str, x) -> None:
         raise TypeError(f"{name}: expected a floating point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
 
 
-def _checked(
-    q,
-    k,
-    v,
-    alpha_k,
-    alpha_v,
-    plan,
-    *,
-    softmax_scale=None,
-    window=None,
-    softcap=None,
-    sinks=None,
-    stream_mask="full",
-    shared_qkv=False,
-    beta=None,
-    prefix=None,
-):
-    # Refuse what bitune_attention can't take; what is left as backends get it, positional and keyword arguments.
+def _checked(q, k, v, alpha_k, alpha_v, plan, options: Options) -> tuple[tuple, Options]:
+    # Refuse what bitune_attention can't take; what is left as backends get it.
+    softmax_scale, window, softcap, sinks, stream_mask, shared_qkv, beta, prefix = options
     if not isinstance(plan, SegmentPlan):
         raise TypeError(f"plan: expected a SegmentPlan, got {type(plan).__name__}")
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -289,21 +261,14 @@ def _checked(
                     f"{name}: expected {like.dtype} {expected} on {like.device}, got {x.dtype} {list(x.shape)} on "
                     f"{x.device}"
                 )
-    options = {
-        "softmax_scale": q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale),
-        "window": window,
-        "softcap": softcap,
-        "sinks": sinks,
-        "stream_mask": stream_mask,
-        "shared_qkv": shared_qkv,
-        "beta": beta,
-        "prefix": prefix,
-    }
+    softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    options = Options(softmax_scale, window, softcap, sinks, stream_mask, shared_qkv, beta, prefix)
     return (q, k, v, alpha_k, alpha_v, plan), options
 
 
-def _requiring_grad(q, k, v, alpha_k, alpha_v, plan, *, beta, sinks, prefix, **others) -> list[str]:
+def _requiring_grad(q, k, v, alpha_k, alpha_v, plan, options: Options) -> list[str]:
     # The arguments of a checked call that autograd wants a gradient of.
-    given = {"q": q, "k": k, "v": v, "alpha_k": alpha_k, "alpha_v": alpha_v, "beta": beta, "sinks": sinks}
-    given["prefix[0]"], given["prefix[1]"] = prefix or (None, None)
+    given = {"q": q, "k": k, "v": v, "alpha_k": alpha_k, "alpha_v": alpha_v}
+    given |= {"beta": options.beta, "sinks": options.sinks}
+    given["prefix[0]"], given["prefix[1]"] = options.prefix or (None, None)
     return [name for name, x in given.items() if x is not None and x.requires_grad and torch.is_grad_enabled()]

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from . import backends
+from .backends import Options
 from .backends.outputs import rows_of
 from .plan import SegmentPlan
 
@@ -65,20 +66,13 @@ class _Call(NamedTuple):
     def positional(self) -> tuple:
         return self.q, self.k, self.v, self.alpha_k, self.alpha_v, self.plan()
 
-    def options(self) -> dict:
-        return {
-            "softmax_scale": self.softmax_scale,
-            "window": self.window,
-            "softcap": self.softcap,
-            "sinks": self.sinks,
-            "stream_mask": self.stream_mask,
-            "shared_qkv": self.shared_qkv,
-            "beta": self.beta,
-            "prefix": None if self.k_prefix is None else (self.k_prefix, self.v_prefix),
-        }
+    def options(self) -> Options:
+        prefix = None if self.k_prefix is None else (self.k_prefix, self.v_prefix)
+        numbers = self.softmax_scale, self.window, self.softcap
+        return Options(*numbers, self.sinks, self.stream_mask, self.shared_qkv, self.beta, prefix)
 
     def module(self) -> ModuleType:
-        return backends.choose(self.backend, self.q, self.v, self.requires_grad, **self.options())
+        return backends.choose(self.backend, self.q, self.v, self.requires_grad, self.options())
 
     def rows(self) -> tuple[int, int, int]:
         """Of out, and of streams and lse when they are saved."""
@@ -91,28 +85,10 @@ class _Call(NamedTuple):
         return self.q.new_zeros(streams, heads, self.v.shape[2]), self.q.new_zeros(lse, heads, dtype=torch.float32)
 
 
-def _flatten(
-    q,
-    k,
-    v,
-    alpha_k,
-    alpha_v,
-    plan,
-    *,
-    softmax_scale,
-    window,
-    softcap,
-    sinks,
-    stream_mask,
-    shared_qkv,
-    beta,
-    prefix,
-    requires_grad,
-    backend,
-) -> _Call:
-    tensors = (q, k, v, alpha_k, alpha_v, beta, sinks, *(prefix or (None, None)))
-    rest = (plan.lengths, plan.num_prompt, plan.num_streams, softmax_scale, window, softcap)
-    return _Call(*tensors, *rest, stream_mask, shared_qkv, requires_grad, backend)
+def _flatten(q, k, v, alpha_k, alpha_v, plan, o: Options, requires_grad: bool, backend: str) -> _Call:
+    tensors = (q, k, v, alpha_k, alpha_v, o.beta, o.sinks, *(o.prefix or (None, None)))
+    rest = (plan.lengths, plan.num_prompt, plan.num_streams, o.softmax_scale, o.window, o.softcap)
+    return _Call(*tensors, *rest, o.stream_mask, o.shared_qkv, requires_grad, backend)
 
 
 # Each layer of a model runs the same batch: its plan goes to the GPU once, and so does what a backend derives from it.
@@ -128,9 +104,9 @@ def _plan(lengths: tuple[tuple[int, ...], ...], num_streams: int, device: torch.
 # attention
 
 
-def attention(*args, **options) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A checked call of ``bitune_attention``, with ``requires_grad`` and ``backend`` among the options."""
-    out, k_mixed, v_mixed, _, _ = torch.ops.bitune.attention(*_flatten(*args, **options))
+def attention(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A checked call of ``bitune_attention``; arguments as of ``_flatten``."""
+    out, k_mixed, v_mixed, _, _ = torch.ops.bitune.attention(*_flatten(*arguments))
     return out, k_mixed, v_mixed
 
 
@@ -141,11 +117,11 @@ def attention(*args, **options) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 )
 def _attention_op(*arguments):
     call = _Call(*arguments)
-    module = call.module()
+    module, options = call.module(), call.options()._asdict()
     if hasattr(module, "forward"):
-        out, k_mixed, v_mixed, *saved = module.forward(*call.positional(), **call.options(), save=call.requires_grad)
+        out, k_mixed, v_mixed, *saved = module.forward(*call.positional(), **options, save=call.requires_grad)
     else:
-        out, k_mixed, v_mixed = module.attention(*call.positional(), **call.options())
+        out, k_mixed, v_mixed = module.attention(*call.positional(), **options)
         saved = call.unused()
     if call.num_streams == 1:  # rows of k and v themselves, and an operator's outputs may not alias its inputs
         k_mixed, v_mixed = k_mixed.clone(), v_mixed.clone()
@@ -200,7 +176,7 @@ def _attention_backward_op(d_out, d_k_mixed, d_v_mixed, *arguments):
     with autograd_keys, torch.enable_grad():
         leaves = [None if x is None else x.detach().requires_grad_() for x in call.tensors]
         again = _Call(*leaves, *call.rest)
-        outputs = module.attention(*again.positional(), **again.options())
+        outputs = module.attention(*again.positional(), **again.options()._asdict())
     given = [x for x in leaves if x is not None]
     pairs = zip(outputs, (d_out, d_k_mixed, d_v_mixed), strict=True)
     used = [(o, d) for o, d in pairs if o.requires_grad]
@@ -235,10 +211,10 @@ _attention_op.register_autograd(_attention_backward, setup_context=_save_attenti
 # prefill
 
 
-def prefill(*args, k_cache, v_cache, cache_positions, backend, **options) -> torch.Tensor:
-    """A checked call of ``bitune_prefill``."""
-    call = _flatten(*args, **options, requires_grad=False, backend=backend)
-    return torch.ops.bitune.prefill(*call.tensors, k_cache, v_cache, cache_positions, *call.rest)
+def prefill(args: tuple, options: Options, cache: tuple, backend: str) -> torch.Tensor:
+    """A checked call of ``bitune_prefill``; ``cache``: k_cache, v_cache, cache_positions."""
+    call = _flatten(*args, options, False, backend)
+    return torch.ops.bitune.prefill(*call.tensors, *cache, *call.rest)
 
 
 @torch.library.custom_op(
@@ -247,9 +223,8 @@ def prefill(*args, k_cache, v_cache, cache_positions, backend, **options) -> tor
     schema=f"({_TENSORS}, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_positions, {_REST}) -> Tensor",
 )
 def _prefill_op(*arguments):
-    call, (k_cache, v_cache, cache_positions) = _split(arguments)
-    cache = {"k_cache": k_cache, "v_cache": v_cache, "cache_positions": cache_positions}
-    return backends.prefill(call.module(), *call.positional(), **call.options(), **cache).contiguous()
+    call, cache = _split(arguments)
+    return backends.prefill(call.module(), call.positional(), call.options(), *cache).contiguous()
 
 
 @_prefill_op.register_fake

@@ -44,7 +44,7 @@ ON_CPU = ["triton"] if backends.load("triton").unsupported(device="cpu") is None
 
 
 class Own:
-    """A backend that has every function a backend may have, each the formula; keeps what was called."""
+    """A backend with kernels of its own, each the formula; keeps what was called."""
 
     def __init__(self):
         self.calls, self.plans, self.check_saved = [], set(), True
@@ -52,14 +52,16 @@ class Own:
     def unsupported(self, **call):
         return reference.unsupported(**call)
 
-    def attention(self, *args, **options):
-        self.calls.append("attention")
-        return reference.attention(*args, **options)
-
-    def forward(self, q, k, v, alpha_k, alpha_v, plan, *, save, **options):
+    def forward(self, q, k, v, alpha_k, alpha_v, plan, *, save, cache_positions=None, **options):
         self.calls.append("forward save" if save else "forward")
         self.plans.add(plan)
+        caches = [options.pop(name, None) for name in ("k_cache", "v_cache")]
         out, k_mixed, v_mixed = reference.attention(q, k, v, alpha_k, alpha_v, plan, **options)
+        if cache_positions is not None:
+            self.calls[-1] += " cache"
+            for cache, mixed, own in zip(caches, (k_mixed, v_mixed), (k, v), strict=True):
+                cache[cache_positions] = torch.cat([mixed, own[plan.answer_start :]])
+            k_mixed = v_mixed = None
         streams, lse = self.saved(q, k, v, alpha_k, alpha_v, plan, **options)
         return out, k_mixed, v_mixed, *((streams, lse) if save else (streams[:0].clone(), lse[:0].clone()))
 
@@ -85,17 +87,10 @@ class Own:
             for given, wanted in zip((out, streams, lse), saved, strict=True):
                 assert torch.equal(given, wanted)
         given = [x for x in leaves if x is not None]
-        pairs = [p for p in zip(outputs, (d_out, d_k_mixed, d_v_mixed), strict=True) if p[0].requires_grad]
+        pairs = zip(outputs, (d_out, d_k_mixed, d_v_mixed), strict=True)
+        pairs = [(o, d) for o, d in pairs if o.requires_grad and d is not None]
         grads = torch.autograd.grad([o for o, _ in pairs], given, [d for _, d in pairs], allow_unused=True)
         return [torch.zeros_like(x) if g is None else g.contiguous() for g, x in zip(grads, given, strict=True)]
-
-    def prefill(self, q, k, v, alpha_k, alpha_v, plan, *, k_cache, v_cache, cache_positions, **options):
-        self.calls.append("prefill")
-        self.plans.add(plan)
-        out, k_mixed, v_mixed = reference.attention(q, k, v, alpha_k, alpha_v, plan, **options)
-        k_cache[cache_positions] = torch.cat([k_mixed, k[plan.answer_start :]])
-        v_cache[cache_positions] = torch.cat([v_mixed, v[plan.answer_start :]])
-        return out
 
     def mix(self, causal, bidir, alpha):
         self.calls.append("mix")
@@ -330,7 +325,7 @@ def test_prefill_writes_the_named_slots_and_nothing_else(case, backend, transpos
         cache = torch.full(shape, float("nan"), dtype=torch.float16)
         caches.append(cache.transpose(0, 1) if transposed else cache)
     out = bitune_prefill(**inputs, k_cache=caches[0], v_cache=caches[1], cache_positions=slots, backend=backend)
-    assert own.calls == (["prefill"] if backend == "own" else [])
+    assert own.calls == (["forward cache"] if backend == "own" else [])
     expected, k_mixed, v_mixed = bitune_attention(**inputs, backend=backend)
     assert torch.equal(out, expected)
     for cache, mixed, x in zip(caches, (k_mixed, v_mixed), (inputs["k"], inputs["v"]), strict=True):
@@ -505,7 +500,6 @@ def test_registered_operator_is_the_plain_call(case, backend, own):
     # opcheck compares the operator with itself only
     inputs = case.make(requires_grad=True)
     plain = bitune_attention(**inputs, backend=backend)
-    own.calls.clear()
     arguments = operator_arguments(case, backend, requires_grad=True)
     *registered, streams, lse = torch.ops.bitune.attention(*arguments)
     for actual, expected in zip(registered, plain, strict=True):
@@ -522,7 +516,7 @@ def test_registered_operator_is_the_plain_call(case, backend, own):
     for (key, expected), actual in zip(grads.items(), torch.autograd.grad(registered, tensors, d_outputs), strict=True):
         torch.testing.assert_close(actual, expected, msg=lambda m, key=key: f"{key}: {m}")
         assert actual.is_contiguous()
-    assert own.calls == (["forward save", "backward"] if backend == "own" else [])
+    assert own.calls == (["forward save"] * 2 + ["backward"] * 2 if backend == "own" else [])
 
 
 @pytest.mark.parametrize("backend", ["reference", "own", *ON_CPU])
@@ -607,7 +601,7 @@ def test_prefill_compiled_once_for_all_lengths(options, backend, own):
             torch.testing.assert_close(actual, wanted)
         torch.testing.assert_close(actual_cache, wanted_cache)
         assert wanted_cache.any()
-        assert own.calls == (["prefill"] if backend == "own" else [])
+        assert own.calls == (["forward cache"] if backend == "own" else [])
         assert counter.frame_count == min(call + 1, 2)
 
 

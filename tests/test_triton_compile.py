@@ -54,7 +54,7 @@ def test_the_tiles_of_the_table_compile_within_their_gpu(arch, compiled):
 
 LENGTHS = """
 import torch
-from bitune_kernels.backends import triton
+from bitune_kernels.backends import Options, autograd, triton
 from bitune_kernels.backends.triton import tiles
 from bitune_kernels.testing import Case
 from bitune_kernels.testing.compiled import compiling_for
@@ -72,7 +72,8 @@ with compiling_for(90) as compiled:
         inputs = Case(prompts, answers, prefix=past, beta="scalar", sinks=True).make(torch.bfloat16, requires_grad=True)
         inputs["softmax_scale"] = 0.25 * len(prompts)
         inputs |= zip(("alpha_k", "alpha_v", "beta"), weights[:, layer])
-        outputs = triton.attention(**inputs)
+        options = Options(**{name: inputs.pop(name) for name in Options._fields})
+        outputs = autograd.attention(triton, **inputs, options=options)
         torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
         triton.mix(inputs["k"], inputs["k"], inputs["alpha_k"])
 print(*sorted(name for name, _, _ in compiled.binaries))

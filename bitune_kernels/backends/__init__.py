@@ -1,17 +1,18 @@
 """Backends of the attention operators, and the one place that chooses between them.
 
-Each module has ``unsupported(**call)`` and ``attention(q, k, v, alpha_k, alpha_v, plan, **options)`` with the meaning
-given by ``bitune_kernels.ops.bitune_attention``, differentiable; ``reference`` is the formula that the others are
-tested against. Every option but ``backend`` is given, the weights as float32 or float64 tensors [] or [heads].
+Each module has ``unsupported(**call)`` and, with the meaning given by ``bitune_kernels.ops.bitune_attention``, either
+``attention(q, k, v, alpha_k, alpha_v, plan, **options)``, differentiable, or ``forward`` and ``backward``. The others
+are tested against ``reference``, the formula. Every field of ``Options`` is given, the weights as float32 or float64
+tensors [] or [heads].
 
-A module with kernels of its own may also have these, which autograd does not see. Tensors that come in may have any
-strides (a gradient also 0); those that go out are contiguous and share no memory with each other or what came in.
+The functions of kernels are not seen by autograd. Tensors that come in may have any strides (a gradient also 0); those
+that go out are contiguous and share no memory with each other or what came in.
 
 ``forward(q, k, v, alpha_k, alpha_v, plan, **options, save) -> (out, k_mixed, v_mixed, streams, lse)`` and
 ``backward(d_out, d_k_mixed, d_v_mixed, q, k, v, alpha_k, alpha_v, beta, sinks, k_prefix, v_prefix, out, streams, lse,
-plan, *, softmax_scale, window, softcap, stream_mask, shared_qkv) -> gradients``, both or neither
-    The call under torch.compile, where ``attention`` is not used. With one stream k_mixed and v_mixed may be views of
-    k and v. ``save`` says that backward will follow; without it streams and lse have 0 rows:
+plan, *, softmax_scale, window, softcap, stream_mask, shared_qkv) -> gradients``
+    With one stream k_mixed and v_mixed may be views of k and v. ``save`` says that backward will follow, where
+    d_k_mixed and d_v_mixed may be None; without it streams and lse have 0 rows:
 
     * streams [2 N, num_heads_q, head_dim_v] in q's dtype: outputs of the bidir and then the causal rows before
       ``beta`` mixes them. 0 rows without ``beta`` and for q of answer rows alone.
@@ -20,8 +21,8 @@ plan, *, softmax_scale, window, softcap, stream_mask, shared_qkv) -> gradients``
 
     The gradients are a list, one for each tensor of q .. v_prefix that is not None, in that order and with the shape
     and dtype of that tensor.
-``prefill(q, k, v, alpha_k, alpha_v, plan, **options, k_cache, v_cache, cache_positions) -> out``
-    ``bitune_kernels.ops.bitune_prefill`` without writing k_mixed and v_mixed anywhere but into the cache.
+
+    With k_cache, v_cache and cache_positions, as in ``bitune_prefill``, k_mixed and v_mixed are written there alone.
 ``mix(causal, bidir, alpha) -> mixed`` and ``mix_backward(d_mixed, causal, bidir, alpha) -> (d_causal, d_bidir,
 d_alpha)``, both or neither
     ``bitune_kernels.ops.mix_kv``.
@@ -31,12 +32,29 @@ from __future__ import annotations
 
 from importlib import import_module
 from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Ordered by how the choice of "auto" goes: the first one that supports the call.
 BACKENDS = ("sdpa", "cuda", "triton", "flash", "flex", "reference")
 
 # "auto" takes only what is tested wherever the tests run; the others must be asked for by name.
 AUTO = ("sdpa", "reference")
+
+
+class Options(NamedTuple):
+    """The options of ``bitune_attention``; backends get them by name."""
+
+    softmax_scale: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    stream_mask: str = "full"
+    shared_qkv: bool = False
+    beta: Tensor | float | None = None
+    prefix: tuple[Tensor, Tensor] | None = None
 
 
 def load(name: str) -> ModuleType:
@@ -70,23 +88,10 @@ def resolve(name: str, **call) -> tuple[str, str]:
     raise ValueError(f"backend: none can run this call: {'; '.join(passed_over)}")
 
 
-def choose(
-    name: str, q, v, requires_grad: bool, *, window, softcap, sinks, stream_mask, prefix, **indifferent
-) -> ModuleType:
+def choose(name: str, q, v, requires_grad: bool, options: Options) -> ModuleType:
     """The module that runs a call of ``bitune_attention`` with these arguments, or ValueError."""
-    name, _ = resolve(
-        name,
-        device=q.device,
-        dtype=q.dtype,
-        head_dim=q.shape[-1],
-        head_dim_v=v.shape[-1],
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        stream_mask=stream_mask,
-        prefix=prefix,
-        requires_grad=requires_grad,
-    )
+    facts = dict(device=q.device, dtype=q.dtype, head_dim=q.shape[-1], head_dim_v=v.shape[-1])
+    name, _ = resolve(name, **facts, requires_grad=requires_grad, **options._asdict())
     return load(name)
 
 
@@ -102,12 +107,13 @@ def choose_mix(name: str, like) -> ModuleType:
     return load(name)
 
 
-def prefill(module: ModuleType, q, k, v, alpha_k, alpha_v, plan, *, k_cache, v_cache, cache_positions, **options):
-    """``bitune_prefill`` with this module, in as few launches as it can."""
-    if hasattr(module, "prefill"):
-        cache = {"k_cache": k_cache, "v_cache": v_cache, "cache_positions": cache_positions}
-        return module.prefill(q, k, v, alpha_k, alpha_v, plan, **options, **cache)
-    out, k_mixed, v_mixed = module.attention(q, k, v, alpha_k, alpha_v, plan, **options)
+def prefill(module: ModuleType, args: tuple, options: Options, k_cache, v_cache, cache_positions):
+    """``bitune_prefill`` with this module, in as few launches as it can; ``args``: q, k, v, alpha_k, alpha_v, plan."""
+    if hasattr(module, "forward"):
+        cache = dict(k_cache=k_cache, v_cache=v_cache, cache_positions=cache_positions)
+        return module.forward(*args, **options._asdict(), **cache, save=False)[0]
+    _, k, v, _, _, plan = args
+    out, k_mixed, v_mixed = module.attention(*args, **options._asdict())
     prompt_slots, answer_slots = cache_positions.split([plan.num_prompt, plan.num_answer])
     for cache, mixed, own in ((k_cache, k_mixed, k), (v_cache, v_mixed, v)):
         cache.index_copy_(0, prompt_slots, mixed)

@@ -9,7 +9,7 @@ import torch
 
 from .. import env
 from ..plan import SegmentPlan
-from . import autograd, load, schedule
+from . import load, schedule
 from .outputs import allocate
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -156,16 +156,6 @@ def backward(*tensors, **options) -> list[torch.Tensor]:
     The one backend that uses another: a second backward would have to compute the same from the same.
     """
     return load("triton").backward(*tensors, **options)
-
-
-def prefill(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, **options) -> torch.Tensor:
-    """``out``; the mixed prompt and the answer go straight into k_cache and v_cache at cache_positions."""
-    return forward(q, k, v, alpha_k, alpha_v, plan, **options, save=False)[0]
-
-
-def attention(*tensors, **options):
-    """``bitune_kernels.ops.bitune_attention``, differentiable once."""
-    return autograd.attention(forward, backward, *tensors, **options)
 
 
 def _native() -> ModuleType:

@@ -8,6 +8,7 @@ import torch
 
 from ..mixing import mix
 from ..plan import SegmentPlan
+from . import Options
 
 
 def unsupported(
@@ -47,25 +48,12 @@ def _joined(first, first_lengths, second, second_lengths):
     return torch.cat([rows for pair in pairs for rows in pair])
 
 
-def attention(
-    q,
-    k,
-    v,
-    alpha_k,
-    alpha_v,
-    plan: SegmentPlan,
-    *,
-    softmax_scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    stream_mask: str = "full",
-    shared_qkv: bool = False,
-    beta: torch.Tensor | None = None,
-    prefix=None,
-):
+def attention(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, **options):
     """``bitune_kernels.ops.bitune_attention`` for calls without sinks, prefix and the anti-causal mask."""
     from flash_attn import flash_attn_varlen_func
+
+    o = Options(**options)
+    softmax_scale, window = o.softmax_scale, o.window
 
     def attend(q, k, v, cu_q, cu_k, max_q, max_k, causal):
         return flash_attn_varlen_func(
@@ -79,7 +67,7 @@ def attention(
             softmax_scale=softmax_scale,
             causal=causal,
             window_size=(-1, -1) if window is None else (window - 1, window - 1),
-            softcap=softcap or 0.0,
+            softcap=o.softcap or 0.0,
         )
 
     if softmax_scale <= 0:  # its kernels scale what they masked: -inf times this is no longer -inf
@@ -94,11 +82,11 @@ def attention(
     out = []
     if q_prompt.shape[0]:
         lengths = (cu, cu, plan.max_prompt, plan.max_prompt)
-        out.append(attend(q_prompt[:N], k[:N], v[:N], *lengths, stream_mask == "causal"))
-        if plan.num_streams == 2 or shared_qkv:
+        out.append(attend(q_prompt[:N], k[:N], v[:N], *lengths, o.stream_mask == "causal"))
+        if plan.num_streams == 2 or o.shared_qkv:
             out.append(attend(q_prompt[-N:], k[S - N : S], v[S - N : S], *lengths, True))
-        if beta is not None:
-            out = [mix(out[1], out[0], beta)]
+        if o.beta is not None:
+            out = [mix(out[1], out[0], o.beta)]
     if q_answer.shape[0]:
         keys = _joined(k_mixed, plan.prompt_lengths, k[S:], plan.answer_lengths)
         values = _joined(v_mixed, plan.prompt_lengths, v[S:], plan.answer_lengths)

@@ -8,6 +8,7 @@ import torch
 
 from ..mixing import mix
 from ..plan import SegmentPlan
+from . import Options
 
 
 def unsupported(*, device=None, dtype=None, sinks=None, prefix=None, requires_grad=False, **call) -> str | None:
@@ -86,25 +87,9 @@ def _block_mask(prompts, answers, query_segments, key_segments, stream_mask: str
     return create(lambda b, h, i, j: visible(queries[:, i], keys[:, j]), None, None, *sizes, device=device)
 
 
-def attention(
-    q,
-    k,
-    v,
-    alpha_k,
-    alpha_v,
-    plan: SegmentPlan,
-    *,
-    softmax_scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    stream_mask: str = "full",
-    shared_qkv: bool = False,
-    beta: torch.Tensor | None = None,
-    prefix=None,
-):
+def attention(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, **options):
     """``bitune_kernels.ops.bitune_attention`` for calls without sinks and prefix."""
-    N, S, A = plan.num_prompt, plan.answer_start, plan.num_answer
+    o, N, S, A = Options(**options), plan.num_prompt, plan.answer_start, plan.num_answer
     prompts = q.shape[0] > A
     if plan.num_streams == 2:
         k_mixed, v_mixed = mix(k[N:S], k[:N], alpha_k), mix(v[N:S], v[:N], alpha_v)
@@ -116,24 +101,24 @@ def attention(
     else:  # the prompt's one set of keys serves its stream(s) and the answer
         k_mixed, v_mixed = k[:N], v[:N]
         keys, values, key_segments = torch.cat([k[:N], k]), torch.cat([v[:N], v]), [0, 2, 3]
-        if shared_qkv:
+        if o.shared_qkv:
             keys, values, key_segments = torch.cat([k[:N], keys]), torch.cat([v[:N], values]), [0, 1, 2, 3]
             q = torch.cat([q[:N], q]) if prompts else q
-    two = plan.num_streams == 2 or shared_qkv
+    two = plan.num_streams == 2 or o.shared_qkv
     query_segments = [*([0, 1] if two else [0]), 3] if prompts else [3]
     if not q.shape[0]:
         return q.new_zeros(0, q.shape[1], v.shape[2]), k_mixed, v_mixed
 
     segments = tuple(query_segments), tuple(key_segments)
-    block_mask = _block_mask(plan.prompt_lengths, plan.answer_lengths, *segments, stream_mask, window, q.device)
+    block_mask = _block_mask(plan.prompt_lengths, plan.answer_lengths, *segments, o.stream_mask, o.window, q.device)
     out = _compiled()(
         *(x.transpose(0, 1).unsqueeze(0) for x in (q, keys, values)),
-        score_mod=None if softcap is None else _softcap(softcap, q.device),
+        score_mod=None if o.softcap is None else _softcap(o.softcap, q.device),
         block_mask=block_mask,
-        scale=softmax_scale,
+        scale=o.softmax_scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
     out = out.squeeze(0).transpose(0, 1)
-    if beta is not None and prompts:
-        out = torch.cat([mix(out[N : 2 * N], out[:N], beta), out[2 * N :]])
+    if o.beta is not None and prompts:
+        out = torch.cat([mix(out[N : 2 * N], out[:N], o.beta), out[2 * N :]])
     return out, k_mixed, v_mixed

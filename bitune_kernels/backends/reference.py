@@ -19,6 +19,7 @@ import torch
 from ..masks import visible_to_answer, visible_to_prompt
 from ..mixing import mix
 from ..plan import SegmentPlan
+from . import Options
 
 
 def unsupported(**call) -> str | None:
@@ -56,25 +57,9 @@ def attend(q, k, v, see, softmax_scale, softcap=None, sinks=None, upcast=True):
     return torch.einsum("hij,jhd->ihd", weights, v).to(q.dtype)
 
 
-def attention(
-    q,
-    k,
-    v,
-    alpha_k,
-    alpha_v,
-    plan: SegmentPlan,
-    *,
-    softmax_scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    stream_mask: str = "full",
-    shared_qkv: bool = False,
-    beta: torch.Tensor | None = None,
-    prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
-    upcast: bool = True,
-):
+def attention(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, *, upcast: bool = True, **options):
     """``bitune_kernels.ops.bitune_attention`` sample by sample. ``upcast=False`` computes in the input's own dtype."""
+    softmax_scale, window, softcap, sinks, stream_mask, shared_qkv, beta, prefix = Options(**options)
     N, prompts = plan.num_prompt, q.shape[0] == plan.num_rows  # False: q holds the answer rows alone
     two_streams = plan.num_streams == 2 or shared_qkv
     dtype = torch.promote_types(q.dtype, torch.float32) if upcast else q.dtype
@@ -100,7 +85,7 @@ def attention(
     for b in range(plan.batch_size):
         p, r, past = rows_of(b, cu_prompt), rows_of(b, cu_answer), rows_of(b, cu_prefix)
         m, n, a = past.stop - past.start, p.stop - p.start, r.stop - r.start
-        options = dict(softmax_scale=softmax_scale, softcap=softcap, sinks=sinks, upcast=upcast)
+        scores = dict(softmax_scale=softmax_scale, softcap=softcap, sinks=sinks, upcast=upcast)
 
         def keys(*parts, m=m, past=past):  # the sample's prefix, then these rows
             return torch.cat([k_prefix[past], *parts]) if m else torch.cat(parts)
@@ -110,13 +95,13 @@ def attention(
 
         if prompts:
             see = visible_to_prompt(stream_mask, n, m, window, q.device)
-            bidir.append(attend(q_bidir[p], keys(k_bidir[p]), values(v_bidir[p]), see, **options))
+            bidir.append(attend(q_bidir[p], keys(k_bidir[p]), values(v_bidir[p]), see, **scores))
         if prompts and two_streams:
             see = visible_to_prompt("causal", n, m, window, q.device)
-            causal.append(attend(q_causal[p], keys(k_causal[p]), values(v_causal[p]), see, **options))
+            causal.append(attend(q_causal[p], keys(k_causal[p]), values(v_causal[p]), see, **scores))
         see = visible_to_answer(a, m + n, window, q.device)
         k_seen, v_seen = keys(k_mixed[p], k_answer[r]), values(v_mixed[p], v_answer[r])
-        answer.append(attend(q_answer[r], k_seen, v_seen, see, **options))
+        answer.append(attend(q_answer[r], k_seen, v_seen, see, **scores))
 
     if beta is not None and prompts:
         bidir, causal = [mix(c, o, beta, dtype) for c, o in zip(causal, bidir, strict=True)], []

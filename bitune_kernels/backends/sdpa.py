@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..masks import visible_to_answer, visible_to_prompt
 from ..mixing import mix
 from ..plan import SegmentPlan
+from . import Options
 
 
 def unsupported(*, softcap=None, sinks=None, **call) -> str | None:
@@ -88,25 +89,10 @@ def _answer_visibility(a: int, before: int, window: int | None, device):
     return see
 
 
-def attention(
-    q,
-    k,
-    v,
-    alpha_k,
-    alpha_v,
-    plan: SegmentPlan,
-    *,
-    softmax_scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    stream_mask: str = "full",
-    shared_qkv: bool = False,
-    beta: torch.Tensor | None = None,
-    prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
-):
+def attention(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, **options):
     """``bitune_kernels.ops.bitune_attention`` for calls without softcap and sinks."""
-    N, A, S = plan.num_prompt, plan.num_answer, plan.answer_start
+    o = Options(**options)
+    N, A, S, softmax_scale, prefix = plan.num_prompt, plan.num_answer, plan.answer_start, o.softmax_scale, o.prefix
     if softmax_scale <= 0:  # PyTorch's causal kernels scale what they masked: -inf times this is no longer -inf
         q, softmax_scale = (-q, -softmax_scale) if softmax_scale else (q * 0, 1.0)
     q_answer, q_prompt = q[q.shape[0] - A :], q[: q.shape[0] - A]
@@ -135,23 +121,23 @@ def attention(
     def stream(mask, rows):  # the prompts' attention in one stream
         out = []
         for r, (qs, ks, vs) in enumerate(zip(*(split(x[rows], _PROMPT) for x in (q_prompt, k, v)), strict=True)):
-            see = _prompt_visibility(mask, runs[r][_PROMPT], runs[r][_PAST], window, q.device)
+            see = _prompt_visibility(mask, runs[r][_PROMPT], runs[r][_PAST], o.window, q.device)
             out.append(_attend(qs, *seen(r, ks, vs), softmax_scale, see).flatten(0, 1))
         return out
 
     out = []
     if q_prompt.shape[0] or (N == 0 and q.shape[0] == plan.num_rows):
-        bidir = stream(stream_mask, slice(0, N))
-        causal = stream("causal", slice(S - N, S)) if plan.num_streams == 2 or shared_qkv else []
-        if beta is not None:
-            bidir, causal = [mix(c, o, beta) for c, o in zip(causal, bidir, strict=True)], []
+        bidir = stream(o.stream_mask, slice(0, N))
+        causal = stream("causal", slice(S - N, S)) if plan.num_streams == 2 or o.shared_qkv else []
+        if o.beta is not None:
+            bidir, causal = [mix(c, b, o.beta) for c, b in zip(causal, bidir, strict=True)], []
         out = [*bidir, *causal]
     rows = zip(*(split(x, _ANSWER) for x in (q_answer, k[S:], v[S:])), strict=True)
     mixed = tuple(zip(split(k_mixed, _PROMPT), split(v_mixed, _PROMPT), strict=True))
     for r, (qs, ks, vs) in enumerate(rows):
         _, prompt, answer, before = runs[r]
         keys, values = seen(r, torch.cat([mixed[r][0], ks], 1), torch.cat([mixed[r][1], vs], 1))
-        see = _answer_visibility(answer, before + prompt, window, q.device)
+        see = _answer_visibility(answer, before + prompt, o.window, q.device)
         out.append(_attend(qs, keys, values, softmax_scale, see).flatten(0, 1))
-    out = [o for o in out if o.shape[0]]
+    out = [x for x in out if x.shape[0]]
     return (torch.cat(out) if out else q.new_zeros(0, q.shape[1], v.shape[2])), k_mixed, v_mixed

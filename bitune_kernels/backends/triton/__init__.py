@@ -11,7 +11,6 @@ from importlib.util import find_spec
 import torch
 
 from ...plan import SegmentPlan
-from .. import autograd
 
 
 def unsupported(*, device=None, dtype=None, head_dim=None, head_dim_v=None, **call) -> str | None:
@@ -37,11 +36,6 @@ def backward(*tensors, **options) -> list[torch.Tensor]:
     return backward(*tensors, **options)
 
 
-def prefill(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, **options) -> torch.Tensor:
-    """``out``; the mixed prompt and the answer go straight into k_cache and v_cache at cache_positions."""
-    return forward(q, k, v, alpha_k, alpha_v, plan, **options, save=False)[0]
-
-
 def mix(causal: torch.Tensor, bidir: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     """``(1 - alpha) causal + alpha bidir``: [rows, heads, dim], alpha [] or [heads]."""
     from .mixing import mix
@@ -54,8 +48,3 @@ def mix_backward(d_mixed, causal, bidir, alpha) -> tuple[torch.Tensor, torch.Ten
     from .mixing import mix_backward
 
     return mix_backward(d_mixed, causal, bidir, alpha)
-
-
-def attention(*tensors, **options):
-    """``bitune_kernels.ops.bitune_attention``, differentiable once."""
-    return autograd.attention(forward, backward, *tensors, **options)
