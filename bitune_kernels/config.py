@@ -42,6 +42,14 @@ VARIANTS = {
 }
 
 
+def existing(folder: str | Path, name: str) -> Path:
+    """A file or folder in a folder of ``BituneModel.save_pretrained``; FileNotFoundError where it is missing."""
+    path = Path(folder, name)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: not found; expected a folder written by BituneModel.save_pretrained")
+    return path
+
+
 def paper_lora():
     """The LoRA setting of the paper: r=8 on every linear of attention and MLP, scale 1/8."""
     from peft import LoraConfig
@@ -181,9 +189,7 @@ class BituneConfig:
 
         ``peft`` is the adapter's own saved config, unused after full finetuning; ``changes`` override fields.
         """
-        path = Path(folder, CONFIG_NAME)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: not found; expected a folder written by BituneModel.save_pretrained")
+        path = existing(folder, CONFIG_NAME)
         fields = json.loads(path.read_text())
         unknown = sorted(set(fields) - set(cls.__dataclass_fields__) - {"peft_type"})
         if unknown:

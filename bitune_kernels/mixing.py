@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import torch
 from torch import nn
 
-from .config import GRANULARITIES, MIXINGS, BituneConfig
+from .config import GRANULARITIES, MIXINGS, BituneConfig, existing
+
+MIXING_NAME = "bitune_mixing.safetensors"
+
+
+def read_mixing(folder: str | Path) -> dict[str, torch.Tensor]:
+    """What ``MixingCoefficients.save`` wrote into ``folder``, by the names of the parameters."""
+    from safetensors.torch import load_file
+
+    return load_file(existing(folder, MIXING_NAME))
 
 
 def mix(causal: torch.Tensor, bidir: torch.Tensor, alpha, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -136,11 +148,24 @@ class MixingCoefficients(nn.Module):
         f = theta.abs() if self.mixing == "abs" else theta.relu()
         return f / (f + self.theta_init)
 
-    def check_finite(self) -> None:
-        """Raise ValueError if a theta is nan or infinite (reads the values: synchronizes a GPU)."""
+    def save(self, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Write ``bitune_mixing.safetensors`` into ``folder``. ``state_dict``: tensors to take in place of its own."""
+        from safetensors.torch import save_file
+
+        state = dict(self.named_parameters()) | dict(state_dict or {})
+        state = {name: x.detach().float().cpu().contiguous() for name, x in state.items()}
+        save_file(state, Path(folder, MIXING_NAME), metadata={"format": "pt"})
+
+    def load(self, folder: str | Path) -> None:
+        """Read what ``save`` wrote; refuse other shapes and values that aren't finite (ValueError)."""
+        state, path = read_mixing(folder), Path(folder, MIXING_NAME)
         for name, theta in self.named_parameters():
-            if not theta.is_meta and not bool(torch.isfinite(theta).all()):
-                raise ValueError(f"{name}: expected finite values, got {theta.detach().flatten().tolist()}")
+            found = None if name not in state else tuple(state[name].shape)
+            if found != tuple(theta.shape):
+                raise ValueError(f"{path}: expected {name} of shape {tuple(theta.shape)}, got {found}")
+            if not bool(torch.isfinite(state[name]).all()):
+                raise ValueError(f"{path}: expected finite {name}, got {state[name].flatten().tolist()}")
+        self.load_state_dict(state)
 
     def extra_repr(self) -> str:
         weights = ", ".join(self.weights)

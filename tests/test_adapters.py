@@ -57,7 +57,7 @@ def adapted(base, peft_config, dtype, adapter_dtype) -> nn.Module:
     torch.manual_seed(0)
     layer = base(dtype)
     model = Model(layer).requires_grad_(False)
-    causal, bidir = adapter_configs(peft_config)
+    causal, bidir = adapter_configs(peft_config, model)
     peft_model = get_peft_model(model, causal, adapter_name=CAUSAL, autocast_adapter_dtype=False)
     peft_model.add_adapter(BIDIR, bidir, autocast_adapter_dtype=False)
     generator = torch.Generator().manual_seed(1)

@@ -117,10 +117,12 @@ def test_unknown_options_are_refused(options, message):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_check_finite_names_the_parameter(value):
-    module = coefficients()
-    module.check_finite()
+def test_what_is_not_finite_is_not_loaded(value, tmp_path):
+    module, broken = coefficients(), coefficients()
+    before = module.theta_v.detach().clone()
     with torch.no_grad():
-        module.theta_v[1] = value
-    with pytest.raises(ValueError, match=r"^theta_v: expected finite values"):
-        module.check_finite()
+        broken.theta_v[1] = value
+    broken.save(tmp_path)
+    with pytest.raises(ValueError, match="expected finite theta_v"):
+        module.load(tmp_path)
+    assert torch.equal(module.theta_v, before)

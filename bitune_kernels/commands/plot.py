@@ -78,21 +78,16 @@ def _alpha(given) -> None:
 
 def _load_mixing(folder: Path):
     """The mixing coefficients of a saved model, without its base model."""
-    from safetensors.torch import load_file
-
     from ..config import BituneConfig
-    from ..mixing import MixingCoefficients
-    from ..modeling.model import MIXING_NAME
+    from ..mixing import MixingCoefficients, read_mixing
 
     config = BituneConfig.load(folder, None)
     if not config.mixed:
         raise ValueError(f"--adapter: expected a variant that mixes two streams, got {config.variant!r} in {folder}")
-    if not (folder / MIXING_NAME).is_file():
-        raise FileNotFoundError(f"--adapter: expected {MIXING_NAME} in {folder}, got none")
-    state = load_file(folder / MIXING_NAME)
+    state = read_mixing(folder)
     expected = [f"theta_{name}" for name in sorted(config.mixed)]
     if sorted(name for name in state if name.startswith("theta_")) != sorted(expected):
-        raise ValueError(f"--adapter: expected {', '.join(expected)} in {folder / MIXING_NAME}, got {sorted(state)}")
+        raise ValueError(f"--adapter: expected {', '.join(expected)} in {folder}, got {sorted(state)}")
     layers, *_ = state[expected[0]].shape
     heads = {name: state[f"theta_{name}"].shape[-1] for name in config.mixed}  # where there is one theta for each
     count = sum(name.startswith("gate.") for name in state)
@@ -100,8 +95,7 @@ def _load_mixing(folder: Path):
     mixing = MixingCoefficients.from_config(
         config, layers, heads.get("k"), num_heads_q=heads.get("beta"), gate_features=gates
     )
-    mixing.load_state_dict(state)
-    mixing.check_finite()
+    mixing.load(folder)
     return mixing
 
 

@@ -8,6 +8,7 @@ which hooks let run once per block of rows with that block's adapter: exact for 
 from __future__ import annotations
 
 import copy
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from dataclasses import replace
 from functools import cache
 
 import torch
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners import ia3, lora
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -24,6 +25,8 @@ from torch import nn
 
 from ..lora.segment import Adapter, adapted_row_norms, segment_lora_add, segment_lora_linear, segment_scale
 from .passes import current, new_strides
+
+logger = logging.getLogger(__name__)
 
 CAUSAL, BIDIR = "causal", "bidir"
 
@@ -228,8 +231,32 @@ def refuse_unsupported(config: PeftConfig, variant: str, separate: bool) -> None
         )
 
 
-def adapter_configs(config: PeftConfig) -> tuple[PeftConfig, PeftConfig]:
-    """Two copies of the user's PEFT config, for "causal" and "bidir"."""
+def _full_finetuning(base_model: nn.Module) -> PeftConfig:
+    """A PEFT config that gives each adapter a trained copy of every module with parameters."""
+    kinds = (nn.Linear, nn.Embedding)
+    names = []
+    for name, module in base_model.named_modules():
+        if not any(True for _ in module.parameters(recurse=False)):
+            continue
+        norm = "norm" in type(module).__name__.lower()
+        if not (isinstance(module, kinds) or norm or type(module).__name__ == "Conv1D"):
+            raise ValueError(
+                f"peft: full finetuning (None) supports linear, embedding and norm modules, got {name} "
+                f"({type(module).__name__}); use adapters instead"
+            )
+        names.append(name)
+    tied = base_model.get_output_embeddings().weight is base_model.get_input_embeddings().weight
+    if tied:  # one trained table per adapter would serve both ends: keep the shared one frozen instead
+        ends = {id(base_model.get_output_embeddings()), id(base_model.get_input_embeddings())}
+        names = [n for n, m in base_model.named_modules() if n in set(names) and id(m) not in ends]
+        logger.warning("full finetuning: the embedding is tied to the output matrix and stays frozen")
+    # PEFT's own way of saying that no module gets a low-rank adapter
+    return LoraConfig(target_modules="dummy-target-modules", modules_to_save=names, task_type="CAUSAL_LM")
+
+
+def adapter_configs(config: PeftConfig | None, base_model: nn.Module) -> tuple[PeftConfig, PeftConfig]:
+    """Two copies of the user's PEFT config, for "causal" and "bidir"; None: full finetuning."""
+    config = _full_finetuning(base_model) if config is None else config
     copies = copy.deepcopy(config), copy.deepcopy(config)
     for c in copies:
         c.inference_mode = False

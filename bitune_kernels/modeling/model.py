@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
@@ -12,17 +11,17 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM
+from peft import PeftConfig, PeftModel, PeftModelForCausalLM
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import pad
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from ..config import CONFIG_NAME, BituneConfig
+from ..config import CONFIG_NAME, BituneConfig, existing
 from ..mixing import MixingCoefficients
 from ..plan import SegmentPlan
 from .adapters import (
@@ -44,8 +43,6 @@ from .probe import find_structure
 from .self_test import check_chunked_loss, check_one_pass
 from .structure import Structure, keep_as_loaded, refuse_dispatched, refuse_packed, refuse_partitioned
 
-logger = logging.getLogger(__name__)
-
 _CARD = """
 Adapters and mixing coefficients of [Bitune](https://arxiv.org/abs/2405.14862) for `{base_model}`, which
 reads its prompts in both directions with them. bitune_kernels loads them; PEFT alone would read prompts causally.
@@ -59,8 +56,6 @@ base_model = AutoModelForCausalLM.from_pretrained("{base_model}")
 model = BituneModel.from_pretrained(base_model, "this folder")
 ```
 """
-
-MIXING_NAME = "bitune_mixing.safetensors"
 
 
 def get_bitune_model(
@@ -132,29 +127,6 @@ def _restore(base_model, model, modules, frozen) -> None:
         parameter.requires_grad_(requires_grad)
 
 
-def _full_finetuning(base_model: nn.Module) -> PeftConfig:
-    """A PEFT config that gives each adapter a trained copy of every module with parameters."""
-    kinds = (nn.Linear, nn.Embedding)
-    names = []
-    for name, module in base_model.named_modules():
-        if not any(True for _ in module.parameters(recurse=False)):
-            continue
-        norm = "norm" in type(module).__name__.lower()
-        if not (isinstance(module, kinds) or norm or type(module).__name__ == "Conv1D"):
-            raise ValueError(
-                f"peft: full finetuning (None) supports linear, embedding and norm modules, got {name} "
-                f"({type(module).__name__}); use adapters instead"
-            )
-        names.append(name)
-    tied = base_model.get_output_embeddings().weight is base_model.get_input_embeddings().weight
-    if tied:  # one trained table per adapter would serve both ends: keep the shared one frozen instead
-        ends = {id(base_model.get_output_embeddings()), id(base_model.get_input_embeddings())}
-        names = [n for n, m in base_model.named_modules() if n in set(names) and id(m) not in ends]
-        logger.warning("full finetuning: the embedding is tied to the output matrix and stays frozen")
-    # PEFT's own way of saying that no module gets a low-rank adapter
-    return LoraConfig(target_modules="dummy-target-modules", modules_to_save=names, task_type="CAUSAL_LM")
-
-
 def _refuse_unequal_heads(config: BituneConfig, structure: Structure) -> None:
     of_weights = {"k": (structure.num_heads_kv, "key/value"), "beta": (structure.num_heads_q, "query")}
     for heads, kind in (of_weights[name] for name in of_weights if name in config.mixed):
@@ -196,8 +168,7 @@ class BituneModel(PeftModelForCausalLM):
     def __init__(
         self, base_model: nn.Module, config: BituneConfig, structure: Structure, autocast_adapter_dtype: bool = True
     ):
-        peft_config = _full_finetuning(base_model) if config.peft is None else config.peft
-        causal, bidir = adapter_configs(peft_config)
+        causal, bidir = adapter_configs(config.peft, base_model)
         super().__init__(base_model, causal, adapter_name=CAUSAL, autocast_adapter_dtype=autocast_adapter_dtype)
         if config.doubles_rows:
             if any(p.exit is None for p in structure.projections):
@@ -493,9 +464,8 @@ class BituneModel(PeftModelForCausalLM):
             save_file({}, Path(folder, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
             if self.mixing is not None:
                 state = kwargs.get("state_dict") or {}
-                thetas = {n: state.get(f"mixing.{n}", p) for n, p in self.mixing.named_parameters()}
-                thetas = {n: t.detach().float().cpu().contiguous() for n, t in thetas.items()}
-                save_file(thetas, Path(folder, MIXING_NAME), metadata={"format": "pt"})
+                of_mixing = {n.removeprefix("mixing."): x for n, x in state.items() if n.startswith("mixing.")}
+                self.mixing.save(folder, of_mixing)
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """Write ``README.md``, which says how the model is loaded, unless there is one already."""
@@ -530,21 +500,8 @@ class BituneModel(PeftModelForCausalLM):
             if names:
                 raise ValueError(f"{model_id}: {what} {', '.join(names[:3])}{', ...' if names[3:] else ''}")
         if adapter_name == CAUSAL and self.mixing is not None:
-            self._load_mixing(Path(model_id).parent)
+            self.mixing.load(Path(model_id).parent)
         return result
-
-    def _load_mixing(self, folder: Path) -> None:
-        path = folder / MIXING_NAME
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: not found; expected a folder written by BituneModel.save_pretrained")
-        state = load_file(path)
-        for name, theta in self.mixing.named_parameters():
-            found = None if name not in state else tuple(state[name].shape)
-            if found != tuple(theta.shape):
-                raise ValueError(f"{path}: expected {name} of shape {tuple(theta.shape)}, got {found}")
-            if not bool(torch.isfinite(state[name]).all()):
-                raise ValueError(f"{path}: expected finite {name}, got {state[name].flatten().tolist()}")
-        self.mixing.load_state_dict(state)
 
     @classmethod
     def from_pretrained(
@@ -583,12 +540,11 @@ class BituneModel(PeftModelForCausalLM):
                     f"folder: expected one of save_pretrained or the id of a repository, got {folder}; {error}"
                 ) from error
         for name in (CONFIG_NAME, CAUSAL):
-            if not Path(folder, name).exists():
-                raise FileNotFoundError(f"{Path(folder, name)}: not found; expected a folder of save_pretrained")
+            existing(folder, name)
         peft_config = PeftConfig.from_pretrained(str(Path(folder, CAUSAL)))
         config = BituneConfig.load(folder, peft_config, **changes)
-        if config.separate_adapters and not Path(folder, BIDIR).is_dir():
-            raise FileNotFoundError(f"{Path(folder, BIDIR)}: not found; expected a folder of save_pretrained")
+        if config.separate_adapters:
+            existing(folder, BIDIR)
         model = get_bitune_model(base_model, config, self_test=self_test, autocast_adapter_dtype=autocast_adapter_dtype)
         for name in model.peft_config:
             model.load_adapter(Path(folder, name), name)
