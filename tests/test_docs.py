@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 import shlex
 import subprocess
@@ -19,6 +18,10 @@ from tests.test_trainers import WORDS, tokenizer
 from tests.tiny import base_model
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import tables  # noqa: E402
+
 README = (ROOT / "README.md").read_text()
 DOCS = {
     name: (ROOT / name).read_text()
@@ -209,15 +212,7 @@ def test_every_backend_is_in_the_table():
     assert sorted(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)) == sorted(BACKENDS)
 
 
-def results(name: str) -> list[dict[str, str]]:
-    with (ROOT / "benchmarks" / "results" / f"{name}.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_the_measured_tables_are_those_of_the_rows():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import tables
-
     printed = {name: table() for name, table in tables.TABLES.items()}
     assert all(table.count("\n") > 1 for table in printed.values())
     pages = {name: DOCS["README.md" if name == "README" else "docs/measured.md"] for name in printed}
@@ -235,7 +230,6 @@ def test_the_measured_tables_are_those_of_the_rows():
 
 
 def test_the_quality_tables_are_those_of_the_rows():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
     quality = pytest.importorskip("quality")
     rows, page = quality.read(ROOT / "benchmarks" / "results" / "quality.csv"), DOCS["docs/quality.md"]
     assert quality.table(rows).strip() in page
@@ -256,7 +250,7 @@ def test_the_quality_tables_are_those_of_the_rows():
     for provider, (_, *costs) in zip(providers, lines, strict=True):
         found = []
         for benchmark in ("prefill", "train_step"):
-            own = [r for r in results(benchmark) if r["provider"] == f"{provider}[sdpa]"]
+            own = [r for r in tables.read(benchmark) if r["provider"] == f"{provider}[sdpa]"]
             (own,) = (r for r in own if r["git_sha"].startswith(sha))
             found += [own["cost_in_lora_passes"], own["cost_in_lora_packed_passes"]]
         assert [f"{float(x):.2f}" for x in found] == costs, provider
@@ -265,8 +259,7 @@ def test_the_quality_tables_are_those_of_the_rows():
 def test_the_cost_of_learned_instructions_is_that_of_the_rows():
     page = DOCS["docs/instructions.md"]
     (sha,) = re.findall(r"2 threads, commit `(\w+)`", page)
-    with (ROOT / "benchmarks" / "results" / "bilevel.csv").open(newline="") as file:
-        rows = [r for r in csv.DictReader(file) if r["git_sha"].startswith(sha) and r["git_dirty"] == "0"]
+    rows = [r for r in tables.read("bilevel") if r["git_sha"].startswith(sha)]
     names = {"plain LoRA": "lora", "Bitune in one pass": "one-pass", "Bitune in three passes": "three-pass"}
     for title, name in names.items():
         (cells,) = re.findall(rf"^\| {title} \| (\w+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
