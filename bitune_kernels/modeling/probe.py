@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
-from .passes import attention_forward
+from .passes import attention_forward, evaluating
 from .structure import ATTENTION_NAME, Projections, Structure, Trim
 
 _PROBE_TOKENS = 5
@@ -95,17 +95,15 @@ _register()  # here, since a model that was pickled is never probed
 def _probing(model: nn.Module, configs: list):
     global _probe
     implementations = [c._attn_implementation for c in configs]
-    training = [m for m in model.modules() if m.training]
     _probe = probe = _Probe()
     handles = []
     for m in model.modules():
         handles.append(m.register_forward_pre_hook(probe.entered, with_kwargs=True))
         handles.append(m.register_forward_hook(probe.left, with_kwargs=True))
-    model.eval()
     try:
         for c in configs:
             c._attn_implementation = ATTENTION_NAME
-        with torch.no_grad():
+        with evaluating(model):
             yield probe
     finally:
         _probe = None
@@ -113,8 +111,6 @@ def _probing(model: nn.Module, configs: list):
             handle.remove()
         for c, implementation in zip(configs, implementations, strict=True):
             c._attn_implementation = implementation
-        for m in training:
-            m.training = True
 
 
 def find_structure(model: nn.Module) -> Structure:
