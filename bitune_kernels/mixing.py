@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .config import GRANULARITIES, MIXINGS, BituneConfig, existing
+from .plan import SegmentPlan
 
 MIXING_NAME = "bitune_mixing.safetensors"
 
@@ -30,6 +31,12 @@ def mix(causal: torch.Tensor, bidir: torch.Tensor, alpha, dtype: torch.dtype | N
     alpha = torch.as_tensor(alpha, dtype=dtype, device=causal.device)
     alpha = alpha[..., None] if alpha.ndim else alpha
     return torch.lerp(causal.to(dtype), bidir.to(dtype), alpha).to(causal.dtype)
+
+
+def mix_prompts(x: torch.Tensor, alpha, plan: SegmentPlan) -> torch.Tensor:
+    """Keys or values [T, heads, dim] -> the prompts' [N, heads, dim] as answers see them: mixed, or one stream's."""
+    n, start = plan.num_prompt, plan.answer_start
+    return x[:n] if plan.num_streams == 1 else mix(x[n:start], x[:n], alpha)
 
 
 class MixingCoefficients(nn.Module):

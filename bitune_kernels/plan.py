@@ -312,12 +312,12 @@ class SegmentPlan:
     def split(self) -> tuple[SegmentPlan, SegmentPlan]:
         """Two plans of lengths for the same rows: the prompts without answers, and the answers alone, whose cached past
         are then the prompts' rows (behind each sample's own past), wherever their mix is not made by the operator."""
-        nothing, past = (0,) * self.batch_size, self.prefix_lengths or (0,) * self.batch_size
+        nothing = (0,) * self.batch_size
         options = dict(device=self.cu_prompt.device)
         prompts = self.from_lengths(
             self.prompt_lengths, nothing, num_streams=self.num_streams, prefix_lengths=self.prefix_lengths, **options
         )
-        before = [m + n for m, n in zip(past, self.prompt_lengths, strict=True)]
+        before = [m + n for m, n in zip(self.past_lengths, self.prompt_lengths, strict=True)]
         answers = self.from_lengths(nothing, self.answer_lengths, num_streams=1, prefix_lengths=before, **options)
         return prompts, answers
 
@@ -379,6 +379,11 @@ class SegmentPlan:
         return len(self.prompt_lengths)
 
     @property
+    def past_lengths(self) -> tuple[int, ...]:
+        """``prefix_lengths``, zeros where there are none."""
+        return self.prefix_lengths or (0,) * self.batch_size
+
+    @property
     def num_prompt(self) -> int:
         return self._extent.shape[0]
 
@@ -410,7 +415,7 @@ class SegmentPlan:
     @cached_property
     def positions(self) -> torch.Tensor:
         """int64 [T]: position of each packed row in its own sample, counted after the prefix if there is one."""
-        past = self.prefix_lengths or (0,) * self.batch_size
+        past = self.past_lengths
         prompt = [torch.arange(m, m + n, device="cpu") for m, n in zip(past, self.prompt_lengths, strict=True)]
         answer = [
             torch.arange(m + n, m + n + a, device="cpu")

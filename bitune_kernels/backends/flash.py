@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import torch
 
-from ..mixing import mix
+from ..mixing import mix, mix_prompts
 from ..plan import SegmentPlan
 from . import Options
 
@@ -74,10 +74,7 @@ def attention(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, **options):
         q, softmax_scale = (-q, -softmax_scale) if softmax_scale else (q * 0, 1.0)
     N, S, cu = plan.num_prompt, plan.answer_start, plan.cu_prompt
     q_prompt, q_answer = q.split([q.shape[0] - plan.num_answer, plan.num_answer])
-    if plan.num_streams == 2:
-        k_mixed, v_mixed = mix(k[N:S], k[:N], alpha_k), mix(v[N:S], v[:N], alpha_v)
-    else:
-        k_mixed, v_mixed = k[:N], v[:N]
+    k_mixed, v_mixed = mix_prompts(k, alpha_k, plan), mix_prompts(v, alpha_v, plan)
 
     out = []
     if q_prompt.shape[0]:

@@ -6,7 +6,7 @@ from functools import cache, lru_cache
 
 import torch
 
-from ..mixing import mix
+from ..mixing import mix, mix_prompts
 from ..plan import SegmentPlan
 from . import Options
 
@@ -91,15 +91,14 @@ def attention(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, **options):
     """``bitune_kernels.ops.bitune_attention`` for calls without sinks and prefix."""
     o, N, S, A = Options(**options), plan.num_prompt, plan.answer_start, plan.num_answer
     prompts = q.shape[0] > A
+    k_mixed, v_mixed = mix_prompts(k, alpha_k, plan), mix_prompts(v, alpha_v, plan)
     if plan.num_streams == 2:
-        k_mixed, v_mixed = mix(k[N:S], k[:N], alpha_k), mix(v[N:S], v[:N], alpha_v)
         keys, values, key_segments = (
             torch.cat([k[:S], k_mixed, k[S:]]),
             torch.cat([v[:S], v_mixed, v[S:]]),
             [0, 1, 2, 3],
         )
     else:  # the prompt's one set of keys serves its stream(s) and the answer
-        k_mixed, v_mixed = k[:N], v[:N]
         keys, values, key_segments = torch.cat([k[:N], k]), torch.cat([v[:N], v]), [0, 2, 3]
         if o.shared_qkv:
             keys, values, key_segments = torch.cat([k[:N], keys]), torch.cat([v[:N], values]), [0, 1, 2, 3]

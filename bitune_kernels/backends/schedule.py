@@ -213,8 +213,7 @@ def backward_kv_items(
 def _samples(plan: SegmentPlan):
     # first prompt row, prompt rows, first answer row, answer rows, prefix rows, first prefix row
     p = r = past = 0
-    prefixes = plan.prefix_lengths or (0,) * plan.batch_size
-    for n, a, m in zip(plan.prompt_lengths, plan.answer_lengths, prefixes, strict=True):
+    for n, a, m in zip(plan.prompt_lengths, plan.answer_lengths, plan.past_lengths, strict=True):
         yield p, n, r, a, m, past
         p, r, past = p + n, r + a, past + m
 

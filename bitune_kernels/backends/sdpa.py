@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..masks import visible_to_answer, visible_to_prompt
-from ..mixing import mix
+from ..mixing import mix, mix_prompts
 from ..plan import SegmentPlan
 from . import Options
 
@@ -96,14 +96,9 @@ def attention(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, **options):
     if softmax_scale <= 0:  # PyTorch's causal kernels scale what they masked: -inf times this is no longer -inf
         q, softmax_scale = (-q, -softmax_scale) if softmax_scale else (q * 0, 1.0)
     q_answer, q_prompt = q[q.shape[0] - A :], q[: q.shape[0] - A]
-    k_split, v_split = k.split([*[N] * plan.num_streams, A]), v.split([*[N] * plan.num_streams, A])
-    if plan.num_streams == 2:
-        k_mixed, v_mixed = mix(k_split[1], k_split[0], alpha_k), mix(v_split[1], v_split[0], alpha_v)
-    else:
-        k_mixed, v_mixed = k_split[0], v_split[0]
+    k_mixed, v_mixed = mix_prompts(k, alpha_k, plan), mix_prompts(v, alpha_v, plan)
 
-    past = [0] * plan.batch_size if prefix is None else plan.prefix_lengths
-    lengths = zip(plan.prompt_lengths, plan.answer_lengths, past, strict=True)
+    lengths = zip(plan.prompt_lengths, plan.answer_lengths, plan.past_lengths, strict=True)
     # Neighbours of equal lengths share one call: (samples, prompt, answer, past) of each run.
     runs = [(len(list(same)), *each) for each, same in groupby(lengths)]
 

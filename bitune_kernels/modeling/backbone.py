@@ -307,8 +307,7 @@ class BackboneHooks:
                     "row need labels or prompt_lengths), got others"
                 )
         limit = self.structure.max_positions
-        past = plan.prefix_lengths or (0,) * plan.batch_size
-        longest = max(map(sum, zip(past, plan.prompt_lengths, plan.answer_lengths, strict=True)))
+        longest = max(map(sum, zip(plan.past_lengths, plan.prompt_lengths, plan.answer_lengths, strict=True)))
         if limit is not None and longest > limit:
             raise ValueError(
                 f"input_ids: expected at most {limit} tokens per row, for which the model has learned positions, got "

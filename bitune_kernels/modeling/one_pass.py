@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import pad
 
 from ..config import BituneConfig
-from ..mixing import MixingCoefficients, mix
+from ..mixing import MixingCoefficients, mix_prompts
 from ..ops import bitune_attention, bitune_prefill
 from ..plan import SegmentPlan
 from .adapters import base_module
@@ -152,8 +152,8 @@ class OnePass(Pass):
     def _attend_mixed(self, layer, q, k, v, alpha_k, alpha_v, plan, prefix=None, beta=None, **options):
         # With weights of their own for each sample, keys and values are mixed here. The prompts, and the answers over
         # the mix as their past, are then two calls.
-        n, start = plan.num_prompt, plan.answer_start
-        mixed = tuple(mix(x[n:start], x[:n], alpha) for x, alpha in ((k, alpha_k), (v, alpha_v)))
+        start = plan.answer_start
+        mixed = mix_prompts(k, alpha_k, plan), mix_prompts(v, alpha_v, plan)
         prompts, answers = self.parts[layer]
         out = []
         if q.shape[0] > plan.num_answer:
@@ -172,8 +172,7 @@ class OnePass(Pass):
     def _earlier_turns(self, x: torch.Tensor, alpha: torch.Tensor | None) -> torch.Tensor:
         # x [T, heads, dim], the keys or values -> [num_prefix, heads, dim]: mixed prompts and answers, turn by turn
         plan = self.attended
-        prompts = x[: plan.num_prompt] if alpha is None else mix(*reversed(x[: plan.answer_start].chunk(2)), alpha)
-        return torch.cat([prompts, x[plan.answer_start :]]).index_select(0, plan.prefix_index)
+        return torch.cat([mix_prompts(x, alpha, plan), x[plan.answer_start :]]).index_select(0, plan.prefix_index)
 
     def take_caches(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]] | None:
         """Per layer k, v [batch, num_heads_kv, seq, head_dim], which are not kept here any longer."""

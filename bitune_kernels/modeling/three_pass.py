@@ -10,6 +10,7 @@ benchmarks and the independent check of the one-pass schedule.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -221,7 +222,7 @@ class ThreePass:
         return padded.to(self.plan.cu_prompt.device)
 
     @staticmethod
-    def _call(tokens: torch.Tensor, name: str, index: torch.Tensor, first: list[int], p: PaddedPass) -> dict:
+    def _call(tokens: torch.Tensor, name: str, index: torch.Tensor, first: Sequence[int], p: PaddedPass) -> dict:
         positions = torch.tensor(first, device=index.device)[:, None] + torch.arange(
             index.shape[1], device=index.device
         )
@@ -240,9 +241,9 @@ class ThreePass:
                 "use_fused: expected True in training with FSDP, which frees a layer's weights until a gradient "
                 "reaches its output, and with three passes one reaches keys and values first; got False"
             )
-        recorded, past = [], list(plan.prefix_lengths or (0,) * plan.batch_size)
+        recorded = []
         for p in self.streams() if plan.num_prompt else []:
-            call = self._call(tokens, name, self.prompt_index, past, p)
+            call = self._call(tokens, name, self.prompt_index, plan.past_lengths, p)
             with p.active(), p.checkpointing():
                 structure.backbone(**kwargs | call)
             recorded.append(p.recorded)
@@ -276,8 +277,7 @@ class ThreePass:
 
     def answers(self, tokens: torch.Tensor, name: str, p: AnswerPass) -> dict:
         """The keyword arguments of the last call."""
-        past = self.plan.prefix_lengths or (0,) * self.plan.batch_size
-        first = [m + n for m, n in zip(past, self.plan.prompt_lengths, strict=True)]
+        first = [m + n for m, n in zip(self.plan.past_lengths, self.plan.prompt_lengths, strict=True)]
         return self._call(tokens, name, self.answer_index, first, p)
 
     def alone(self, tokens: torch.Tensor, name: str, p: PromptPass) -> dict:
