@@ -47,7 +47,7 @@ from common.report import Results  # noqa: E402
 from common.run import OWN, check_minutes, relative_error  # noqa: E402
 
 from bitune_kernels import SegmentPlan, backends, bitune_attention, bitune_prefill, registered  # noqa: E402
-from bitune_kernels.testing import DTYPES, Case, assert_backend_within_budget, leaves, run_case  # noqa: E402
+from bitune_kernels.testing import DTYPES, Case, assert_backend_within_budget, assert_prefilled, leaves, run_case  # noqa: E402
 from bitune_kernels.testing.timing import provenance  # noqa: E402
 
 # Seconds that each command of a stage may take.
@@ -201,26 +201,12 @@ def operators(backend: str, device: str, cases: tuple[Case, ...] = SMALL) -> int
     return report(backend, len(todo), failures, "checks of the operators passed")
 
 
-def _with_caches(case: Case, dtype: torch.dtype, device: str) -> dict:
-    # A call of bitune_prefill: more slots than rows, in any order, of caches that are NaN.
-    inputs = case.make(dtype, device)
-    rows = inputs["plan"].num_prompt + inputs["plan"].num_answer
-    slots = torch.randperm(rows + 9, generator=torch.Generator().manual_seed(0))[:rows].to(device)
-    caches = [torch.full((case.heads[1], rows + 9, x), torch.nan, dtype=dtype, device=device) for x in case.dims]
-    k_cache, v_cache = (x.transpose(0, 1) for x in caches)
-    return inputs | {"k_cache": k_cache, "v_cache": v_cache, "cache_positions": slots}
-
-
 def _check_prefill(case: Case, backend: str, dtype: torch.dtype, device: str) -> None:
-    call = _with_caches(case, dtype, device)
+    call = case.make_prefill(dtype, device)
     out = bitune_prefill(**call, backend=backend)
-    k_cache, v_cache, slots = (call.pop(name) for name in ("k_cache", "v_cache", "cache_positions"))
-    expected, *mixed = bitune_attention(**call, backend=backend)
+    expected, *mixed = bitune_attention(**case.make(dtype, device), backend=backend)
     assert torch.equal(out, expected), "out differs from bitune_attention's"
-    for cache, prompt, x in zip((k_cache, v_cache), mixed, (call["k"], call["v"]), strict=True):
-        assert torch.equal(cache[slots], torch.cat([prompt, x[call["plan"].answer_start :]])), "wrong rows in a cache"
-        cache[slots] = torch.nan
-        assert bool(cache.isnan().all()), "slots were written that were not named"
+    assert_prefilled(call, mixed)
 
 
 def _check_compiled(case: Case, backend: str, dtype: torch.dtype, device: str) -> None:
@@ -251,7 +237,7 @@ def _check_registered(case: Case, backend: str, dtype: torch.dtype, device: str)
 
     training = arguments(case.make(dtype, device, requires_grad=True), True)
     torch.library.opcheck(torch.ops.bitune.attention.default, tuple(training))
-    call = _with_caches(case, dtype, device)
+    call = case.make_prefill(dtype, device)
     caches = [call.pop(name) for name in ("k_cache", "v_cache", "cache_positions")]
     filling = arguments(call, False)
     torch.library.opcheck(torch.ops.bitune.prefill.default, (*filling.tensors, *caches, *filling.rest))
@@ -300,7 +286,7 @@ def small(backend: str, device: str) -> int:
             bitune_attention(**case.make(dtype, device, requires_grad=True), backend=backend)
         else:
             run_case(case, backend, dtype, device)
-        bitune_prefill(**_with_caches(case, dtype, device), backend=backend)
+        bitune_prefill(**case.make_prefill(dtype, device), backend=backend)
     if device == "cuda":
         torch.cuda.synchronize()
     print(f"{backend}: {len(todo)} small cases ran")

@@ -20,7 +20,7 @@ from torch._dynamo.testing import CompileCounter
 
 from bitune_kernels import backends, bitune_attention, bitune_prefill
 from bitune_kernels.backends import schedule
-from bitune_kernels.testing import CASES, Case, assert_backend_within_budget, run_case
+from bitune_kernels.testing import CASES, Case, assert_backend_within_budget, assert_prefilled, run_case
 from tests import emulator
 from tests.test_ops import OPERATOR_CASES, operator_arguments, prefill_arguments
 
@@ -140,19 +140,11 @@ def test_gradients_from_what_the_kernels_save(emulate, case, capability):
 def test_prefill_writes_the_named_slots_and_nothing_else(emulate, options, heads, capability):
     emulate(capability)
     case = Case(prompts=(65, 0, 130), answers=(1, 20, 3), heads=heads, head_dim_v=24, **options)
-    inputs = case.make(torch.bfloat16)
-    plan = inputs["plan"]
-    rows = plan.num_prompt + plan.num_answer
-    slots = torch.randperm(rows + 9, generator=torch.Generator().manual_seed(0))[:rows]
-    caches = [torch.full((heads[1], rows + 9, dim), 7.0, dtype=torch.bfloat16).transpose(0, 1) for dim in case.dims]
-    named = dict(zip(("k_cache", "v_cache"), caches, strict=True))
-    out = bitune_prefill(**inputs, **named, cache_positions=slots, backend="cuda")
-    expected, *mixed = bitune_attention(**inputs, backend="reference")
+    call = case.make_prefill(torch.bfloat16)
+    out = bitune_prefill(**call, backend="cuda")
+    expected, *mixed = bitune_attention(**case.make(torch.bfloat16), backend="reference")
     torch.testing.assert_close(out, expected, atol=0.02, rtol=0.02)
-    for cache, prompt, x in zip(caches, mixed, (inputs["k"], inputs["v"]), strict=True):
-        wanted = torch.full_like(cache, 7.0)
-        wanted[slots] = torch.cat([prompt, x[plan.answer_start :]])
-        torch.testing.assert_close(cache, wanted, atol=0, rtol=2**-7)
+    assert_prefilled(call, mixed, rtol=2**-7)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

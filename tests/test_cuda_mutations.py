@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bitune_kernels import backends, bitune_attention, bitune_prefill
-from bitune_kernels.testing import Case, assert_backend_within_budget, native
+from bitune_kernels.testing import Case, assert_backend_within_budget, assert_prefilled, native
 from tests import emulator
 from tests.test_cuda_kernels import emulated_library, needs_interpreter, use
 from tests.test_packaging import NVCC, needs_nvcc
@@ -49,15 +49,10 @@ def saved(case, dtype, backend):
 
 
 def cache(case):
-    inputs = case.make(torch.bfloat16)
-    rows = inputs["plan"].num_prompt + inputs["plan"].num_answer
-    caches = [torch.zeros(rows, case.heads[1], dim, dtype=torch.bfloat16) for dim in case.dims]
-    named = dict(zip(("k_cache", "v_cache"), caches, strict=True))
-    bitune_prefill(**inputs, **named, cache_positions=torch.arange(rows).flip(0), backend="cuda")
-    _, *mixed = bitune_attention(**inputs, backend="reference")
-    for written, prompt, x in zip(caches, mixed, (inputs["k"], inputs["v"]), strict=True):
-        wanted = torch.cat([prompt, x[inputs["plan"].answer_start :]]).flip(0)
-        torch.testing.assert_close(written, wanted, atol=0, rtol=2**-7, msg=lambda m: f"cache: values are off: {m}")
+    call = case.make_prefill(torch.bfloat16)
+    bitune_prefill(**call, backend="cuda")
+    _, *mixed = bitune_attention(**case.make(torch.bfloat16), backend="reference")
+    assert_prefilled(call, mixed, rtol=2**-7)
 
 
 def neighbour(case):

@@ -18,7 +18,7 @@ import torch
 
 from bitune_kernels import backends, bitune_attention, bitune_prefill
 from bitune_kernels.backends import schedule
-from bitune_kernels.testing import Case, assert_backend_within_budget
+from bitune_kernels.testing import Case, assert_backend_within_budget, assert_prefilled
 
 pytest.importorskip("triton")
 
@@ -54,18 +54,11 @@ def backward(backend: str, case: Case) -> None:
 
 
 def prefill(backend: str, case: Case) -> None:
-    inputs = case.make()
-    plan, rows = inputs["plan"], sum(case.prompts) + sum(case.answers)
-    k_cache, v_cache = (torch.zeros(rows + 3, case.heads[1], dim) for dim in case.dims)
-    slots = torch.arange(rows).flip(0) + 2
-    cache = {"k_cache": k_cache, "v_cache": v_cache, "cache_positions": slots}
-    out = bitune_prefill(**inputs, **cache, backend=backend)
-    expected, *mixed = bitune_attention(**inputs, backend="reference")
+    call = case.make_prefill(transposed=False)
+    out = bitune_prefill(**call, backend=backend)
+    expected, *mixed = bitune_attention(**case.make(), backend="reference")
     torch.testing.assert_close(out, expected)
-    for written, prompt, x in zip((k_cache, v_cache), mixed, (inputs["k"], inputs["v"]), strict=True):
-        wanted = torch.zeros_like(written)
-        wanted[slots] = torch.cat([prompt, x[plan.answer_start :]])
-        torch.testing.assert_close(written, wanted, msg=lambda m: f"cache: values are off: {m}")
+    assert_prefilled(call, mixed, rtol=1.3e-6, atol=1e-5)
 
 
 @dataclass(frozen=True)

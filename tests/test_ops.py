@@ -15,6 +15,7 @@ from bitune_kernels.testing import (
     DTYPES,
     Case,
     assert_backend_within_budget,
+    assert_prefilled,
     assert_within_budget,
     default_device,
     leaves,
@@ -315,25 +316,12 @@ def test_alpha_may_be_a_number():
     ids=lambda case: case.id,
 )
 def test_prefill_writes_the_named_slots_and_nothing_else(case, backend, transposed, own):
-    inputs = case.make(torch.float16)
-    plan, rows = inputs["plan"], sum(case.prompts) + sum(case.answers)
-    num_slots, heads = rows + 9, case.heads[1]
-    slots = torch.randperm(num_slots, generator=torch.Generator().manual_seed(0))[:rows]
-    caches = []
-    for dim in case.dims:
-        shape = (heads, num_slots, dim) if transposed else (num_slots, heads, dim)
-        cache = torch.full(shape, float("nan"), dtype=torch.float16)
-        caches.append(cache.transpose(0, 1) if transposed else cache)
-    out = bitune_prefill(**inputs, k_cache=caches[0], v_cache=caches[1], cache_positions=slots, backend=backend)
+    call = case.make_prefill(torch.float16, transposed=transposed)
+    out = bitune_prefill(**call, backend=backend)
     assert own.calls == (["forward cache"] if backend == "own" else [])
-    expected, k_mixed, v_mixed = bitune_attention(**inputs, backend=backend)
+    expected, *mixed = bitune_attention(**case.make(torch.float16), backend=backend)
     assert torch.equal(out, expected)
-    for cache, mixed, x in zip(caches, (k_mixed, v_mixed), (inputs["k"], inputs["v"]), strict=True):
-        written = torch.cat([mixed, x[plan.num_streams * plan.num_prompt :]])
-        assert torch.equal(cache[slots], written)
-        others = torch.ones(num_slots, dtype=torch.bool)
-        others[slots] = False
-        assert cache[others].isnan().all()
+    assert_prefilled(call, mixed)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """What tests and benchmarks share: one table of cases and one rule for how exact a backend must be."""
 
-from .cases import CASES, DTYPES, Case, leaves
+from .cases import CASES, DTYPES, Case, assert_prefilled, leaves
 from .error_budget import (
     assert_backend_within_budget,
     assert_within_budget,
@@ -16,6 +16,7 @@ __all__ = [
     "DTYPES",
     "Case",
     "assert_backend_within_budget",
+    "assert_prefilled",
     "assert_within_budget",
     "default_device",
     "leaves",

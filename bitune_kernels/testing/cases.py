@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,10 +141,38 @@ class Case:
             )
         return inputs
 
+    def make_prefill(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", transposed: bool = True
+    ) -> dict[str, Any]:
+        """Keyword arguments of ``bitune_prefill``: more slots than rows, in any order, of caches that are NaN.
+
+        ``transposed``: the caches are [heads, slots, dim] in memory.
+        """
+        plan = self.plan()
+        rows = plan.num_prompt + plan.num_answer
+        call = self.make(dtype, device)
+        call["cache_positions"] = torch.randperm(rows + 9, generator=torch.Generator().manual_seed(0))[:rows].to(device)
+        for name, dim in zip(("k_cache", "v_cache"), self.dims, strict=True):
+            shape = (self.heads[1], rows + 9, dim) if transposed else (rows + 9, self.heads[1], dim)
+            cache = torch.full(shape, float("nan"), dtype=dtype, device=device)
+            call[name] = cache.transpose(0, 1) if transposed else cache
+        return call
+
     @property
     def dims(self) -> tuple[int, int]:
         """head_dim of q and k, head_dim of v."""
         return self.head_dim, self.head_dim if self.head_dim_v is None else self.head_dim_v
+
+
+def assert_prefilled(call: dict[str, Any], mixed: Sequence[torch.Tensor], rtol: float = 0, atol: float = 0) -> None:
+    """Hold the caches of a call of ``make_prefill`` to k_mixed and v_mixed of ``bitune_attention``: nothing else is
+    written."""
+    for name, prompt in zip("kv", mixed, strict=True):
+        cache, own = call[f"{name}_cache"], call[name][call["plan"].answer_start :]
+        wanted = torch.full_like(cache, float("nan"))
+        wanted[call["cache_positions"]] = torch.cat([prompt, own])
+        options = dict(rtol=rtol, atol=atol, equal_nan=True)
+        torch.testing.assert_close(cache, wanted, **options, msg=lambda m, x=name: f"{x}_cache: values are off: {m}")
 
 
 def leaves(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
