@@ -510,13 +510,13 @@ def parse(argv: list[str] | None):
     shapes = shapes_of(args, machine.device.type == "cpu")
     if not shapes:
         p.error("--only: ragged batches need more than one sample")
-    providers, notes = choose_providers(p, args, machine, [shape[4:] for shape in shapes])
-    return args, machine, shapes, providers, notes
+    args.providers, notes = choose_providers(p, args, machine, [shape[4:] for shape in shapes])
+    return args, machine, shapes, notes
 
 
 def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
-    args, machine, shapes, providers, notes = parse(argv)
+    args, machine, shapes, notes = parse(argv)
     # FlexAttention's compiled backward would free the graph that is kept for timing.
     torch._functorch.config.donated_buffer = False
     facts = provenance(machine.device) | {
@@ -539,18 +539,9 @@ def main(argv: list[str] | None = None) -> int:
             f"measured here: {facts['measured_tflops']} TFLOP/s in a matrix product of 8192^3 and "
             f"{facts['measured_tb_per_s']} TB/s in a copy of 1 GiB"
         )
-    right = measure(
-        shapes,
-        partial(Attention, machine),
-        providers,
-        machine,
-        args,
-        results,
-        facts,
-        start,
-        f"attention: {title}",
-        Table(table_head, lambda rows: [table_line(row) for row in rows], rows_of, draw),
-    )
+    table = Table(table_head, lambda rows: [table_line(row) for row in rows], rows_of, draw)
+    make_case, heading = partial(Attention, machine), f"attention: {title}"
+    right = measure(shapes, make_case, machine, args, results, facts, start, heading, table)
     return 0 if right else 1
 
 

@@ -17,23 +17,19 @@ from functools import partial
 
 import matplotlib.figure
 import torch
-from common.models import attach, load_base
-from common.report import finish, milliseconds
+from common.report import milliseconds
 from common.run import (
     Wrong,
-    begin,
     check_at_least,
     check_names,
     check_setup,
-    exits,
-    measure_each,
     parser,
     relative_error,
-    title,
+    sweep,
+    timed,
 )
 from common.text import Text, padded_samples
 
-from bitune_kernels.testing.timing import interleaved
 from bitune_kernels.training import InstructionOptimizer, SoftInstruction, hypergradient, prepend_instruction
 
 EXPLANATION = """\
@@ -124,8 +120,7 @@ def measure(models, text: Text, args, setup, *shape: int) -> list[dict]:
     calls = {(name, k): partial(training.run, name, k) for name in args.providers for k in (None, *args.k)}
     for call in calls.values():  # the first step of each checks alpha
         call()
-    options = dict(seconds=args.seconds, min_rounds=args.min_rounds, warmup=args.warmup, device=setup.device)
-    times = interleaved(calls, **options)
+    times = timed(calls, args, setup.device)
     rows = []
     for (name, k), timing in times.items():
         cells = (*shape, name, METHODS[name], "plain" if k is None else k, timing.rounds, *milliseconds(timing))
@@ -186,15 +181,10 @@ def parse(argv: list[str] | None):
 
 def main(argv: list[str] | None = None) -> int:
     args, setup = parse(argv)
-    results, facts, text = begin("bilevel", args, setup, FIELDS)
-    with exits("bilevel"):
-        models = attach(load_base(setup))
-    print(f"{EXPLANATION}\n{title(setup, facts)}")
-    print("samples x longest, provider, method, k, p50 ms, cost in plain steps, floor")
     shapes = [(b, n) for n in sorted(set(args.max_lengths)) for b in sorted(set(args.samples))]
-    right = measure_each(shapes, partial(measure, models, text, args, setup), results, facts, table_line)
-    finish(results, f"instruction optimization: {title(setup, facts)}", draw)
-    return 0 if right else 1
+    print(EXPLANATION)
+    columns = "samples x longest, provider, method, k, p50 ms, cost in plain steps, floor"
+    return sweep("bilevel", args, setup, FIELDS, shapes, measure, table_line, draw, columns, "instruction optimization")
 
 
 if __name__ == "__main__":

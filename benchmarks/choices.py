@@ -11,13 +11,10 @@ from functools import partial
 
 import matplotlib.figure
 import torch
-from common.models import attach, load_base
-from common.report import finish
-from common.run import Wrong, begin, check_at_least, check_names, check_setup, exits, measure_each, parser, title
+from common.run import Wrong, check_at_least, check_names, check_setup, parser, sweep, timed
 from common.text import Text, padded
 
 from bitune_kernels.modeling import score_choices
-from bitune_kernels.testing.timing import interleaved
 
 EXPLANATION = """\
 lora: the plain LoRA model over the choices of a question as a padded batch, each with its prompt, as harnesses run any
@@ -79,8 +76,7 @@ def measure(models, text: Text, args, setup, *shape: int) -> list[dict]:
         for name in set(args.providers) - {"lora"}:
             question.check(name)
     calls = {name: partial(question.run, name) for name in args.providers}
-    options = dict(seconds=args.seconds, min_rounds=args.min_rounds, warmup=args.warmup, device=setup.device)
-    times = interleaved(calls, **options)
+    times = timed(calls, args, setup.device)
     rows = []
     for name, timing in times.items():
         row = dict(zip(FIELDS[:3], shape, strict=True)) | {"provider": name, "rounds": timing.rounds}
@@ -143,15 +139,10 @@ def parse(argv: list[str] | None):
 
 def main(argv: list[str] | None = None) -> int:
     args, setup = parse(argv)
-    results, facts, text = begin("choices", args, setup, FIELDS)
-    with exits("choices"):
-        models = attach(load_base(setup))
-    print(f"{EXPLANATION}\n{title(setup, facts)}")
-    print("prompt + choices, provider, p50 ms, cost in lora's, speedup over one-by-one, and how many times fewer rows")
     shapes = [(n, c, args.answer_tokens) for n in sorted(set(args.lengths)) for c in sorted(set(args.choices))]
-    right = measure_each(shapes, partial(measure, models, text, args, setup), results, facts, table_line)
-    finish(results, f"choices: {title(setup, facts)}", draw)
-    return 0 if right else 1
+    print(EXPLANATION)
+    columns = "prompt + choices, provider, p50 ms, cost in lora's, speedup over one-by-one, how many times fewer rows"
+    return sweep("choices", args, setup, FIELDS, shapes, measure, table_line, draw, columns)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,10 @@ from functools import partial
 
 import matplotlib.figure
 import torch
-from common.models import attach, load_base
-from common.report import finish
-from common.run import Wrong, begin, check_at_least, check_names, check_setup, exits, measure_each, parser, title
+from common.run import Wrong, check_at_least, check_names, check_setup, parser, sweep, timed
 from common.text import Text, padded
 
-from bitune_kernels.testing.timing import Timing, interleaved
+from bitune_kernels.testing.timing import Timing
 
 EXPLANATION = """\
 Time to the first token, tokens per second of one sample after it, and the whole request. The unit of cost is lora, the
@@ -61,8 +59,7 @@ def measure(models, text: Text, args, setup, *shape: int) -> list[dict]:
     for name in args.providers:
         calls[name, "first"] = partial(request.run, name, 1)
         calls[name, "all"] = partial(request.run, name, request.new)
-    options = dict(seconds=args.seconds, min_rounds=args.min_rounds, warmup=args.warmup, device=setup.device)
-    times = interleaved(calls, **options)
+    times = timed(calls, args, setup.device)
     rows = []
     for name in args.providers:
         first, whole = times[name, "first"], times[name, "all"]
@@ -126,15 +123,10 @@ def parse(argv: list[str] | None):
 
 def main(argv: list[str] | None = None) -> int:
     args, setup = parse(argv)
-    results, facts, text = begin("generate", args, setup, FIELDS)
-    with exits("generate"):
-        models = attach(load_base(setup))
-    print(f"{EXPLANATION}\n{title(setup, facts)}")
-    print("shape, provider, first ms, tokens/s, request ms, cost: first, decoding, request")
     shapes = [(b, n, args.new_tokens) for n in sorted(set(args.lengths)) for b in sorted(set(args.batch_sizes))]
-    right = measure_each(shapes, partial(measure, models, text, args, setup), results, facts, table_line)
-    finish(results, f"generate: {title(setup, facts)}", draw)
-    return 0 if right else 1
+    print(EXPLANATION)
+    columns = "shape, provider, first ms, tokens/s, request ms, cost: first, decoding, request"
+    return sweep("generate", args, setup, FIELDS, shapes, measure, table_line, draw, columns)
 
 
 if __name__ == "__main__":

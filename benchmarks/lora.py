@@ -26,6 +26,7 @@ from common.run import (
     machine_name,
     measure_each,
     relative_error,
+    timed,
 )
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -33,7 +34,7 @@ from torch.nn.functional import linear
 
 from bitune_kernels.lora.segment import Adapter, segment_lora_linear
 from bitune_kernels.modeling.adapters import BIDIR, CAUSAL, by_blocks
-from bitune_kernels.testing.timing import interleaved, provenance
+from bitune_kernels.testing.timing import provenance
 
 EXPLANATION = """\
 base: the linear layer without adapters, forward and the gradient of its input. floor: FLOPs of base and adapters over
@@ -103,13 +104,7 @@ def measure(machine: Machine, args, rows: int, features: int, r: int, adapter_dt
     errors = {name: error(step.run(name)) for name in args.providers if name != "base"}
     for name, found in errors.items():
         check_errors(name, {"output or gradient": found}, {"output or gradient": bound})
-    times = interleaved(
-        {name: partial(step.run, name) for name in args.providers},
-        seconds=args.seconds,
-        min_rounds=args.min_rounds,
-        warmup=args.warmup,
-        device=machine.device,
-    )
+    times = timed({name: partial(step.run, name) for name in args.providers}, args, machine.device)
     found = []
     for name, t in times.items():
         speedup = round(times["peft"].ratio(t), 4) if "peft" in times else ""

@@ -9,27 +9,22 @@ from __future__ import annotations
 import math
 import sys
 from contextlib import nullcontext
-from functools import partial
 from unittest.mock import patch
 
 import matplotlib.figure
 import torch
 from common.floor import head_dim_of
 from common.memory import memory_of
-from common.models import Models, attach, load_base
-from common.report import finish
+from common.models import Models
 from common.run import (
     SMALLEST_BOUND,
-    begin,
     check_at_least,
     check_errors,
     check_names,
     check_setup,
-    exits,
-    measure_each,
     parser,
     relative_error,
-    title,
+    sweep,
 )
 from common.text import Text, padded
 
@@ -159,15 +154,10 @@ def parse(argv: list[str] | None):
 
 def main(argv: list[str] | None = None) -> int:
     args, setup = parse(argv)
-    results, facts, text = begin("memory", args, setup, FIELDS)
-    with exits("memory"):
-        models = attach(load_base(setup), args.providers)
-    print(f"{EXPLANATION}\n{title(setup, facts)}")
-    print("shape, provider, MiB, floor MiB, in floors, bytes per token, in lora's")
     shapes = [(b, n) for n in sorted(set(args.lengths)) for b in sorted(set(args.batch_sizes))]
-    right = measure_each(shapes, partial(measure, models, text, args, setup), results, facts, table_line)
-    finish(results, f"memory of a prefill: {title(setup, facts)}", draw)
-    return 0 if right else 1
+    print(EXPLANATION)
+    columns = "shape, provider, MiB, floor MiB, in floors, bytes per token, in lora's"
+    return sweep("memory", args, setup, FIELDS, shapes, measure, table_line, draw, columns, "memory of a prefill")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from common.floor import Dims, floor
@@ -137,17 +138,8 @@ def main(argv: list[str] | None = None) -> int:
     print(EXPLANATION)
     results, facts, text, models, dims = prepare("prefill", args, setup, notes, Prefill.outputs)
     shapes = sorted({(b, n) for b in args.batch_sizes for n in args.lengths})
-    right = measure(
-        shapes,
-        lambda batch, length: Prefill(models, dims, text, batch, length),
-        args.providers,
-        setup,
-        args,
-        results,
-        facts,
-        start,
-        f"prefill: {title(setup, facts)}",
-    )
+    make_case = partial(Prefill, models, dims, text)
+    right = measure(shapes, make_case, setup, args, results, facts, start, f"prefill: {title(setup, facts)}")
     return 0 if right else 1
 
 

@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from common.floor import Dims, floor
@@ -155,17 +156,9 @@ def main(argv: list[str] | None = None) -> int:
     results, facts, text, models, dims = prepare("train_step", args, setup, notes, TrainStep.outputs)
     for model in models.all:
         model.train()
-    right = measure(
-        sorted({(b, n) for b in args.samples for n in args.max_lengths}),
-        lambda batch, length: TrainStep(models, dims, text, batch, length),
-        args.providers,
-        setup,
-        args,
-        results,
-        facts,
-        start,
-        f"training step: {title(setup, facts)}",
-    )
+    shapes = sorted({(b, n) for b in args.samples for n in args.max_lengths})
+    make_case = partial(TrainStep, models, dims, text)
+    right = measure(shapes, make_case, setup, args, results, facts, start, f"training step: {title(setup, facts)}")
     return 0 if right else 1
 
 

@@ -469,11 +469,10 @@ def test_an_interrupted_run_keeps_what_is_done(tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
         return timing.interleaved(*args, **kwargs)
 
-    monkeypatch.setattr(lora_linear, "interleaved", interrupted)
+    monkeypatch.setattr(common_run, "interleaved", interrupted)
     assert lora_linear.main(["--rows", "4", "8", "--features", "8", "--seconds", "0", "--out", str(tmp_path)]) == 0
     assert "interrupted" in capsys.readouterr().out
     assert {row["rows"] for row in rows_of(tmp_path / "lora.csv")} == {"4"}
-    monkeypatch.setattr(common_run, "interleaved", interrupted)
     assert run("prefill", tmp_path, "--providers", "three-pass", "lora") == 0
     assert "interrupted" in capsys.readouterr().out
     assert [row["batch"] for row in rows_of(tmp_path / "prefill.csv")] == ["1", "1"]

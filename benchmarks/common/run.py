@@ -287,6 +287,12 @@ def check_errors(provider: str, errors: dict[str, float], bounds: dict[str, floa
         raise Wrong(f"{provider} differs from the oracle by {', '.join(bad)}")
 
 
+def timed(calls: dict, args, device: torch.device, **options) -> dict:
+    """``interleaved`` with the options of the command line."""
+    given = dict(seconds=args.seconds, min_rounds=args.min_rounds, warmup=args.warmup)
+    return interleaved(calls, **given, device=device, **options)
+
+
 def measure_each(
     shapes: Sequence[tuple], measure: Callable[..., list[dict]], results: Results, facts: dict, line: Callable
 ) -> bool:
@@ -317,6 +323,36 @@ def measure_each(
         except KeyboardInterrupt:
             tqdm.write(INTERRUPTED)
     return right
+
+
+def sweep(
+    benchmark: str,
+    args,
+    setup: Setup,
+    fields: Sequence[str],
+    shapes: Sequence[tuple],
+    measure: Callable[..., list[dict]],
+    line: Callable[[dict], str],
+    draw: Callable[..., str | None],
+    columns: str,
+    heading: str | None = None,
+) -> int:
+    """A whole benchmark of one model by ``measure_each``, behind its arguments. Returns the exit code.
+
+    Args:
+        fields: columns of the CSV file, behind those of the facts.
+        measure: (models, text, args, setup, *shape) -> rows.
+        line, draw: as in ``measure_each``, and as ``report.plot``.
+        columns: what a line of the table has.
+        heading: of the plot; None: the benchmark's name.
+    """
+    results, facts, text = begin(benchmark, args, setup, fields)
+    with exits(benchmark):
+        models = attach(load_base(setup), args.providers)
+    print(f"{title(setup, facts)}\n{columns}")
+    right = measure_each(shapes, partial(measure, models, text, args, setup), results, facts, line)
+    finish(results, f"{heading or benchmark}: {title(setup, facts)}", draw)
+    return 0 if right else 1
 
 
 class Case:
@@ -375,7 +411,6 @@ class Case:
 def measure(
     shapes: Sequence[tuple],
     make_case: Callable[..., Case],
-    providers: Sequence[str],
     setup: Machine,
     args,
     results: Results,
@@ -394,7 +429,7 @@ def measure(
     Returns:
         whether nothing failed (``_check``), and ``args.minutes`` left out no more than half of the shapes.
     """
-    table = whole_model(providers, setup.device) if table is None else table
+    table = whole_model(args.providers, setup.device) if table is None else table
     print(table.head())
     deadline = None if args.minutes is None else start + 60 * args.minutes
     right, left_out, round_per_token = True, 0, 0.0
@@ -411,17 +446,15 @@ def measure(
                 continue
             case = make_case(*shape)
             bar.set_description(f"{case.label}: checking")
-            checks, failed = _check(case, providers, setup)
+            checks, failed = _check(case, args.providers, setup)
             right = right and not failed
             if checks:
                 memory = {n: case.memory(setup.device, n) for n in checks}
                 bar.set_description(f"{case.label}: timing")
-                times = interleaved(
+                times = timed(
                     {name: partial(case.run, name) for name in checks},
-                    seconds=args.seconds,
-                    min_rounds=args.min_rounds,
-                    warmup=args.warmup,
-                    device=setup.device,
+                    args,
+                    setup.device,
                     device_alone=case.device_alone,
                     progress=lambda share, done=done: _advance(bar, done + share),
                 )
