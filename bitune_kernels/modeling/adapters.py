@@ -268,6 +268,11 @@ def base_module(module: nn.Module) -> nn.Module:
     return module.base_layer if isinstance(module, BaseTunerLayer) else module.original_module
 
 
+def outermost(module: nn.Module | None, adapted: Sequence[nn.Module]) -> nn.Module | None:
+    """The one of the adapted modules that stands in front of ``module``, or the module itself."""
+    return next((m for m in adapted if base_module(m) is module), module)
+
+
 def route_rows(model: nn.Module, attentions: Sequence[nn.Module]) -> list[nn.Module]:
     """Make every adapted module serve each block of rows with its own adapter; returns these modules.
 

@@ -8,9 +8,8 @@ attention function has mixed it into the other half.
 from __future__ import annotations
 
 import torch
-from torch import nn
 
-from .adapters import base_module
+from .adapters import outermost
 from .passes import Pass, current
 from .structure import Structure
 
@@ -19,10 +18,9 @@ class DoublingHooks:
     """Attached to every attention module for the life of a Bitune model of that variant."""
 
     def __init__(self, structure: Structure):
-        adapters = {base_module(m): m for m in structure.adapted}
         self.handles = []
         for projections in structure.projections:
-            leave: nn.Module = adapters.get(projections.exit, projections.exit)
+            leave = outermost(projections.exit, structure.adapted)
             self.handles += [
                 projections.attention.register_forward_pre_hook(self.enter, with_kwargs=True),
                 # before the hooks that trim the last layer and split the rows among the adapters

@@ -13,7 +13,7 @@ from ..config import BituneConfig
 from ..mixing import MixingCoefficients, mix_prompts
 from ..ops import bitune_attention, bitune_prefill
 from ..plan import SegmentPlan
-from .adapters import base_module
+from .adapters import outermost
 from .passes import Pass, Past, current, new_strides
 from .structure import Structure
 
@@ -205,8 +205,7 @@ class TrimHooks:
         if trim is None:
             return
         # The structure was found before there were adapters, which now stand in front of what they adapt.
-        adapters = {id(base_module(m)): m for m in structure.adapted}
-        self.norm, leave = (adapters.get(id(m), m) for m in (trim.norm, trim.projections.exit))
+        self.norm, leave = (outermost(m, structure.adapted) for m in (trim.norm, trim.projections.exit))
         self.handles = [
             trim.layer.register_forward_pre_hook(self.enter_layer, with_kwargs=True),
             trim.projections.attention.register_forward_pre_hook(self.enter_attention, with_kwargs=True),
