@@ -230,16 +230,13 @@ def _outputs_and_gradients(function, inputs: dict) -> dict[str, torch.Tensor]:
 
 
 def _check_registered(case: Case, backend: str, dtype: torch.dtype, device: str) -> None:
-    def arguments(call, requires_grad):
-        given = call | {"softmax_scale": case.softmax_scale or case.head_dim**-0.5}
-        options = backends.Options(**{name: given.pop(name) for name in backends.Options._fields if name in given})
-        return registered._flatten(*given.values(), options, requires_grad, backend)
+    def arguments(requires_grad):
+        args, options = case.call(dtype, device, requires_grad)
+        return registered._flatten(*args, options, requires_grad, backend)
 
-    training = arguments(case.make(dtype, device, requires_grad=True), True)
-    torch.library.opcheck(torch.ops.bitune.attention.default, tuple(training))
-    call = case.make_prefill(dtype, device)
-    caches = [call.pop(name) for name in ("k_cache", "v_cache", "cache_positions")]
-    filling = arguments(call, False)
+    torch.library.opcheck(torch.ops.bitune.attention.default, tuple(arguments(True)))
+    call, filling = case.make_prefill(dtype, device), arguments(False)
+    caches = [call[name] for name in ("k_cache", "v_cache", "cache_positions")]
     torch.library.opcheck(torch.ops.bitune.prefill.default, (*filling.tensors, *caches, *filling.rest))
 
 

@@ -157,19 +157,8 @@ def _attention_backward_op(d_out, d_k_mixed, d_v_mixed, *arguments):
     call, saved = _split(arguments)
     module = call.module()
     if hasattr(module, "backward"):
-        return module.backward(
-            d_out,
-            d_k_mixed,
-            d_v_mixed,
-            *call.tensors,
-            *saved,
-            call.plan(),
-            softmax_scale=call.softmax_scale,
-            window=call.window,
-            softcap=call.softcap,
-            stream_mask=call.stream_mask,
-            shared_qkv=call.shared_qkv,
-        )
+        given = (d_out, d_k_mixed, d_v_mixed, *call.tensors, *saved, call.plan())
+        return module.backward(*given, **call.options().without_tensors())
     # The PyTorch backends have no backward of their own: run them again under autograd. An operator runs below the
     # autograd keys, where enable_grad alone records nothing and every gradient would be 0.
     autograd_keys = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)

@@ -54,18 +54,16 @@ def calls(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device, 
     case = Case(
         prompts=(LENGTH, LENGTH), answers=(LENGTH, LENGTH), heads=HEADS[head_dim], head_dim=head_dim, **two_parts
     )
-    inputs = case.make(dtype, device) | {"softmax_scale": head_dim**-0.5}
-    tensors = [inputs[name] for name in ("q", "k", "v", "alpha_k", "alpha_v")]
-    options = {name: inputs[name] for name in ("softmax_scale", "window", "softcap", "stream_mask", "shared_qkv")}
-    run = partial(forward, *tensors, inputs["plan"], **options, sinks=None, beta=None, prefix=None, save=True)
+    (*tensors, plan), options = case.call(dtype, device)
+    run = partial(forward, *tensors, plan, **options._asdict(), save=True)
     if kernel.startswith("forward"):
         return lambda tile: [x for x in run(tile=tile) if x.numel()]
     out, _, _, streams, lse = run(tile=entry("forward_two_parts" if two_parts else "forward"))
-    given = (torch.randn_like(out), None, None, *tensors, None, None, None, None, out, streams, lse, inputs["plan"])
+    given = (torch.randn_like(out), None, None, *tensors, None, None, None, None, out, streams, lse, plan)
 
     def run_backward(tile):
         tile_q, tile_kv = (entry("dq"), tile) if kernel == "dkv" else (tile, entry("dkv"))
-        return backward(*given, **options, tile_q=tile_q, tile_kv=tile_kv)
+        return backward(*given, **options.without_tensors(), tile_q=tile_q, tile_kv=tile_kv)
 
     return run_backward
 

@@ -41,11 +41,9 @@ def lse(case):
 
 
 def saved(case, dtype, backend):
-    options = {"window": None, "softcap": None, "sinks": None, "stream_mask": "full", "shared_qkv": False}
-    options |= {"beta": None, "prefix": None, "softmax_scale": case.head_dim**-0.5, "save": True}
-    inputs = {name: x for name, x in case.make(torch.bfloat16).items() if name not in options}
-    inputs |= {name: inputs[name].to(dtype) for name in "qkv"}
-    return backends.load(backend).forward(**inputs, **options)
+    (q, k, v, *others), options = case.call(torch.bfloat16)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    return backends.load(backend).forward(q, k, v, *others, **options._asdict(), save=True)
 
 
 def cache(case):

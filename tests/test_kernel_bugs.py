@@ -490,19 +490,17 @@ def test_tiles_agree(tile, monkeypatch):
 def test_tiles_are_arguments_too():
     # what a sweep over sizes uses: forward and backward need not have the same
     case = Case(prompts=(12,), answers=(18,), heads=(2, 1))
-    inputs = case.make(torch.float32, DEVICE)
-    args, scale = [inputs[name] for name in ("q", "k", "v", "alpha_k", "alpha_v", "plan")], case.head_dim**-0.5
-    options = {"softmax_scale": scale, "window": None, "softcap": None, "stream_mask": "full", "shared_qkv": False}
+    args, options = case.call(torch.float32, DEVICE)
     results = []
     for sizes in ((Tile(16, 32, 4, 1),) * 3, (Tile(32, 32, 4, 1), Tile(64, 32, 4, 1), Tile(16, 64, 4, 1))):
-        none = {"sinks": None, "beta": None, "prefix": None}
         out, k_mixed, v_mixed, streams, lse = attention_forward.forward(
-            *args, **options, **none, save=True, tile=sizes[0]
+            *args, **options._asdict(), save=True, tile=sizes[0]
         )
         d_outputs = [random_like(x, seed) for seed, x in enumerate((out, k_mixed, v_mixed))]
         tensors = (*args[:-1], None, None, None, None, out, streams, lse, args[-1])
         tile_of = {"tile_q": sizes[1], "tile_kv": sizes[2]}
-        results.append([out, *attention_backward.backward(*d_outputs, *tensors, **options, **tile_of)])
+        gradients = attention_backward.backward(*d_outputs, *tensors, **options.without_tensors(), **tile_of)
+        results.append([out, *gradients])
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 

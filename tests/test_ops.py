@@ -430,13 +430,10 @@ def few(cases: list, case) -> list[str]:
 
 def operator_arguments(case, backend, requires_grad, dtype=torch.float32):
     """Of bitune::attention: nine tensors (q .. v_prefix), then the rest."""
-    inputs = case.make(dtype, requires_grad=requires_grad)
-    plan, prefix = inputs["plan"], inputs.get("prefix") or (None, None)
-    scale = case.head_dim**-0.5
-    tensors = [inputs.get(key) for key in ("q", "k", "v", "alpha_k", "alpha_v", "beta", "sinks")]
+    (*tensors, plan), options = case.call(dtype, requires_grad=requires_grad)
+    tensors += [options.beta, options.sinks, *(options.prefix or (None, None))]
     lengths = [plan.lengths, plan.num_prompt, plan.num_streams]
-    options = [case.window, case.softcap, case.stream_mask, case.shared_qkv, requires_grad, backend]
-    return (*tensors, *prefix, *lengths, scale, *options)
+    return (*tensors, *lengths, *options.without_tensors().values(), requires_grad, backend)
 
 
 def prefill_arguments(case, backend, dtype=torch.float32):

@@ -56,6 +56,10 @@ class Options(NamedTuple):
     beta: Tensor | float | None = None
     prefix: tuple[Tensor, Tensor] | None = None
 
+    def without_tensors(self) -> dict:
+        """Those that ``backward`` gets by name."""
+        return {name: x for name, x in self._asdict().items() if name not in ("sinks", "beta", "prefix")}
+
 
 def load(name: str) -> ModuleType:
     """The module of one backend, imported on first use."""

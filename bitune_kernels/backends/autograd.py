@@ -11,13 +11,10 @@ from . import Options
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, module, plan, options, q, k, v, alpha_k, alpha_v, beta, sinks, k_prefix, v_prefix):
-        prefix = None if k_prefix is None else (k_prefix, v_prefix)
-        given = options | {"beta": beta, "sinks": sinks, "prefix": prefix}
-        out, k_mixed, v_mixed, streams, lse = module.forward(q, k, v, alpha_k, alpha_v, plan, **given, save=True)
-        inputs = (q, k, v, alpha_k, alpha_v, beta, sinks, k_prefix, v_prefix)
+    def forward(ctx, module, plan, options, *inputs):  # q, k, v, alpha_k, alpha_v, beta, sinks, k_prefix, v_prefix
+        out, k_mixed, v_mixed, streams, lse = module.forward(*inputs[:5], plan, **options._asdict(), save=True)
         ctx.save_for_backward(*inputs, out, streams, lse)
-        ctx.module, ctx.plan, ctx.options = module, plan, options
+        ctx.module, ctx.plan, ctx.options = module, plan, options.without_tensors()
         ctx.given = [x is not None for x in inputs]
         ctx.set_materialize_grads(False)
         # Views of k and v with one stream: the caller slices them, where autograd sees it.
@@ -34,15 +31,12 @@ class _Attention(torch.autograd.Function):
 
 def attention(module: ModuleType, q, k, v, alpha_k, alpha_v, plan, options: Options):
     """``bitune_kernels.ops.bitune_attention`` with this module; differentiable once where it has kernels of its own."""
-    given = options._asdict()
     if not hasattr(module, "forward"):
-        return module.attention(q, k, v, alpha_k, alpha_v, plan, **given)
+        return module.attention(q, k, v, alpha_k, alpha_v, plan, **options._asdict())
     inputs = (q, k, v, alpha_k, alpha_v, options.beta, options.sinks, *(options.prefix or (None, None)))
     if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
-        return module.forward(q, k, v, alpha_k, alpha_v, plan, **given, save=False)[:3]
-    for name in ("beta", "sinks", "prefix"):
-        del given[name]
-    out, k_mixed, v_mixed = _Attention.apply(module, plan, given, *inputs)
+        return module.forward(q, k, v, alpha_k, alpha_v, plan, **options._asdict(), save=False)[:3]
+    out, k_mixed, v_mixed = _Attention.apply(module, plan, options, *inputs)
     if plan.num_streams == 1:
         k_mixed, v_mixed = k[: plan.num_prompt], v[: plan.num_prompt]
     return out, k_mixed, v_mixed

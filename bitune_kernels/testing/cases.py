@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..backends import Options
 from ..plan import SegmentPlan
 
 # A separate axis: each case runs in each dtype that the backend under test supports.
@@ -140,6 +141,16 @@ class Case:
                 place(normal(past, heads_kv, dim_v), transposed=True),
             )
         return inputs
+
+    def call(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", requires_grad: bool = False
+    ) -> tuple[list, Options]:
+        """The same as backends get it: q, k, v, alpha_k, alpha_v and plan, and the options with their scale."""
+        inputs = self.make(dtype, device, requires_grad)
+        if self.softmax_scale is None:
+            inputs["softmax_scale"] = self.head_dim**-0.5
+        options = Options(**{name: inputs.pop(name) for name in Options._fields if name in inputs})
+        return list(inputs.values()), options
 
     def make_prefill(
         self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", transposed: bool = True

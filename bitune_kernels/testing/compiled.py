@@ -229,24 +229,18 @@ def call(
     case: Case, dtype: torch.dtype, tile: Tile, dq: Tile | None = None, dkv: Tile | None = None, prefill: bool = False
 ) -> None:
     """Launch the forward kernel and, given their tiles, those of the backward, on CPU tensors."""
-    inputs = case.make(dtype)
-    if inputs["softmax_scale"] is None:
-        inputs["softmax_scale"] = case.head_dim**-0.5
-    options = {name: inputs[name] for name in ("softmax_scale", "window", "softcap", "stream_mask", "shared_qkv")}
-    beta, sinks, prefix = map(inputs.get, ("beta", "sinks", "prefix"))
-    tensors, plan = [inputs[name] for name in ("q", "k", "v", "alpha_k", "alpha_v")], inputs["plan"]
-    run = partial(
-        attention_forward.forward, *tensors, plan, **options, beta=beta, sinks=sinks, prefix=prefix, tile=tile
-    )
+    (*tensors, plan), options = case.call(dtype)
+    run = partial(attention_forward.forward, *tensors, plan, **options._asdict(), tile=tile)
     if prefill:
-        k, v, rows = inputs["k"], inputs["v"], plan.num_prompt + plan.num_answer
+        (_, k, v, _, _), rows = tensors, plan.num_prompt + plan.num_answer
         run(save=False, k_cache=k[:rows].clone(), v_cache=v[:rows].clone(), cache_positions=torch.arange(rows))
         return
     out, k_mixed, v_mixed, streams, lse = run(save=True)
     if dq is not None:
         given = map(torch.empty_like, (out, k_mixed, v_mixed))
-        saved = (beta, sinks, *(prefix or (None, None)), out, streams, lse)
-        attention_backward.backward(*given, *tensors, *saved, plan, **options, tile_q=dq, tile_kv=dkv)
+        others = (options.beta, options.sinks, *(options.prefix or (None, None)), out, streams, lse, plan)
+        tiles_of = {"tile_q": dq, "tile_kv": dkv}
+        attention_backward.backward(*given, *tensors, *others, **options.without_tensors(), **tiles_of)
 
 
 def compile_rows(
