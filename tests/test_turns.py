@@ -63,7 +63,7 @@ def turn_by_turn(model, ids, turns):
 
 
 @pytest.mark.parametrize("variant", ["bitune", "naive_bidir", "shared_weights"])
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gemma4_shared_kv", "gpt2"])
 def test_alternating_training_equals_turns_over_a_cache(family, variant):
     model = model_of(family, turns="alternating", variant=variant).eval()
     ids, mask, labels = conversations()

@@ -161,15 +161,16 @@ def check_cache(cache, structure: Structure, batch: int, width: int, empty: bool
     Raises:
         ValueError: before anything is written to it.
     """
+    # early exit, a kind of assisted decoding, runs fewer layers for its candidates
+    running = getattr(structure.backbone.config, "num_hidden_layers", structure.num_layers)
+    own = [layer for layer, source in enumerate(structure.kv_layers[:running]) if layer == source]
     if not empty:
-        kind = next((type(x).__name__ for x in cache.layers if not type(x).__name__.startswith("Dynamic")), None)
+        kinds = [type(cache.layers[structure.cache_index(layer)]).__name__ for layer in own]
+        kind = next((name for name in kinds if not name.startswith("Dynamic")), None)
         if kind is not None:
             raise ValueError(f"past_key_values: expected a DynamicCache of earlier turns, got {kind}")
     elif int(cache.get_seq_length()):
         raise ValueError(f"past_key_values: expected an empty cache, got one of {int(cache.get_seq_length())} tokens")
-    # early exit, a kind of assisted decoding, runs fewer layers for its candidates
-    running = getattr(structure.backbone.config, "num_hidden_layers", structure.num_layers)
-    own = [layer for layer, source in enumerate(structure.kv_layers[:running]) if layer == source]
     expected = 1 + max(structure.cache_index(layer) for layer in own)
     if len(cache.layers) < expected and cache.layer_class_to_replicate is None:
         raise ValueError(f"past_key_values: expected a cache of {expected} layers, got {len(cache.layers)}")
