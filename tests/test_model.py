@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import IA3Config, LilyConfig, LoraConfig, PromptTuningConfig
+from peft import IA3Config, LilyConfig, LoraConfig, PromptTuningConfig, VBLoRAConfig
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -201,10 +201,11 @@ def test_reentrant_checkpointing_is_refused_for_three_passes():
         {"variant": "naive_bidir"},
         {"peft": LoraConfig(use_dora=True, r=4, target_modules=["q_proj", "v_proj"])},
         {"peft": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])},
+        {"peft": VBLoRAConfig(target_modules=["q_proj", "v_proj"], vector_length=8, num_vectors=16)},
         {"peft": None},
         {"mixing_granularity": "head", "skip_bidir": 1},
     ],
-    ids=["bitune", "naive_bidir", "dora", "ia3", "full", "head"],
+    ids=["bitune", "naive_bidir", "dora", "ia3", "vblora", "full", "head"],
 )
 def test_saved_and_loaded_is_the_same_model(config, tmp_path):
     model = bitune_model(**config)
@@ -251,6 +252,15 @@ def test_weights_that_no_adapter_has_are_refused(tmp_path):
     del weights[name]
     save_file(weights, path)
     with pytest.raises(ValueError, match=r"no weights for .*layers.0"):
+        BituneModel.from_pretrained(base_model(), tmp_path)
+
+
+def test_a_tensor_that_all_layers_share_is_missed(tmp_path):
+    model = bitune_model(peft=VBLoRAConfig(target_modules=["q_proj", "v_proj"], vector_length=8, num_vectors=16))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "causal" / "adapter_model.safetensors"
+    save_file({n: x for n, x in load_file(path).items() if "vector_bank" not in n}, path)
+    with pytest.raises(ValueError, match=r"no weights for .*vector_bank"):
         BituneModel.from_pretrained(base_model(), tmp_path)
 
 

@@ -496,7 +496,10 @@ class BituneModel(PeftModelForCausalLM):
             raise FileNotFoundError(f"{model_id}: not found; expected a folder of the adapter {adapter_name!r}")
         with _trainable_kept(self), evaluating(self):
             result = super().load_adapter(str(model_id), adapter_name, is_trainable=is_trainable, **kwargs)
-        for what, names in (("unexpected weights", result.unexpected_keys), ("no weights for", result.missing_keys)):
+        tensors, missing = self.state_dict(keep_vars=True), set(result.missing_keys)
+        found = {id(x) for name, x in tensors.items() if name not in missing}  # some tuners name one tensor many times
+        missing = [name for name in result.missing_keys if id(tensors.get(name)) not in found]
+        for what, names in (("unexpected weights", result.unexpected_keys), ("no weights for", missing)):
             if names:
                 raise ValueError(f"{model_id}: {what} {', '.join(names[:3])}{', ...' if names[3:] else ''}")
         if adapter_name == CAUSAL and self.mixing is not None:
