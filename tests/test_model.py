@@ -353,12 +353,18 @@ def test_equal_tokens_under_other_masks_are_other_prompts():
         torch.testing.assert_close(found[row : row + 1], model(input_ids=own, logits_to_keep=1).logits)
 
 
-def test_disable_adapter_is_the_base_model():
+@pytest.mark.parametrize(
+    "peft", [lora(), lora(modules_to_save=["norm", "down_proj"]), None], ids=["lora", "saved", "full"]
+)
+def test_without_its_adapters_it_is_the_base_model(peft):
     base = base_model()
     ids = torch.randint(3, VOCAB, (2, 7))
     with torch.no_grad():
         expected = base(ids).logits
-        model = bitune_model(base=base).eval()
+        model = bitune_model(base=base, peft=peft).eval()
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.05 * torch.randn_like(p))
         trainable = [p.requires_grad for p in model.parameters()]
         with model.disable_adapter():
             assert torch.equal(model(input_ids=ids).logits, expected)

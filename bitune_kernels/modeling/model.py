@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import pad
@@ -276,6 +276,10 @@ class BituneModel(PeftModelForCausalLM):
     def unload(self) -> nn.Module:
         """Remove adapters and hooks; returns the base model."""
         self._detach()
+        for parent in list(self.base_model.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, ModulesToSaveWrapper):  # PEFT would leave the trained copy there
+                    setattr(parent, name, child.original_module)
         return self.base_model.unload()
 
     def merge_and_unload(self, *args, **kwargs):
