@@ -457,6 +457,22 @@ def test_an_interrupt_in_the_middle_of_a_pass_leaves_nothing_behind(fused):
         assert torch.equal(run(), expected)
 
 
+def test_checkpointing_stays_off_behind_an_interrupt():
+    model, (ids, mask, labels) = bitune_model().train(), ragged_batch()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    model.gradient_checkpointing_enable()
+    handle = model.get_base_model().model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(input_ids=ids, attention_mask=mask, labels=labels)
+    handle.remove()
+    model.gradient_checkpointing_disable()
+    model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+    assert not model.get_base_model().is_gradient_checkpointing
+
+
 def test_threads_take_turns():
     model, (ids, mask, labels) = bitune_model().eval(), ragged_batch()
     calls = [

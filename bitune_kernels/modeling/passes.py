@@ -170,15 +170,14 @@ class Pass:
         originals = [m._gradient_checkpointing_func for m in layers]
         trimmed = self.structure.trim.layer if self.trims else None
         for layer, original in zip(layers, originals, strict=True):
-            layer._gradient_checkpointing_func = self._resumed(original)
-            # The trimmed layer's hooks would not run again in a recomputation, so it keeps its activations.
-            layer.gradient_checkpointing = layer is not trimmed
+            # The trimmed layer's hooks would not run again in a recomputation, so it keeps its activations. Its flag is
+            # the user's, who may change it before an interrupted pass is ended.
+            layer._gradient_checkpointing_func = _run if layer is trimmed else self._resumed(original)
         try:
             yield self
         finally:
             for layer, original in zip(layers, originals, strict=True):
                 layer._gradient_checkpointing_func = original
-                layer.gradient_checkpointing = True
 
     def _resumed(self, checkpoint):
         def checkpointed(run, *args):
@@ -194,6 +193,11 @@ class Pass:
             return checkpoint(run_in_pass, *self.shared, *args)
 
         return checkpointed
+
+
+def _run(function, *args):
+    # in the place of a checkpoint function
+    return function(*args)
 
 
 def attention_forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
