@@ -344,6 +344,13 @@ def test_prompt_lengths_keep_labels_on_the_prompt_out_of_the_loss():
     model(input_ids=ids, attention_mask=mask, labels=labels, prompt_lengths=lengths, num_items_in_batch=9)
 
 
+@pytest.mark.parametrize("chunk_rows", [None, 2])
+def test_labels_of_any_integers_give_the_same_loss(chunk_rows):
+    model, (ids, mask, labels) = bitune_model(loss_chunk_rows=chunk_rows).train(), ragged_batch()
+    expected = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    assert model(input_ids=ids.int(), attention_mask=mask, labels=labels.int()).loss == expected
+
+
 @torch.no_grad()
 def test_equal_tokens_under_other_masks_are_other_prompts():
     model, ids = bitune_model().eval(), torch.tensor([[5, 6, 7, 8]] * 3)

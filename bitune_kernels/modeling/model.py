@@ -304,7 +304,7 @@ class BituneModel(PeftModelForCausalLM):
             input_ids: int64 [batch, seq], each row prompt then answer, padded left or right; or several samples
                 packed into a row.
             attention_mask: [batch, seq], nonzero at real tokens. None: no padding.
-            labels: int64 [batch, seq], -100 at the prompt and at padding; the loss is the mean over answer tokens
+            labels: integers [batch, seq], -100 at the prompt and at padding; the loss is the mean over answer tokens
                 as in transformers, or over samples (``BituneConfig.loss``). The prompt of a sample is what stands
                 before its first label that is not -100.
             prompt_lengths: prompt tokens of each sample, 1 to its real tokens; instead of, or beside, ``labels``.
@@ -349,7 +349,7 @@ class BituneModel(PeftModelForCausalLM):
             needs_answer=mean and not kwargs.get("fused_lm_head"),
         )
         if labels is not None:
-            given, labels = labels, plan.pack_answers(labels)
+            given, labels = labels, plan.pack_answers(labels).long()
             labels[plan.cu_answer[:-1].long()] = -100  # the last prompt token is not predicted
             labels = labels[None]
             if prompt_lengths is not None and kwargs.get("num_items_in_batch") is not None:
