@@ -403,6 +403,9 @@ BAD_CALLS = {
     "labels: expected an answer token": lambda i, m, y: dict(
         input_ids=i, attention_mask=m, labels=torch.full_like(y, -100)
     ),
+    "labels: expected an answer token (a label behind the prompt": lambda i, m, y: dict(
+        input_ids=i, attention_mask=m, labels=i.masked_fill(m == 0, -100), prompt_lengths=m.sum(1)
+    ),
     "labels: expected -100 on the prompt": lambda i, m, y: dict(input_ids=i, labels=i),
     "labels: expected -100 wherever": lambda i, m, y: dict(input_ids=i, attention_mask=m, labels=y.roll(9, 1)),
     "labels: expected shape": lambda i, m, y: dict(input_ids=i, attention_mask=m, labels=y[:, 1:]),

@@ -40,7 +40,6 @@ def plan_batch(
     position_ids: torch.Tensor | None,
     packed: dict,
     config: BituneConfig,
-    needs_answer: bool,
 ) -> SegmentPlan:
     """The rows of a batch, all arguments as in ``BituneModel.forward``.
 
@@ -48,7 +47,6 @@ def plan_batch(
         tokens: ids or embeddings, [batch, seq, ...].
         labels, prompt_lengths: at least one of them.
         packed: what a collator says about packed samples beside ``position_ids``.
-        needs_answer: refuse packed samples none of which has an answer.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -61,7 +59,7 @@ def plan_batch(
     samples = find_samples(shape, attention_mask, position_ids)
     _check_packed(packed, samples, position_ids)
     if prompt_lengths is None:
-        prompt_lengths = _prompt_lengths(labels, samples, position_ids is not None, needs_answer)
+        prompt_lengths = _prompt_lengths(labels, samples, position_ids is not None)
     options = dict(num_streams=config.num_streams, device=tokens.device)
     if labels is None or config.turns == "one":
         return SegmentPlan.from_samples(shape, samples, prompt_lengths, **options)
@@ -88,9 +86,7 @@ def _check_packed(given: dict, samples: list[tuple[int, int]], position_ids: tor
                 raise ValueError(f"{name}: expected samples at tokens {starts} as position_ids say, got {found}")
 
 
-def _prompt_lengths(
-    labels: torch.Tensor, samples: list[tuple[int, int]], packed: bool, needs_answer: bool
-) -> list[int]:
+def _prompt_lengths(labels: torch.Tensor, samples: list[tuple[int, int]], packed: bool) -> list[int]:
     """Prompt tokens of each sample: those before its first label that is not -100."""
     is_answer = (labels != -100).flatten().cpu()
     answers = [is_answer[first : first + length] for first, length in samples]
@@ -98,8 +94,6 @@ def _prompt_lengths(
         raise ValueError("labels: expected -100 wherever attention_mask is 0, got labels on padding")
     empty = [s for s, x in enumerate(answers) if not bool(x.any())]
     # Truncated samples and what packs them (it pads with tokens at position 0) may be all prompt, and train nothing.
-    if needs_answer and len(empty) == len(samples):
-        raise ValueError("labels: expected an answer token (a label that is not -100), got none in the whole batch")
     lengths = [int(x.int().argmax()) if bool(x.any()) else len(x) for x in answers]
     short = [s for s, n in enumerate(lengths) if n < 1 + packed and s not in empty]
     if short and packed:

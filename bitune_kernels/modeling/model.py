@@ -336,8 +336,6 @@ class BituneModel(PeftModelForCausalLM):
         if kwargs.get("shift_labels") is not None:
             raise ValueError("shift_labels: expected None (labels are shifted by the model), got a tensor")
         packed = {name: common.pop(name) for name in PACKED if name in common}
-        # where nobody else divides the sum over tokens, a batch without an answer would be 0 / 0
-        mean = self.bitune_config.loss == "token" and kwargs.get("num_items_in_batch") is None
         plan = plan_batch(
             tokens,
             labels,
@@ -346,11 +344,17 @@ class BituneModel(PeftModelForCausalLM):
             position_ids=kwargs.get("position_ids"),
             packed=packed,
             config=self.bitune_config,
-            needs_answer=mean and not kwargs.get("fused_lm_head"),
         )
         if labels is not None:
             given, labels = labels, plan.pack_answers(labels).long()
             labels[plan.cu_answer[:-1].long()] = -100  # the last prompt token is not predicted
+            # where nobody else divides the sum over tokens, a batch without an answer would be 0 / 0
+            mean = self.bitune_config.loss == "token" and kwargs.get("num_items_in_batch") is None
+            if mean and not kwargs.get("fused_lm_head") and not bool((labels != -100).any()):
+                raise ValueError(
+                    "labels: expected an answer token (a label behind the prompt that is not -100), got none in the "
+                    "whole batch"
+                )
             labels = labels[None]
             if prompt_lengths is not None and kwargs.get("num_items_in_batch") is not None:
                 extra = int((given != -100).sum() - (labels != -100).sum())
