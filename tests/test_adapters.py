@@ -128,6 +128,15 @@ def test_every_tuner_equals_its_layer_on_each_block(name, base, dtypes, monkeypa
         assert_within_budget(output, value, expected[output], low[output], dtype, f"{name} {base.__name__}")
 
 
+def test_dropout_that_is_switched_off_alone_is_off():
+    model, (ids, mask, labels) = bitune_model(peft=lora(lora_dropout=0.3)), ragged_batch()
+    expected = model.eval()(input_ids=ids, attention_mask=mask, labels=labels).loss
+    for module in model.train().modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    torch.testing.assert_close(model(input_ids=ids, attention_mask=mask, labels=labels).loss, expected)
+
+
 def quantized(kind: str, folder) -> nn.Module:
     from transformers import BitsAndBytesConfig, LlamaForCausalLM, TorchAoConfig
 

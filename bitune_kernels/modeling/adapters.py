@@ -90,10 +90,8 @@ class SegmentLora(_SegmentLayer):
         return segment_lora_add(base(x), x, n, *both)  # the library that owns the weights multiplies by them
 
     def _adapter(self, name: str) -> Adapter:
-        a, b = self.lora_A[name], self.lora_B[name]
-        p = 0.0
-        if self.training and isinstance(dropout := self.lora_dropout[name], nn.Dropout):
-            p = dropout.p
+        a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
         return Adapter(a.weight, b.weight, self.scaling[name], b.bias, p)
 
 
