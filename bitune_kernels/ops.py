@@ -42,8 +42,8 @@ def bitune_attention(
 
         k_mixed = (1 - alpha_k) k_causal + alpha_k k_bidir      v_mixed likewise, float32, rounded to k's dtype
 
-    Softmax is computed in float32 (float64 for float64 input). Differentiable in q, k, v, alpha_k, alpha_v,
-    beta, sinks and prefix. Samples without prompt or answer rows are allowed.
+    Softmax is computed in float32 (float64 for float64 input), and autocast changes nothing. Differentiable in q, k, v,
+    alpha_k, alpha_v, beta, sinks and prefix. Samples without prompt or answer rows are allowed.
 
     Args:
         q: [T, num_heads_q, head_dim], or [A, ...] the answer rows alone when the prompt's own attention isn't needed

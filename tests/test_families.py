@@ -282,6 +282,15 @@ def test_bfloat16_is_as_exact_in_one_pass_as_in_three(name):
         check(part, *(torch.cat([r.grads[n].flatten() for n in names]) for r in results))
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])  # softcap and sinks: the formula's own backend
+def test_autocast(name):
+    models, batch = attach_pair(BY_ID[name]), ragged("left")
+    exact = step(models.three, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        errors = [float((step(m, batch).loss - exact.loss).abs() / exact.loss) for m in (models.one, models.three)]
+    assert max(errors) < 0.01 and errors[0] <= 2 * errors[1] + 0.004, errors
+
+
 @pytest.mark.parametrize(("family", "reason"), REFUSED, ids=lambda x: getattr(x, "id", ""))
 def test_refused_and_left_as_it_was(family, reason):
     model = family.build()

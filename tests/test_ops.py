@@ -299,6 +299,24 @@ def test_alpha_may_be_a_number():
         assert torch.equal(actual, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=name)
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_autocast_changes_nothing(backend, dtype):
+    inputs = Case(prompts=(5, 2), answers=(3, 1)).make(dtype)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast(inputs["q"].device.type, torch.bfloat16, enabled=enabled):
+            outputs = bitune_attention(**inputs, backend=backend)
+            slots = torch.arange(11, device=inputs["q"].device)
+            caches = [x.new_zeros(11, *x.shape[1:]) for x in (inputs["k"], inputs["v"])]
+            with torch.no_grad():
+                options = dict(k_cache=caches[0], v_cache=caches[1], cache_positions=slots)
+                prefilled = bitune_prefill(**inputs, **options, backend=backend)
+        results.append([*outputs, prefilled, *caches])
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected) and found.dtype == dtype
+
+
 # bitune_prefill and mix_kv
 
 

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import torch
 
+from ..autocast import in_own_dtypes
 from ..mixing import mix, mix_prompts
 from ..plan import SegmentPlan
 from . import Options
@@ -48,6 +49,7 @@ def _joined(first, first_lengths, second, second_lengths):
     return torch.cat([rows for pair in pairs for rows in pair])
 
 
+@in_own_dtypes
 def attention(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, **options):
     """``bitune_kernels.ops.bitune_attention`` for calls without sinks, prefix and the anti-causal mask."""
     from flash_attn import flash_attn_varlen_func

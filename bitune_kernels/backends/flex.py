@@ -6,6 +6,7 @@ from functools import cache, lru_cache
 
 import torch
 
+from ..autocast import in_own_dtypes
 from ..mixing import mix, mix_prompts
 from ..plan import SegmentPlan
 from . import Options
@@ -87,6 +88,7 @@ def _block_mask(prompts, answers, query_segments, key_segments, stream_mask: str
     return create(lambda b, h, i, j: visible(queries[:, i], keys[:, j]), None, None, *sizes, device=device)
 
 
+@in_own_dtypes
 def attention(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, **options):
     """``bitune_kernels.ops.bitune_attention`` for calls without sinks and prefix."""
     o, N, S, A = Options(**options), plan.num_prompt, plan.answer_start, plan.num_answer

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import torch
 
+from ..autocast import in_own_dtypes
 from ..masks import visible_to_answer, visible_to_prompt
 from ..mixing import mix
 from ..plan import SegmentPlan
@@ -27,6 +28,7 @@ def unsupported(**call) -> str | None:
     return None
 
 
+@in_own_dtypes
 def attention_weights(q, k, see, softmax_scale, softcap=None, sinks=None, upcast=True):
     """softmax(cap(scale q k^T)) over the visible keys, zero at the others. A query that sees nothing has zeros.
 
@@ -57,6 +59,7 @@ def attend(q, k, v, see, softmax_scale, softcap=None, sinks=None, upcast=True):
     return torch.einsum("hij,jhd->ihd", weights, v).to(q.dtype)
 
 
+@in_own_dtypes
 def attention(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, *, upcast: bool = True, **options):
     """``bitune_kernels.ops.bitune_attention`` sample by sample. ``upcast=False`` computes in the input's own dtype."""
     softmax_scale, window, softcap, sinks, stream_mask, shared_qkv, beta, prefix = Options(**options)

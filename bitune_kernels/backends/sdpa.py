@@ -12,6 +12,7 @@ from itertools import groupby
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..autocast import in_own_dtypes
 from ..masks import visible_to_answer, visible_to_prompt
 from ..mixing import mix, mix_prompts
 from ..plan import SegmentPlan
@@ -89,6 +90,7 @@ def _answer_visibility(a: int, before: int, window: int | None, device):
     return see
 
 
+@in_own_dtypes
 def attention(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, **options):
     """``bitune_kernels.ops.bitune_attention`` for calls without softcap and sinks."""
     o = Options(**options)

@@ -13,12 +13,13 @@ under autocast in its dtype.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
+
+from ..autocast import without_autocast
 
 
 class Adapter(NamedTuple):
@@ -69,12 +70,6 @@ def _cast(dtype: torch.dtype, *tensors: torch.Tensor | None) -> list[torch.Tenso
 def _drop(x: torch.Tensor, mask: torch.Tensor | None, keep: float) -> torch.Tensor:
     # a dropout again, or its gradient, which are the same: x * mask / keep
     return x if mask is None else torch.ops.aten.native_dropout_backward(x, mask, 1 / keep)
-
-
-def _without_autocast(x: torch.Tensor):
-    # Dtypes are chosen here.
-    enabled = torch.is_autocast_enabled(x.device.type)
-    return torch.autocast(x.device.type, enabled=False) if enabled else nullcontext()
 
 
 def _autocast(x: torch.Tensor) -> torch.Tensor:
@@ -133,7 +128,7 @@ class _SegmentLora(torch.autograd.Function):
         ctx.n, ctx.first = n, 0 if twice else n  # the first row of x that causal serves
         ctx.scales, ctx.keeps = (bidir.scale, causal.scale), (1 - bidir.dropout, 1 - causal.dropout)
         saved, operands = [x, weight], []
-        with _without_autocast(x):
+        with without_autocast(x):
             x_, start, weight_, bias_ = _cast(dtype, x, product, weight, bias)
             for rows, adapter in ((x_[:n], bidir), (x_[ctx.first :], causal)):
                 if adapter.a is None:
@@ -157,7 +152,7 @@ class _SegmentLora(torch.autograd.Function):
     def backward(ctx, dy_):
         n, first, dtype = ctx.n, ctx.first, ctx.dtype
         x_, weight, *saved = ctx.saved_tensors
-        with _without_autocast(dy_):
+        with without_autocast(dy_):
             dy, x = _cast(dtype, dy_, x_)
             dx = None
             if ctx.needs_input_grad[0]:
@@ -307,7 +302,7 @@ def adapted_row_norms(weight: torch.Tensor, adapters: Sequence[Adapter]) -> list
         Per adapter [out_features], in float32 or wider.
     """
     norms = []
-    with _without_autocast(weight):
+    with without_autocast(weight):
         dtype = torch.float32 if _emulated(weight.device.type, weight.dtype) else weight.dtype
         wide = torch.promote_types(dtype, torch.float32)
         weight = weight.to(dtype)
