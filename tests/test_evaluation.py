@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from bitune_kernels import BituneConfig, get_bitune_model
 from bitune_kernels.modeling import score_choices
 from bitune_kernels.training.data import READERS, TEMPLATE
 from bitune_kernels.training.recipe import load_recipe
+from tests.families import BY_ID
 from tests.test_training_data import ROWS, byte_tokenizer
 from tests.test_turns import TEMPLATE as CHAT_TEMPLATE
 from tests.test_turns import model_of
@@ -187,6 +189,19 @@ def test_choices_in_one_pass_are_those_one_by_one(family, variant):
         for answer, (score, greedy) in zip(answers, scores, strict=True):
             expected = by_hand(model, prompt, answer)
             assert score == pytest.approx(expected[0], abs=1e-5) and greedy == expected[1]
+
+
+def test_choices_of_a_model_that_was_made_for_three_passes():
+    # gpt2's last layer can't drop rows, which the comparison of both shows
+    found, expected = (
+        score_choices(model_of("gpt2", use_fused=fused).eval(), [[5, 6, 7]], [[[8], [9, 3]]]) for fused in (False, True)
+    )
+    for x, y in zip(found[0], expected[0], strict=True):
+        assert x[0] == pytest.approx(y[0], abs=1e-5) and x[1] == y[1]
+    base = BY_ID["gemma3_text"].build()  # the norms of its heads can't have two sets of weights in one pass
+    model = get_bitune_model(base, BituneConfig(peft=None, use_fused=False)).eval()
+    with pytest.raises(ValueError, match=r"^base_model: Gemma3ForCausalLM can't be used in one pass"):
+        score_choices(model, [[5, 6, 7]], [[[8], [9, 3]]])
 
 
 @pytest.fixture(scope="module")

@@ -73,6 +73,7 @@ class BackboneHooks:
         self.structure, self.config, self.mixing = structure, config, mixing
         self.enabled = True
         self.trims = True
+        self.tested = False  # whether one pass was compared with three
         self.generation: Generation | None = None
         self.turn = None  # a cache over which the next call reads a prompt
         self.merge: CausalMerge | None = None

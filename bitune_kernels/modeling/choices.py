@@ -9,6 +9,7 @@ import torch
 from ..plan import SegmentPlan
 from .model import BituneModel, check_streams_on
 from .passes import evaluating
+from .self_test import in_one_pass
 
 
 def score_choices(
@@ -46,7 +47,7 @@ def score_choices(
     ids = torch.tensor([tokens], device=model.device)
     streams = model.bitune_config.num_streams
     plan = SegmentPlan.from_turns(ids.shape, *zip(*turns, strict=True), num_streams=streams, device=ids.device)
-    with evaluating(model), model.use_schedule(use_fused=True), model._hooks.request(plan):
+    with evaluating(model), in_one_pass(model), model._hooks.request(plan):
         logits = model(input_ids=ids, use_cache=False).logits[0].float()  # [A, vocab]
     targets = [token for answers in choices for ids in answers for token in ids]
     rows, targets = (torch.tensor(x, dtype=torch.long, device=logits.device) for x in (rows, targets))

@@ -70,12 +70,22 @@ def check_one_pass(model) -> None:
             hooks.trims = False
             logger.info("%s: the last layer is not trimmed (%s)", type(backbone).__name__, error)
             error = _failure(run, expected, dtype)
+    hooks.tested = not error
     if error:
         name = type(model.get_base_model()).__name__
         raise ValueError(
             f"base_model: {name} can't be used in one pass: {error}. "
             "get_bitune_model(..., BituneConfig(use_fused=False)) runs the three-pass schedule"
         )
+
+
+@contextmanager
+def in_one_pass(model):
+    """Inside, passes run as one. Of a model that was made for three passes the two are compared first, once."""
+    if not (model.bitune_config.use_fused or model._hooks.tested):
+        check_one_pass(model)
+    with model.use_schedule(use_fused=True):
+        yield
 
 
 def _failure(run, expected: torch.Tensor, dtype: torch.dtype) -> str | None:

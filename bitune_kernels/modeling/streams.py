@@ -10,6 +10,7 @@ from .labels import check_tokens
 from .model import BituneModel, check_streams_on
 from .one_pass import Observer
 from .passes import evaluating
+from .self_test import in_one_pass
 
 
 def stream_attention(model: BituneModel, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -79,5 +80,5 @@ def _prefill(model: BituneModel, input_ids: torch.Tensor, observer: Observer) ->
     check_tokens("input_ids", input_ids)
     if input_ids.shape[0] != 1 or input_ids.shape[1] < 2:
         raise ValueError(f"input_ids: expected [1, seq] with at least two tokens, got {list(input_ids.shape)}")
-    with evaluating(model), model.use_schedule(use_fused=True), model._hooks.observing(observer):
+    with evaluating(model), in_one_pass(model), model._hooks.observing(observer):
         model(input_ids=input_ids, use_cache=False)
