@@ -150,6 +150,16 @@ def test_a_turn_over_a_cache_by_hand():
         torch.testing.assert_close(mine.values, theirs.values, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_turns_over_a_cache_under_autocast(fused):
+    # the steps of an answer leave keys in float32 and values in bfloat16
+    model, ids, turns = bitune_model().eval(), conversations()[0][:1], CONVERSATIONS[0][0]
+    expected, _ = turn_by_turn(model, ids, turns)
+    with torch.autocast("cpu", torch.bfloat16), model.use_schedule(use_fused=fused):
+        found, _ = turn_by_turn(model, ids, turns)
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 def test_gradients_reach_earlier_turns(backend):
     """Against finite differences: turns meet in the keys and values of those before."""

@@ -113,8 +113,8 @@ class OnePass(Pass):
         if last:
             q = q[plan.answer_start :]
         if self.past is not None:
-            k_past, v_past = (x[0].transpose(0, 1) for x in self.past.rows(layer))
-            options["prefix"] = k_past, v_past
+            # what plain steps wrote under autocast may have another dtype
+            options["prefix"] = tuple(x[0].transpose(0, 1).to(k.dtype) for x in self.past.rows(layer))
         elif plan.prefix_index is not None:
             options["prefix"] = self._earlier_turns(k, alpha_k), self._earlier_turns(v, alpha_v)
         out = self._run(layer, (q, k, v, alpha_k, alpha_v, plan), options)
