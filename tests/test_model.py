@@ -22,6 +22,7 @@ from bitune_kernels import BituneConfig, BituneModel, get_bitune_model
 from bitune_kernels.modeling import adapters, encode, score_choices, stream_distance
 from bitune_kernels.modeling.adapters import SegmentLora
 from bitune_kernels.modeling.one_pass import OnePass
+from tests.families import BY_ID
 from tests.tiny import VOCAB, base_model, bitune_model, lora, ragged_batch
 
 
@@ -320,6 +321,13 @@ def test_the_self_test_sees_what_fresh_adapters_hide(fault, monkeypatch):
         monkeypatch.setattr(OnePass, "_alphas", lambda self, layer, v: tuple(reversed(alphas(self, layer, v))))
     with pytest.raises(ValueError, match=r"base_model: .* can't be used in one pass: its hidden states differ"):
         bitune_model()
+
+
+def test_the_self_test_compares_in_the_models_own_dtype():
+    with torch.autocast("cpu", torch.bfloat16):
+        for family in ("granite", "nemotron"):
+            model = bitune_model(base=BY_ID[family].build(), loss_chunk_rows=2)
+            assert model._hooks.trims, "rounding made no difference"
 
 
 def test_the_self_test_leaves_a_model_as_it_is():

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ..lora.segment import without_autocast
 from ..plan import SegmentPlan
 from .passes import evaluating
 
@@ -63,7 +64,7 @@ def check_one_pass(model) -> None:
         with model.use_schedule(use_fused=fused), hooks.request(plan):
             return backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.double()
 
-    with _as_trained(model), evaluating(model):
+    with _as_trained(model), evaluating(model), without_autocast(ids):
         expected = run(fused=False)
         error = _failure(run, expected, dtype)
         if error and hooks.structure.trim is not None:
@@ -109,7 +110,7 @@ def check_chunked_loss(model) -> None:
     labels = ids.clone()
     labels[:, :5] = -100
     common = dict(attention_mask=mask, inputs_embeds=None)
-    with evaluating(model):
+    with evaluating(model), without_autocast(ids):
         expected = model(input_ids=ids, labels=labels, attention_mask=mask).loss.double()
         try:
             found = model._forward_in_chunks(plan, plan.pack_answers(labels)[None], 3, ids, common).loss.double()
