@@ -68,6 +68,12 @@ def test_rows_sum_to_one_and_masks_hold(family):
         assert torch.equal(found["causal"][layer] > 0, near.tril())
 
 
+def test_rows_sum_to_one_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        found = stream_attention(bitune_model(), prompt())
+    torch.testing.assert_close(found["bidir"].sum(-1), torch.ones(3, P - 1))
+
+
 def test_variants_and_what_is_refused():
     model, ids = bitune_model(variant="naive_bidir"), prompt()
     assert list(stream_attention(model, ids)) == ["bidir"]
