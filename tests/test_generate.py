@@ -302,6 +302,23 @@ def test_a_family_that_reads_everything_again_reads_the_answer_as_an_answer():
         assert logits[:, -1].argmax(-1).tolist() == out[:, width].tolist(), width
 
 
+def test_a_logits_processor_may_call_the_model_on_its_own_prompt(tiny):
+    other, found = torch.randint(3, 96, (2, 9)), []
+    mask = torch.ones_like(other)
+    mask[1, -2:] = 0  # padding on the right, which generate() would refuse
+    with torch.no_grad():
+        expected = tiny(input_ids=other, attention_mask=mask).logits
+
+    def call(tokens, scores):
+        found.append(tiny(input_ids=other, attention_mask=mask).logits)
+        return scores
+
+    ids = torch.randint(3, 96, (1, 6))
+    whole = tiny.generate(ids, **TINY)
+    assert torch.equal(tiny.generate(ids, **TINY, logits_processor=[call]), whole)
+    assert len(found) == 4 and all(torch.equal(x, expected) for x in found)
+
+
 def test_streamer_and_stopping_criteria_see_the_answer(tiny):
     class Stream:
         tokens, ended = [], False

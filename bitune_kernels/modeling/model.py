@@ -327,7 +327,8 @@ class BituneModel(PeftModelForCausalLM):
             )
         common = dict(attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         if (labels is None and prompt_lengths is None) or not self._hooks.enabled:
-            with one_at_a_time:
+            # generate() calls the causal LM itself: a logits processor that calls this one has a prompt of its own
+            with one_at_a_time, self._hooks.generating(None):
                 return super().forward(input_ids, labels=labels, return_dict=return_dict, **common)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         check_inputs(input_ids, inputs_embeds)
