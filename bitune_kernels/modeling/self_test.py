@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..lora.segment import without_autocast
+from ..autocast import without_autocast
 from ..plan import SegmentPlan
 from .passes import evaluating
 

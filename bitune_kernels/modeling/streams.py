@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from ..backends.reference import attention_weights
-from ..lora.segment import without_autocast
 from ..masks import visible_to_prompt
 from .labels import check_tokens
 from .model import BituneModel, check_streams_on
@@ -42,9 +41,7 @@ def stream_attention(model: BituneModel, input_ids: torch.Tensor) -> dict[str, t
             blocks["causal"] = slice(plan.answer_start - n, plan.answer_start)
         for name, rows in blocks.items():
             see = visible_to_prompt(masks[name], n, window=options["window"], device=q.device)
-            with without_autocast(q):
-                weights = attention_weights(q[rows], k[rows], see, **common)
-            matrices[name].append(weights.mean(0).float().cpu())
+            matrices[name].append(attention_weights(q[rows], k[rows], see, **common).mean(0).float().cpu())
 
     _prefill(model, input_ids, observe)
     return {name: torch.stack(layers) for name, layers in matrices.items() if layers}
