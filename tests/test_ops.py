@@ -299,22 +299,27 @@ def test_alpha_may_be_a_number():
         assert torch.equal(actual, wanted)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("registered", [False, True], ids=["plain", "registered"])
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
-def test_autocast_changes_nothing(backend, dtype):
-    inputs = Case(prompts=(5, 2), answers=(3, 1)).make(dtype)
-    results = []
-    for enabled in (False, True):
-        with torch.autocast(inputs["q"].device.type, torch.bfloat16, enabled=enabled):
-            outputs = bitune_attention(**inputs, backend=backend)
-            slots = torch.arange(11, device=inputs["q"].device)
-            caches = [x.new_zeros(11, *x.shape[1:]) for x in (inputs["k"], inputs["v"])]
-            with torch.no_grad():
-                options = dict(k_cache=caches[0], v_cache=caches[1], cache_positions=slots)
-                prefilled = bitune_prefill(**inputs, **options, backend=backend)
-        results.append([*outputs, prefilled, *caches])
-    for found, expected in zip(*results, strict=True):
-        assert torch.equal(found, expected) and found.dtype == dtype
+def test_autocast_changes_nothing(backend, registered, dtype):
+    softcap = 2.0 if backend == "reference" else None
+    case = Case(prompts=(5, 2), answers=(3, 4), softcap=softcap, window=4, beta="head")
+    inputs = case.make(dtype, requires_grad=True)
+    arguments = operator_arguments(case, backend, requires_grad=True, dtype=dtype)
+
+    def call():
+        return torch.ops.bitune.attention(*arguments) if registered else bitune_attention(**inputs, backend=backend)
+
+    expected = call()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = call()
+    given = [x for x in arguments[:7] if x is not None] if registered else list(leaves(inputs).values())
+    for actual, wanted in zip(outputs[:3], expected[:3], strict=True):
+        assert torch.equal(actual, wanted)
+    grads = [torch.autograd.grad(o[0].float().square().sum(), given) for o in (outputs, expected)]
+    for actual, wanted in zip(*grads, strict=True):
+        assert torch.equal(actual, wanted)
 
 
 # bitune_prefill and mix_kv
