@@ -215,7 +215,7 @@ def _checked(q, k, v, alpha_k, alpha_v, plan, options: Options) -> tuple[tuple, 
             raise ValueError(f"{name}: expected [rows, heads, head_dim], got shape {list(x.shape)}")
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name}: expected {q.dtype} on {q.device} as q, got {x.dtype} on {x.device}")
-        if x.shape[0] != plan.num_rows and not (x is q and x.shape[0] == plan.num_answer):
+        if x.shape[0] != plan.num_rows and not (name == "q" and x.shape[0] == plan.num_answer):
             raise ValueError(f"{name}: expected {plan.num_rows} rows (plan.num_rows), got {x.shape[0]}")
     if k.shape[2] != q.shape[2] or v.shape[1] != k.shape[1]:
         raise ValueError(

@@ -711,6 +711,8 @@ BAD = [
     (TWO, {"q": torch.zeros(ROWS - 1, 4, 16)}, ValueError, "q: expected 17 rows .* got 16"),
     (TWO, {"k": torch.zeros(ROWS + 1, 2, 16)}, ValueError, "k: expected 17 rows .* got 18"),
     (TWO, {"v": torch.zeros(3, 2, 16)}, ValueError, "v: expected 17 rows .* got 3"),
+    # one tensor of the answer's rows for all three: only q may have these alone
+    (TWO, dict.fromkeys("qkv", torch.zeros(3, 2, 16)), ValueError, "k: expected 17 rows .* got 3"),
     (TWO, {"k": torch.zeros(ROWS, 2, 8)}, ValueError, "k, v: expected head_dim 16"),
     (TWO, {"v": torch.zeros(ROWS, 4, 16)}, ValueError, "k, v: expected .* the same heads"),
     (
