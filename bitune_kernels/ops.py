@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from . import backends, mixing, registered
 from .backends import Options, autograd
 from .masks import STREAM_MASKS
 from .plan import SegmentPlan
+
+_LARGE = 2.0**126  # 1 / _LARGE is the smallest normal float32
 
 
 def bitune_attention(
@@ -176,8 +176,8 @@ def _coefficient(name: str, value, heads: int, like: torch.Tensor) -> torch.Tens
     if not isinstance(value, torch.Tensor):
         if not _is_number(value):
             raise TypeError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
-        if not math.isfinite(value):
-            raise ValueError(f"{name}: expected a finite number, got {value}")
+        if not abs(value) < _LARGE:
+            raise ValueError(f"{name}: expected a finite float32, got {value}")
         return torch.full((), float(value), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
     if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name}: expected float32 (or float64), got {value.dtype}")
@@ -197,6 +197,11 @@ def _may_read(x: torch.Tensor) -> bool:
 
 def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_float32(value) -> bool:
+    # 0, or neither 0 nor infinite where kernels compute with it, times the logarithms' base.
+    return _is_number(value) and (value == 0 or 1 / _LARGE < abs(value) < _LARGE)
 
 
 def _check_floating(name: str, x) -> None:
@@ -225,12 +230,12 @@ def _checked(q, k, v, alpha_k, alpha_v, plan, options: Options) -> tuple[tuple, 
         raise ValueError(f"q: expected a multiple of the {k.shape[1]} key/value heads, got {q.shape[1]} heads")
     if stream_mask not in STREAM_MASKS:
         raise ValueError(f"stream_mask: expected one of {', '.join(STREAM_MASKS)}, got {stream_mask!r}")
-    if softmax_scale is not None and not (_is_number(softmax_scale) and abs(softmax_scale) < math.inf):
-        raise ValueError(f"softmax_scale: expected a finite number or None, got {softmax_scale!r}")
+    if softmax_scale is not None and not _is_float32(softmax_scale):
+        raise ValueError(f"softmax_scale: expected a finite float32 or None, got {softmax_scale!r}")
     if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
         raise ValueError(f"window: expected an int >= 1 or None, got {window!r}")
-    if softcap is not None and not (_is_number(softcap) and 0 < softcap < math.inf):
-        raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap!r}")
+    if softcap is not None and not (_is_float32(softcap) and softcap > 0):
+        raise ValueError(f"softcap: expected a finite float32 > 0 or None, got {softcap!r}")
     if sinks is not None:
         _check_floating("sinks", sinks)
         if tuple(sinks.shape) != (q.shape[1],) or sinks.device != q.device:
@@ -262,6 +267,7 @@ def _checked(q, k, v, alpha_k, alpha_v, plan, options: Options) -> tuple[tuple, 
                     f"{x.device}"
                 )
     softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    window = None if window is None else min(window, 2**30)  # kernels add positions to it, in 32 bits
     options = Options(softmax_scale, window, softcap, sinks, stream_mask, shared_qkv, beta, prefix)
     return (q, k, v, alpha_k, alpha_v, plan), options
 

@@ -299,6 +299,13 @@ def test_alpha_may_be_a_number():
         assert torch.equal(actual, wanted)
 
 
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_window_beyond_every_integer_of_a_tensor(backend):
+    inputs = Case(prompts=(5,), answers=(3,), heads=(1, 1)).make()
+    out, _, _ = bitune_attention(**inputs | {"window": 2**70}, backend=backend)
+    assert torch.equal(out, bitune_attention(**inputs | {"window": 8}, backend=backend)[0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("registered", [False, True], ids=["plain", "registered"])
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
@@ -737,13 +744,17 @@ BAD = [
         TWO,
         {"softmax_scale": float("nan")},
         ValueError,
-        "softmax_scale: expected a finite number or None, got nan",
+        "softmax_scale: expected a finite float32 or None, got nan",
     ),
     (TWO, {"softmax_scale": "1"}, ValueError, "softmax_scale: .* got '1'"),
+    (TWO, {"softmax_scale": 1e-60}, ValueError, "softmax_scale: .* got 1e-60"),  # 0 as float32, and 0 times -inf is NaN
+    (TWO, {"softmax_scale": 10**400}, ValueError, "softmax_scale: .* got 1000"),
+    (TWO, {"softcap": 1e39}, ValueError, r"softcap: .* got 1e\+39"),
+    (TWO, {"alpha_k": 10**400}, ValueError, "alpha_k: .* got 1000"),
     (TWO, {"window": 0}, ValueError, "window: expected an int >= 1 or None, got 0"),
     (TWO, {"window": 4.0}, ValueError, "window: .* got 4.0"),
     (TWO, {"window": True}, ValueError, "window: .* got True"),
-    (TWO, {"softcap": 0.0}, ValueError, "softcap: expected a finite number > 0 or None, got 0.0"),
+    (TWO, {"softcap": 0.0}, ValueError, "softcap: expected a finite float32 > 0 or None, got 0.0"),
     (TWO, {"softcap": float("inf")}, ValueError, "softcap: .* got inf"),
     (TWO, {"softcap": float("nan")}, ValueError, "softcap: .* got nan"),
     (TWO, {"softcap": "30"}, ValueError, "softcap: .* got '30'"),
@@ -753,7 +764,7 @@ BAD = [
     (TWO, {"shared_qkv": True}, ValueError, "shared_qkv: expected a plan with num_streams=1"),
     (TWO, {"alpha_k": None}, TypeError, "alpha_k: expected a number or a tensor, got NoneType"),
     (TWO, {"alpha_v": True}, TypeError, "alpha_v: expected a number or a tensor, got bool"),
-    (TWO, {"alpha_v": float("inf")}, ValueError, "alpha_v: expected a finite number, got inf"),
+    (TWO, {"alpha_v": float("inf")}, ValueError, "alpha_v: expected a finite float32, got inf"),
     (TWO, {"alpha_k": torch.tensor(0.5, dtype=torch.bfloat16)}, TypeError, "alpha_k: expected float32"),
     (TWO, {"alpha_k": torch.zeros(4)}, ValueError, r"alpha_k: expected a scalar or shape \[2\] .* got \[4\]"),
     (TWO, {"alpha_v": torch.zeros((), device="meta")}, ValueError, "alpha_v: expected it on cpu, got meta"),
@@ -838,7 +849,7 @@ BAD_CACHE = [
     ({"v_cache": torch.zeros(2, 12, 16, 1)}, ValueError, "v_cache: expected"),
     ({"k_cache": torch.zeros(12, 2, 16, device="meta")}, ValueError, "k_cache: expected it on cpu, got meta"),
     ({"cache_positions": torch.arange(10).to("meta")}, ValueError, "cache_positions: expected it on cpu, got meta"),
-    ({"softcap": 0.0}, ValueError, "softcap: expected a finite number > 0 or None, got 0.0"),
+    ({"softcap": 0.0}, ValueError, "softcap: expected a finite float32 > 0 or None, got 0.0"),
     ({"backend": "fastest"}, ValueError, "backend: expected one of auto, .* got 'fastest'"),
     ({"backend": "sdpa", "softcap": 1.0}, ValueError, "backend: 'sdpa' can't run this call"),
     ({"q": torch.zeros(ROWS, 4, 16, requires_grad=True)}, ValueError, "q: expected no gradients"),

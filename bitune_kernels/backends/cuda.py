@@ -139,7 +139,7 @@ def forward(
         sinks=0 if sinks is None else sinks.data_ptr(),
         softmax_scale=softmax_scale,
         softcap=softcap or 0.0,
-        window=min(window or 0, 2**30),
+        window=window or 0,
         two_parts=two_parts,
         goes_on=shared_qkv and stream_mask != "anti_causal",
         device=index,

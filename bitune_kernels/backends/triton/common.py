@@ -147,7 +147,7 @@ def launch_arguments(q, k, v, alpha_k, beta, prefix, plan: SegmentPlan, softmax_
     mixes, has_beta = plan.num_streams == 2, beta is not None and rows_q == k.shape[0]
     of_prefix = [stride for x in prefix for stride in x.stride()] if prefix else [0] * 6
     strides = [*q.stride(), *k.stride(), *v.stride(), *of_prefix]
-    scalars = (plan.num_prompt, softmax_scale, softcap or 0.0, min(window or 0, 2**30))
+    scalars = (plan.num_prompt, softmax_scale, softcap or 0.0, window or 0)
     constants = {
         "HEADS_KV": heads_kv,
         "GROUP": heads_q // heads_kv,
