@@ -205,8 +205,9 @@ def _is_float32(value) -> bool:
 
 
 def _check_floating(name: str, x) -> None:
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-        raise TypeError(f"{name}: expected a floating point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if getattr(x, "dtype", None) not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        found = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+        raise TypeError(f"{name}: expected a floating point tensor of 16, 32 or 64 bits, got {found}")
 
 
 def _checked(q, k, v, alpha_k, alpha_v, plan, options: Options) -> tuple[tuple, Options]:
@@ -216,8 +217,8 @@ def _checked(q, k, v, alpha_k, alpha_v, plan, options: Options) -> tuple[tuple, 
         raise TypeError(f"plan: expected a SegmentPlan, got {type(plan).__name__}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_floating(name, x)
-        if x.ndim != 3:
-            raise ValueError(f"{name}: expected [rows, heads, head_dim], got shape {list(x.shape)}")
+        if x.ndim != 3 or 0 in x.shape[1:]:
+            raise ValueError(f"{name}: expected [rows, heads, head_dim], none but rows 0, got shape {list(x.shape)}")
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name}: expected {q.dtype} on {q.device} as q, got {x.dtype} on {x.device}")
         if x.shape[0] != plan.num_rows and not (name == "q" and x.shape[0] == plan.num_answer):
@@ -226,7 +227,7 @@ def _checked(q, k, v, alpha_k, alpha_v, plan, options: Options) -> tuple[tuple, 
         raise ValueError(
             f"k, v: expected head_dim {q.shape[2]} as q and the same heads, got k {list(k.shape)}, v {list(v.shape)}"
         )
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+    if q.shape[1] % k.shape[1]:
         raise ValueError(f"q: expected a multiple of the {k.shape[1]} key/value heads, got {q.shape[1]} heads")
     if stream_mask not in STREAM_MASKS:
         raise ValueError(f"stream_mask: expected one of {', '.join(STREAM_MASKS)}, got {stream_mask!r}")

@@ -693,16 +693,21 @@ ROWS = 17  # of TWO
 
 BAD = [
     (TWO, {"plan": (4, 3)}, TypeError, "plan: expected a SegmentPlan, got tuple"),
-    (TWO, {"q": [1.0]}, TypeError, "q: expected a floating point tensor, got list"),
+    (TWO, {"q": [1.0]}, TypeError, "q: expected a floating point tensor of 16, 32 or 64 bits, got list"),
     (TWO, {"k": torch.zeros(ROWS, 2, 16, dtype=torch.int32)}, TypeError, "k: .* got torch.int32"),
     (TWO, {"v": None}, TypeError, "v: .* got NoneType"),
     (
         TWO,
         {"q": torch.zeros(ROWS, 64)},
         ValueError,
-        r"q: expected \[rows, heads, head_dim\], got shape \[17, 64\]",
+        r"q: expected \[rows, heads, head_dim\], none but rows 0, got shape \[17, 64\]",
     ),
     (TWO, {"k": torch.zeros(1, ROWS, 2, 16)}, ValueError, r"k: expected \[rows"),
+    (TWO, {"q": torch.zeros(ROWS, 0, 16)}, ValueError, r"q: expected .* got shape \[17, 0, 16\]"),
+    (TWO, {"q": torch.zeros(ROWS, 4, 0)}, ValueError, r"q: expected .* got shape \[17, 4, 0\]"),
+    (TWO, {"v": torch.zeros(ROWS, 2, 0)}, ValueError, r"v: expected .* got shape \[17, 2, 0\]"),
+    (TWO, {"q": torch.zeros(ROWS, 4, 16).to(torch.float8_e5m2)}, TypeError, "q: .* got torch.float8_e5m2"),
+    (TWO, {"sinks": torch.zeros(4).to(torch.float8_e5m2)}, TypeError, "sinks: .* got torch.float8_e5m2"),
     (
         TWO,
         {"k": torch.zeros(ROWS, 2, 16, dtype=torch.bfloat16)},
@@ -732,7 +737,7 @@ BAD = [
         TWO,
         {"k": torch.zeros(ROWS, 0, 16), "v": torch.zeros(ROWS, 0, 16)},
         ValueError,
-        "q: expected a multiple of the 0",
+        r"k: expected \[rows, .* none but rows 0, got shape \[17, 0, 16\]",
     ),
     (
         TWO,
@@ -758,7 +763,7 @@ BAD = [
     (TWO, {"softcap": float("inf")}, ValueError, "softcap: .* got inf"),
     (TWO, {"softcap": float("nan")}, ValueError, "softcap: .* got nan"),
     (TWO, {"softcap": "30"}, ValueError, "softcap: .* got '30'"),
-    (TWO, {"sinks": 1.0}, TypeError, "sinks: expected a floating point tensor, got float"),
+    (TWO, {"sinks": 1.0}, TypeError, "sinks: expected a floating point tensor of 16, 32 or 64 bits, got float"),
     (TWO, {"sinks": torch.zeros(2)}, ValueError, r"sinks: expected \[4\] .* got \[2\]"),
     (TWO, {"sinks": torch.zeros(4, device="meta")}, ValueError, "sinks: expected .* on cpu, got .* on meta"),
     (TWO, {"shared_qkv": True}, ValueError, "shared_qkv: expected a plan with num_streams=1"),
@@ -830,7 +835,7 @@ def test_bad_input_is_refused(case, change, error, message, nothing_computes):
 
 BAD_CACHE = [
     ({"plan": None}, TypeError, "plan: expected a SegmentPlan"),
-    ({"k_cache": None}, TypeError, "k_cache: expected a floating point tensor, got NoneType"),
+    ({"k_cache": None}, TypeError, "k_cache: expected a floating point tensor of 16, 32 or 64 bits, got NoneType"),
     ({"cache_positions": [*range(10)]}, TypeError, "cache_positions: expected an int64 tensor, got list"),
     ({"cache_positions": torch.arange(10) + 3}, ValueError, "cache_positions: expected slots of 0 to 11, got 3 to 12"),
     ({"cache_positions": torch.arange(10) - 1}, ValueError, "cache_positions: expected slots of 0 to 11, got -1 to 8"),
@@ -884,11 +889,11 @@ def test_prefill_refuses_each_input_with_a_gradient(nothing_computes):
         (
             {"causal": torch.zeros(3, 2, 4).int()},
             TypeError,
-            "causal: expected a floating point tensor, got torch.int32",
+            "causal: expected a floating point tensor of 16, 32 or 64 bits, got torch.int32",
         ),
-        ({"causal": [0.0]}, TypeError, "causal: expected a floating point tensor, got list"),
+        ({"causal": [0.0]}, TypeError, "causal: expected a floating point tensor of 16, 32 or 64 bits, got list"),
         ({"causal": torch.zeros(6, 4)}, ValueError, r"causal: expected \[rows, heads, head_dim\], got shape \[6, 4\]"),
-        ({"bidir": None}, TypeError, "bidir: expected a floating point tensor, got NoneType"),
+        ({"bidir": None}, TypeError, "bidir: expected a floating point tensor of 16, 32 or 64 bits, got NoneType"),
         ({"bidir": torch.zeros(2, 2, 4)}, ValueError, r"bidir: expected torch.float32 \[3, 2, 4\] on cpu as causal"),
         ({"bidir": torch.zeros(3, 2, 4).half()}, ValueError, "bidir: .* got torch.float16"),
         ({"bidir": torch.zeros(3, 2, 4, device="meta")}, ValueError, "bidir: .* on meta"),
