@@ -195,7 +195,7 @@ class SegmentPlan:
         for name, lengths in (("prompt", prompt), ("answer", answer), ("prefix", prefix or ())):
             if any(n < 0 for n in lengths):
                 raise ValueError(f"{name}_lengths: expected lengths >= 0, got {lengths}")
-        if num_streams not in (1, 2):
+        if type(num_streams) is not int or num_streams not in (1, 2):
             raise ValueError(f"num_streams: expected 1 or 2, got {num_streams!r}")
         return cls(
             prompt_lengths=prompt,

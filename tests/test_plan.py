@@ -185,6 +185,7 @@ BAD_LENGTHS = [
     (([torch.tensor(1)], [1]), {}, TypeError, "prompt_lengths: expected integers"),
     (([1], [1]), {"num_streams": 3}, ValueError, "num_streams: expected 1 or 2, got 3"),
     (([1], [1]), {"num_streams": 0}, ValueError, "num_streams: expected 1 or 2, got 0"),
+    (([1], [1]), {"num_streams": 2.0}, ValueError, r"num_streams: expected 1 or 2, got 2\.0"),
 ]
 
 
