@@ -124,12 +124,22 @@ def bitune_prefill(
             raise ValueError(f"{name}: expected {rows_of.dtype} [{expected}], got {cache.dtype} {list(cache.shape)}")
         if cache.device != rows_of.device:
             raise ValueError(f"{name}: expected it on {rows_of.device}, got {cache.device}")
+        if any(step == 0 and size > 1 for step, size in zip(cache.stride(), cache.shape, strict=True)):
+            raise ValueError(f"{name}: expected memory for each element, got strides {list(cache.stride())}")
     slots = min(len(k_cache), len(v_cache))
-    if _may_read(cache_positions) and not bool(((cache_positions >= 0) & (cache_positions < slots)).all()):
-        found = f"{int(cache_positions.min())} to {int(cache_positions.max())}"
-        raise ValueError(f"cache_positions: expected slots of 0 to {slots - 1}, got {found}")
+    if _may_read(cache_positions) and rows:
+        found = cache_positions.sort().values
+        if found[0] < 0 or found[-1] >= slots:
+            raise ValueError(
+                f"cache_positions: expected slots of 0 to {slots - 1}, got {int(found[0])} to {int(found[-1])}"
+            )
+        if twice := found[1:][found.diff() == 0].tolist():
+            raise ValueError(f"cache_positions: expected slots that are all different, got {twice[0]} twice")
     # The mix also depends on alpha: with its gradient the caller's cache would become part of a graph.
-    if needs_grad := _requiring_grad(*args, options):
+    needs_grad = _requiring_grad(*args, options)
+    if torch.is_grad_enabled():
+        needs_grad += [name for name, x in (("k_cache", k_cache), ("v_cache", v_cache)) if x.requires_grad]
+    if needs_grad:
         raise ValueError(
             f"{', '.join(needs_grad)}: expected no gradients (bitune_prefill is for inference), got requires_grad=True"
         )
@@ -244,6 +254,8 @@ def _checked(q, k, v, alpha_k, alpha_v, plan, options: Options) -> tuple[tuple, 
                 f"sinks: expected [{q.shape[1]}] (one per query head) on {q.device}, got {list(sinks.shape)} on "
                 f"{sinks.device}"
             )
+    if not isinstance(shared_qkv, bool):
+        raise TypeError(f"shared_qkv: expected True or False, got {shared_qkv!r}")
     if shared_qkv and plan.num_streams != 1:
         raise ValueError("shared_qkv: expected a plan with num_streams=1 (the rows stand once), got num_streams=2")
     if plan.num_streams == 2:

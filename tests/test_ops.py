@@ -767,6 +767,7 @@ BAD = [
     (TWO, {"sinks": torch.zeros(2)}, ValueError, r"sinks: expected \[4\] .* got \[2\]"),
     (TWO, {"sinks": torch.zeros(4, device="meta")}, ValueError, "sinks: expected .* on cpu, got .* on meta"),
     (TWO, {"shared_qkv": True}, ValueError, "shared_qkv: expected a plan with num_streams=1"),
+    (ONE, {"shared_qkv": "no"}, TypeError, "shared_qkv: expected True or False, got 'no'"),
     (TWO, {"alpha_k": None}, TypeError, "alpha_k: expected a number or a tensor, got NoneType"),
     (TWO, {"alpha_v": True}, TypeError, "alpha_v: expected a number or a tensor, got bool"),
     (TWO, {"alpha_v": float("inf")}, ValueError, "alpha_v: expected a finite float32, got inf"),
@@ -839,6 +840,7 @@ BAD_CACHE = [
     ({"cache_positions": [*range(10)]}, TypeError, "cache_positions: expected an int64 tensor, got list"),
     ({"cache_positions": torch.arange(10) + 3}, ValueError, "cache_positions: expected slots of 0 to 11, got 3 to 12"),
     ({"cache_positions": torch.arange(10) - 1}, ValueError, "cache_positions: expected slots of 0 to 11, got -1 to 8"),
+    ({"cache_positions": torch.arange(10) // 2}, ValueError, "cache_positions: expected .* different, got 0 twice"),
     ({"cache_positions": torch.arange(9)}, ValueError, r"cache_positions: expected int64 \[10\]"),
     (
         {"cache_positions": torch.arange(10, dtype=torch.int32)},
@@ -854,11 +856,13 @@ BAD_CACHE = [
     ({"v_cache": torch.zeros(2, 12, 16, 1)}, ValueError, "v_cache: expected"),
     ({"k_cache": torch.zeros(12, 2, 16, device="meta")}, ValueError, "k_cache: expected it on cpu, got meta"),
     ({"cache_positions": torch.arange(10).to("meta")}, ValueError, "cache_positions: expected it on cpu, got meta"),
+    ({"k_cache": torch.zeros(12, 1, 16).expand(12, 2, 16)}, ValueError, r"k_cache: .* got strides \[16, 0, 1\]"),
     ({"softcap": 0.0}, ValueError, "softcap: expected a finite float32 > 0 or None, got 0.0"),
     ({"backend": "fastest"}, ValueError, "backend: expected one of auto, .* got 'fastest'"),
     ({"backend": "sdpa", "softcap": 1.0}, ValueError, "backend: 'sdpa' can't run this call"),
     ({"q": torch.zeros(ROWS, 4, 16, requires_grad=True)}, ValueError, "q: expected no gradients"),
     ({"alpha_v": torch.tensor(0.5, requires_grad=True)}, ValueError, "alpha_v: expected no gradients"),
+    ({"v_cache": torch.zeros(12, 2, 16, requires_grad=True)}, ValueError, "v_cache: expected no gradients"),
 ]
 
 
