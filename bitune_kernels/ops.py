@@ -178,7 +178,7 @@ def mix_kv(
     alpha = _coefficient("alpha", alpha, causal.shape[1], causal)
     if backend in ("auto", "reference"):
         return mixing.mix(causal, bidir, alpha)
-    return torch.ops.bitune.mix_kv(causal, bidir, alpha, backend)
+    return torch.ops.bitune.mix_kv(causal, bidir, alpha, str(backend))
 
 
 def _coefficient(name: str, value, heads: int, like: torch.Tensor) -> torch.Tensor:

@@ -903,6 +903,7 @@ def test_prefill_refuses_each_input_with_a_gradient(nothing_computes):
         ({"bidir": torch.zeros(3, 2, 4, device="meta")}, ValueError, "bidir: .* on meta"),
         ({"alpha": torch.zeros(3)}, ValueError, r"alpha: expected a scalar or shape \[2\]"),
         ({"alpha": "0.5"}, TypeError, "alpha: expected a number"),
+        ({"backend": None}, ValueError, "backend: expected one that can mix .* got 'None'"),
     ],
 )
 def test_bad_mix_is_refused(change, error, message):
