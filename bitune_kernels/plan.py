@@ -195,6 +195,8 @@ class SegmentPlan:
         for name, lengths in (("prompt", prompt), ("answer", answer), ("prefix", prefix or ())):
             if any(n < 0 for n in lengths):
                 raise ValueError(f"{name}_lengths: expected lengths >= 0, got {lengths}")
+            if sum(lengths) >= 2**31:
+                raise ValueError(f"{name}_lengths: expected fewer than 2**31 rows in all, got {sum(lengths)}")
         if type(num_streams) is not int or num_streams not in (1, 2):
             raise ValueError(f"num_streams: expected 1 or 2, got {num_streams!r}")
         return cls(

@@ -183,6 +183,7 @@ BAD_LENGTHS = [
     (([1], [1]), {"prefix_lengths": [3, 3]}, ValueError, "prefix_lengths: expected one length for each"),
     (([1], [True]), {}, TypeError, "answer_lengths: expected integers"),
     (([torch.tensor(1)], [1]), {}, TypeError, "prompt_lengths: expected integers"),
+    (([2**30] * 2, [1, 1]), {}, ValueError, r"prompt_lengths: expected fewer than 2\*\*31 rows in all, got 2147483648"),
     (([1], [1]), {"num_streams": 3}, ValueError, "num_streams: expected 1 or 2, got 3"),
     (([1], [1]), {"num_streams": 0}, ValueError, "num_streams: expected 1 or 2, got 0"),
     (([1], [1]), {"num_streams": 2.0}, ValueError, r"num_streams: expected 1 or 2, got 2\.0"),
