@@ -218,6 +218,8 @@ def _check_floating(name: str, x) -> None:
     if getattr(x, "dtype", None) not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         found = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
         raise TypeError(f"{name}: expected a floating point tensor of 16, 32 or 64 bits, got {found}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {x.layout}")
 
 
 def _checked(q, k, v, alpha_k, alpha_v, plan, options: Options) -> tuple[tuple, Options]:
@@ -273,6 +275,7 @@ def _checked(q, k, v, alpha_k, alpha_v, plan, options: Options) -> tuple[tuple, 
         if not isinstance(prefix, (tuple, list)) or [isinstance(x, torch.Tensor) for x in prefix] != [True, True]:
             raise TypeError(f"prefix: expected two tensors (k, v), got {type(prefix).__name__}")
         for name, x, like in (("prefix[0]", prefix[0], k), ("prefix[1]", prefix[1], v)):
+            _check_floating(name, x)
             expected = [plan.num_prefix, *like.shape[1:]]
             if list(x.shape) != expected or x.dtype != like.dtype or x.device != like.device:
                 raise ValueError(

@@ -707,6 +707,7 @@ BAD = [
     (TWO, {"q": torch.zeros(ROWS, 4, 0)}, ValueError, r"q: expected .* got shape \[17, 4, 0\]"),
     (TWO, {"v": torch.zeros(ROWS, 2, 0)}, ValueError, r"v: expected .* got shape \[17, 2, 0\]"),
     (TWO, {"q": torch.zeros(ROWS, 4, 16).to(torch.float8_e5m2)}, TypeError, "q: .* got torch.float8_e5m2"),
+    (TWO, {"k": torch.zeros(ROWS, 2, 16).to_sparse()}, TypeError, "k: expected a dense tensor, got torch.sparse_coo"),
     (TWO, {"sinks": torch.zeros(4).to(torch.float8_e5m2)}, TypeError, "sinks: .* got torch.float8_e5m2"),
     (
         TWO,
@@ -807,6 +808,12 @@ BAD = [
         {"prefix": (torch.zeros(5, 2, 16).double(), torch.zeros(5, 2, 16))},
         ValueError,
         r"prefix\[0\]: .*float64",
+    ),
+    (
+        PAST,
+        {"prefix": (torch.zeros(5, 2, 16), torch.zeros(5, 2, 16).to_sparse())},
+        TypeError,
+        r"prefix\[1\]: expected a dense tensor",
     ),
     (
         PAST,
