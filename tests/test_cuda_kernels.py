@@ -185,6 +185,14 @@ def test_large_float16_values(emulate, softcap, capability):
     torch.testing.assert_close(out, expected, rtol=0, atol=0.02)
 
 
+def test_softcap_that_loses_the_scores_is_refused(emulate):
+    # softcap * tanh(scores / softcap) with an absolute error of the tanh: all scores equal at 1e9
+    emulate(80)
+    inputs = Case(prompts=(9,), answers=(7,), softcap=1e9).make(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"^backend: 'cuda' can't .* softcap above 1000, got 1e\+09"):
+        bitune_attention(**inputs, backend="cuda")
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("options", [{"softmax_scale": 0.0}, {"softmax_scale": 0.0, "softcap": 2.0}], ids=str)
 def test_scale_of_zero(emulate, options, capability):

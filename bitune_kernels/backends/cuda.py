@@ -14,9 +14,12 @@ from .outputs import allocate
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
+MAX_SOFTCAP = 1000.0  # times the rounding error of its tanh, about 2**-22: still below that of float16
 
 
-def unsupported(*, device=None, dtype=None, head_dim=None, head_dim_v=None, requires_grad=False, **call) -> str | None:
+def unsupported(
+    *, device=None, dtype=None, head_dim=None, head_dim_v=None, softcap=None, requires_grad=False, **call
+) -> str | None:
     """Why this backend can't run a call, or None."""
     try:
         native = _native()
@@ -33,6 +36,8 @@ def unsupported(*, device=None, dtype=None, head_dim=None, head_dim_v=None, requ
     for dim in dims:
         if dim % 8 or dim > MAX_HEAD_DIM:
             return f"the kernels need head dims that are multiples of 8 up to {MAX_HEAD_DIM}, got {dim}"
+    if softcap is not None and softcap > MAX_SOFTCAP:
+        return f"the kernels' tanh is too coarse for a softcap above {MAX_SOFTCAP:g}, got {softcap:g}"
     try:
         capability = native.capability(_index(device))
     except RuntimeError as e:

@@ -229,6 +229,7 @@ CASES = [
     Case(**EDGES, window=40),
     Case(**SHORT, window=1000),
     Case(**EDGES, softcap=2.0),
+    Case(**SHORT, softcap=1000.0),
     Case(**SHORT, softmax_scale=2.0),
     Case(**SHORT, softmax_scale=-0.5),
     Case(**EDGES, sinks=True),
