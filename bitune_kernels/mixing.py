@@ -62,11 +62,11 @@ class MixingCoefficients(nn.Module):
         num_heads_kv: int,
         *,
         weights: tuple[str, ...] = ("k", "v"),
-        mixing: str = "abs",
-        granularity: str = "layer",
-        theta_init: float = 0.01,
+        mixing: str = BituneConfig.mixing,
+        granularity: str = BituneConfig.mixing_granularity,
+        theta_init: float = BituneConfig.theta_init,
         num_heads_q: int | None = None,
-        beta_init: float = 0.5,
+        beta_init: float = BituneConfig.beta_init,
         gate_features: list[int] | None = None,
         device: torch.device | str | None = None,
     ):
@@ -140,7 +140,7 @@ class MixingCoefficients(nn.Module):
         The odds alpha / (1 - alpha) of the layer are multiplied by exp(gate), where gate is linear in ``state``
         [samples, gate_features[layer]] over its root mean square, and zero before training.
         """
-        state = state.float() * state.float().square().mean(-1, keepdim=True).add(1e-12).rsqrt()
+        state = state * state.square().mean(-1, keepdim=True).add(1e-12).rsqrt()
         gates = (state @ self.gate[layer]).clamp(-20, 20).chunk(2, dim=1)
         pairs = zip(self.alpha(layer, alphas), gates, strict=True)
         return tuple(alpha / (alpha + (1 - alpha) * torch.exp(-gate)) for alpha, gate in pairs)

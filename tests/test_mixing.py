@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bitune_kernels import MixingCoefficients
+from bitune_kernels import BituneConfig, MixingCoefficients
 
 THETAS = [0.01, 0.0, -0.02, 0.5, -3.0]
 
@@ -60,10 +60,12 @@ def test_alpha_starts_at_one_half(granularity, mixing, theta_init):
     [("layer", (3,), ()), ("head", (3, 2), (2,)), ("global", (1,), ())],
 )
 def test_granularity(granularity, theta_shape, alpha_shape):
-    module = MixingCoefficients(3, 2, granularity=granularity)
+    config = BituneConfig(None, mixing_granularity=granularity, dynamic_mixing=True)
+    module = MixingCoefficients.from_config(config, 3, 2, gate_features=[8] * 3)
     assert module.theta_k.shape == module.theta_v.shape == theta_shape
+    assert {alpha.shape for alpha in module.gated(0, None, torch.ones(5, 8))} == {(5, *(alpha_shape or (1,)))}
     with torch.no_grad():
-        for theta in module.parameters():
+        for theta in (module.theta_k, module.theta_v):
             theta.copy_(torch.arange(1, theta.numel() + 1).view(theta_shape))
     alphas = [module.alpha(layer)[0] for layer in range(3)]
     assert all(alpha.shape == alpha_shape for alpha in alphas)
@@ -97,10 +99,10 @@ def test_theta_stays_float32_when_the_model_is_cast(cast):
 
 
 def test_meta_device_and_back():
-    module = MixingCoefficients(3, 2, device="meta").bfloat16()
-    assert module.theta_k.is_meta and module.theta_k.dtype == torch.float32
+    module = MixingCoefficients(3, 2, gate_features=[8] * 3, device="meta").bfloat16()
+    assert all(p.is_meta and p.dtype == torch.float32 for p in module.parameters())
     module = module.to_empty(device="cpu")
-    assert module.theta_k.dtype == torch.float32
+    assert all(p.device.type == "cpu" and p.dtype == torch.float32 for p in module.parameters())
     assert coefficients().to("meta").theta_k.is_meta
 
 
