@@ -285,7 +285,7 @@ def _span(mask, first, last, length, window) -> torch.Tensor:
     high = torch.where(mask == CAUSAL, last + 1, length)
     if window is not None:
         low, high = torch.maximum(low, first - window + 1), torch.minimum(high, last + window)
-    span = torch.minimum(high, length) - low.clamp_min(0)
+    span = torch.minimum(high, length) - low
     return torch.where(mask == NONE, 0, span.clamp_min(0))
 
 
