@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .autocast import without_autocast
 from .config import GRANULARITIES, MIXINGS, BituneConfig, existing
 from .plan import SegmentPlan
 
@@ -141,7 +142,8 @@ class MixingCoefficients(nn.Module):
         [samples, gate_features[layer]] over its root mean square, and zero before training.
         """
         state = state * state.square().mean(-1, keepdim=True).add(1e-12).rsqrt()
-        gates = (state @ self.gate[layer]).clamp(-20, 20).chunk(2, dim=1)
+        with without_autocast(state):
+            gates = (state @ self.gate[layer]).clamp(-20, 20).chunk(2, dim=1)
         pairs = zip(self.alpha(layer, alphas), gates, strict=True)
         return tuple(alpha / (alpha + (1 - alpha) * torch.exp(-gate)) for alpha, gate in pairs)
 

@@ -98,6 +98,18 @@ def test_theta_stays_float32_when_the_model_is_cast(cast):
     assert torch.equal(module.theta_k.grad, torch.tensor([0.1, 0.2]))
 
 
+@torch.no_grad()
+def test_gates_are_float32_under_autocast():
+    module = MixingCoefficients(3, 2, gate_features=[6] * 3)
+    for gate in module.gate:
+        gate.normal_()
+    state = torch.randn(4, 6)
+    expected = module.gated(1, None, state)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = module.gated(1, None, state)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
 def test_meta_device_and_back():
     module = MixingCoefficients(3, 2, gate_features=[8] * 3, device="meta").bfloat16()
     assert all(p.is_meta and p.dtype == torch.float32 for p in module.parameters())
