@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from bitune_kernels import BituneChat, BituneConfig, BituneModel, __version__
 from bitune_kernels.cli import main
 from bitune_kernels.commands.plot import _load_mixing
+from bitune_kernels.config import GRANULARITIES, LOSSES, MIXINGS, TURNS, VARIANTS
 from bitune_kernels.modeling import export_merged, stream_attention, stream_distance
-from bitune_kernels.training.data import TEMPLATE, tokenize
+from bitune_kernels.training.data import READERS, TEMPLATE, tokenize
+from bitune_kernels.training.recipe import Recipe
 from bitune_kernels.training.run import _last_checkpoint
 from tests.test_training_data import byte_tokenizer
 from tests.test_turns import TEMPLATE as TEMPLATE_OF_CHATS
@@ -215,6 +218,10 @@ def test_help_lists_the_fields_of_a_recipe(capsys):
     printed = capsys.readouterr().out
     assert "example: bitune train" in printed
     assert "  --lora-alpha 1\n" in printed and "  --eval-data null\n" in printed and "  --prompt {prompt}\n" in printed
+    described = printed.split("--seed 42")[1]
+    names = [field.name for field in fields(Recipe)]
+    for word in (*names, *VARIANTS, *MIXINGS, *GRANULARITIES, *LOSSES, *TURNS, *READERS):
+        assert re.search(rf"\b{word}\b", described), f"--help says nothing of {word}"
 
 
 def test_the_commands_of_the_readme_run(place, monkeypatch, capsys):

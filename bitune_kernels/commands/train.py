@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from argparse import SUPPRESS, Action
 from dataclasses import fields
+from inspect import getdoc
 from pathlib import Path
 
 
@@ -19,6 +20,7 @@ class _Help(Action):
         for field in fields(Recipe):
             default = field.default if isinstance(field.default, str) else json.dumps(field.default)  # as in yaml
             print(f"  --{field.name.replace('_', '-')} {default}")
+        print(getdoc(Recipe).partition("Fields:")[2].partition("\n\nRaises:")[0])
         parser.exit()
 
 

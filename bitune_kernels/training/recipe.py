@@ -17,15 +17,25 @@ from .data import READERS
 class Recipe:
     """One training run. Defaults that the paper fixes are in ``recipes/paper.yaml``; lengths are in tokens.
 
-    Fields: data (a .json or .jsonl file, or an id of the Hub), data_name (its configuration), data_split,
-    data_revision, prompt, completion, reader, max_length, max_answer_length as in ``training.data``; eval_data, a file
-    whose loss is measured every eval_steps updates (None: save_steps) and doesn't train; lora_r,
-    lora_alpha, lora_dropout, use_rslora, use_dora, target_modules as in PEFT's LoraConfig; variant .. turns as in
-    ``BituneConfig``; dtype of the base, and quantize, "nf4" or "int8" by bitsandbytes (null: neither); lr of the
-    adapters, theta_lr of the thetas (None: lr); warmup, a share of the steps (below 1) or their number; batch_size
-    samples per pass, accumulation passes per update, max_steps updates; clip, the largest gradient norm (0: none);
-    gradient_checkpointing false, true or "selective" (``selective_checkpointing``); report_to, as in transformers
-    ("wandb", "tensorboard", "none").
+    Fields:
+        data: a .json or .jsonl file, or an id of the Hub with data_name (its configuration), data_split, data_revision.
+        eval_data: a file whose loss is measured every eval_steps updates (null: save_steps) and that doesn't train.
+        prompt, completion: format strings over a row's columns, "{question}" for example. Rows with messages need none.
+        reader: instead of them, the layout of a data set: ultrafeedback_gpt4, alpaca, multiple_choice, piqa or siqa.
+        max_length, max_answer_length: samples with more tokens in all, or in the answer with its end, are left out.
+        lora_r, lora_alpha, lora_dropout, use_rslora, use_dora, target_modules: as in PEFT's LoraConfig.
+        variant: bitune, naive_bidir, no_mixing, only_causal, shared_weights, anti_causal, single_stream or
+            single_stream_dual.
+        mixing: abs or relu; mixing_granularity: layer, head or global; theta_init; beta_init; dynamic_mixing;
+            skip_bidir; use_fused: false is three passes; backend; loss: token or sample, which it is the mean over;
+            turns: one, recompute or alternating. All as in BituneConfig.
+        dtype: of the base, float32, bfloat16 or float16; quantize: nf4 or int8, by bitsandbytes.
+        lr, theta_lr: of the adapters and of the mixing coefficients (null: lr).
+        schedule: a scheduler of transformers; warmup: a share of the steps (below 1) or their number.
+        betas (null: 0.9, 0.999), weight_decay: of AdamW; clip: the largest gradient norm (0: none).
+        max_steps: updates, each of accumulation passes over batch_size samples.
+        gradient_checkpointing: false, true or selective.
+        logging_steps, save_steps, save_total_limit, report_to (wandb, tensorboard, none), seed: as in transformers.
 
     Raises:
         ValueError, TypeError: naming the field, what was expected and what came.
