@@ -106,6 +106,8 @@ def bitune_prefill(
     Returns:
         out, as ``bitune_attention``. Not differentiable: call it under ``torch.no_grad()``.
     """
+    if unknown := sorted(options.keys() - set(Options._fields)):
+        raise TypeError(f"{unknown[0]}: expected one of {', '.join(Options._fields)}, got another keyword")
     args, options = _checked(q, k, v, alpha_k, alpha_v, plan, Options(**options))
     rows = plan.num_prompt + plan.num_answer
     if not isinstance(cache_positions, torch.Tensor):
@@ -186,8 +188,8 @@ def _coefficient(name: str, value, heads: int, like: torch.Tensor) -> torch.Tens
     if not isinstance(value, torch.Tensor):
         if not _is_number(value):
             raise TypeError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
-        if not abs(value) < _LARGE:
-            raise ValueError(f"{name}: expected a finite float32, got {value}")
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
         return torch.full((), float(value), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
     if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name}: expected float32 (or float64), got {value.dtype}")

@@ -647,6 +647,15 @@ def test_compiled_call_refuses_like_the_plain_one():
         compiled(**inputs, backend="sdpa")
 
 
+def test_compiled_call_takes_numbers_as_alpha():
+    compiled, _ = compiled_and_counter(bitune_attention)
+    inputs = Case(prompts=(5,), answers=(3,)).make()
+    for alpha in (0.25, 0.75, 0.5):  # dynamo makes a symbol of the second one
+        inputs |= {"alpha_k": alpha, "alpha_v": 1 - alpha}
+        for actual, wanted in zip(compiled(**inputs), bitune_attention(**inputs), strict=True):
+            torch.testing.assert_close(actual, wanted)
+
+
 # the choice of a backend
 
 
@@ -771,7 +780,8 @@ BAD = [
     (ONE, {"shared_qkv": "no"}, TypeError, "shared_qkv: expected True or False, got 'no'"),
     (TWO, {"alpha_k": None}, TypeError, "alpha_k: expected a number or a tensor, got NoneType"),
     (TWO, {"alpha_v": True}, TypeError, "alpha_v: expected a number or a tensor, got bool"),
-    (TWO, {"alpha_v": float("inf")}, ValueError, "alpha_v: expected a finite float32, got inf"),
+    (TWO, {"alpha_v": float("inf")}, ValueError, r"alpha_v: expected a number in \[0, 1\], got inf"),
+    (TWO, {"alpha_k": 1.5}, ValueError, r"alpha_k: expected a number in \[0, 1\], got 1.5"),
     (TWO, {"alpha_k": torch.tensor(0.5, dtype=torch.bfloat16)}, TypeError, "alpha_k: expected float32"),
     (TWO, {"alpha_k": torch.zeros(4)}, ValueError, r"alpha_k: expected a scalar or shape \[2\] .* got \[4\]"),
     (TWO, {"alpha_v": torch.zeros((), device="meta")}, ValueError, "alpha_v: expected it on cpu, got meta"),
@@ -848,6 +858,7 @@ BAD_CACHE = [
     ({"cache_positions": torch.arange(10) + 3}, ValueError, "cache_positions: expected slots of 0 to 11, got 3 to 12"),
     ({"cache_positions": torch.arange(10) - 1}, ValueError, "cache_positions: expected slots of 0 to 11, got -1 to 8"),
     ({"cache_positions": torch.arange(10) // 2}, ValueError, "cache_positions: expected .* different, got 0 twice"),
+    ({"windw": 3}, TypeError, "windw: expected one of softmax_scale, .*, got another keyword"),
     ({"cache_positions": torch.arange(9)}, ValueError, r"cache_positions: expected int64 \[10\]"),
     (
         {"cache_positions": torch.arange(10, dtype=torch.int32)},
