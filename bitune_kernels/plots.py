@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ def plot_mixing(mixing: MixingCoefficients, path: str | Path, history: list[dict
 def plot_attention(matrices: dict[str, torch.Tensor], tokens: list[str], path: str | Path) -> None:
     """Attention matrices side by side, queries downwards and keys to the right, in colours of one square-root scale.
 
+    The scale ends where 1 % of the cells that are not zero lie above: the brightest would leave the others dark.
+
     Args:
         matrices: by the name of the stream, each [n, n] on the CPU.
         tokens: the n texts that label rows and columns, where there are few.
@@ -57,7 +60,8 @@ def plot_attention(matrices: dict[str, torch.Tensor], tokens: list[str], path: s
     side = min(max(4.5, 0.22 * len(tokens)), 11)
     figure = Figure(figsize=(side * len(matrices) + 1, side + 0.5), layout="constrained")
     axes = figure.subplots(1, len(matrices), squeeze=False)[0]
-    scale = PowerNorm(0.5, vmin=0, vmax=max(float(m.max()) for m in matrices.values()))
+    seen = torch.cat([m[m > 0] for m in matrices.values()])
+    scale = PowerNorm(0.5, vmin=0, vmax=float(seen.kthvalue(math.ceil(0.99 * len(seen))).values))
     for panel, (name, matrix) in zip(axes, matrices.items(), strict=True):
         image = panel.imshow(matrix, norm=scale, cmap="viridis", interpolation="nearest")
         panel.set(title=name, xlabel="key", ylabel="query")
@@ -66,7 +70,7 @@ def plot_attention(matrices: dict[str, torch.Tensor], tokens: list[str], path: s
             style = dict(fontsize=7, parse_math=False)  # a $ is no formula
             panel.set_xticks(range(len(texts)), texts, rotation=90, **style)
             panel.set_yticks(range(len(texts)), texts, **style)
-    figure.colorbar(image, ax=axes, label="attention, mean over heads and layers")
+    figure.colorbar(image, ax=axes, extend="max", label="attention, mean over heads and layers")
     figure.savefig(path, dpi=120)
 
 

@@ -22,6 +22,7 @@ from bitune_kernels.cli import main
 from bitune_kernels.commands.plot import _load_mixing
 from bitune_kernels.config import GRANULARITIES, LOSSES, MIXINGS, TURNS, VARIANTS
 from bitune_kernels.modeling import export_merged, stream_attention, stream_distance
+from bitune_kernels.plots import plot_attention
 from bitune_kernels.training.data import READERS, TEMPLATE, tokenize
 from bitune_kernels.training.recipe import Recipe
 from bitune_kernels.training.run import _last_checkpoint
@@ -71,7 +72,7 @@ def test_a_whole_run(place, capsys, recwarn):
         ]
     assert [*measured] == [3, 6] and measured[6] == pytest.approx(float(sum(each)) / 2, abs=1e-5)
     assert float(model.mixing.alpha(2)[0]) == pytest.approx(float(rows[-1]["alpha_k"]), abs=1e-6)
-    assert not any(str(warning.message).startswith("`gradient_checkpointing") for warning in recwarn)
+    assert not any(re.match("`gradient_checkpointing|'pin_memory'", str(warning.message)) for warning in recwarn)
     assert run(place) == 2  # the folder has a final model
     capsys.readouterr()
     answers = []
@@ -152,6 +153,7 @@ def test_resuming_ends_where_a_whole_run_ends(place, monkeypatch, capsys):
         (["--eval-data", "openai/gsm8k"], "eval_data: expected a .json or .jsonl file, got 'openai/gsm8k'"),
         (["--max-length", "3"], "data: expected at least one sample with an answer, got none (12 too long)"),
         (["--target-modules", "[q_proj, query]"], "got query"),
+        (["--target-modules", "q_proj,v_proj"], "target_modules: expected all-linear, a list [a, b] of "),
         (["--resume"], "resume: expected a folder with run.json"),
         (["--schedule", "linaer"], "schedule: expected one of linear, cosine"),
         (
@@ -372,6 +374,15 @@ def test_figures_show_the_model(place, trained, monkeypatch, capsys):
         torch.testing.assert_close(torch.tensor(panels[name].images[0].get_array()), layers.mean(0))
         assert [t.get_text() for t in panels[name].get_xticklabels()] == ["a", "$", "\\n", "b", "c"]
     torch.testing.assert_close(curves(streams.axes[0]), torch.stack(list(stream_distance(model, ids).values())))
+
+
+def test_one_bright_cell_leaves_the_others_visible(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, *args, **kw: figures.append(self))
+    matrix = torch.full((20, 20), 0.05).tril()
+    matrix[0, 0] = 1.0
+    plot_attention({"bidir": matrix, "causal": matrix}, ["x"] * 20, tmp_path / "attention.png")
+    assert [axes.images[0].norm.vmax for axes in figures[0].axes[:2]] == [pytest.approx(0.05)] * 2
 
 
 @pytest.mark.parametrize(

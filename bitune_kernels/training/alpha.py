@@ -90,6 +90,7 @@ def plot_alpha(rows: list[dict[str, Any]], path: str | Path) -> None:
         at_last = {row["layer"]: row[label] for row in rows if row["step"] == last}
         over_layers.plot(sorted(at_last), [at_last[layer] for layer in sorted(at_last)], marker="o")
         over_layers.set(xlabel=f"layer, at step {last}", ylabel=label)
+        over_layers.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, format="png", dpi=120)
 
 

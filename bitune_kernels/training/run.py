@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -173,6 +174,7 @@ def _arguments(recipe: Recipe, output: Path) -> TrainingArguments:
         save_steps=recipe.save_steps,
         save_total_limit=recipe.save_total_limit,
         report_to=recipe.report_to,
+        dataloader_pin_memory=torch.accelerator.is_available(),  # else every loader warns
         seed=recipe.seed,
     )
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -245,11 +247,17 @@ def _check_lengths(config, samples, max_length: int) -> None:
 
 def _check_targets(config, targets: str | list[str]) -> None:
     """Each named module exists in the model; its modules are made without weights. PEFT takes one that does."""
-    if isinstance(targets, str):  # "all-linear", or a pattern, which PEFT checks
+    if targets == "all-linear":
         return
     with torch.device("meta"):
         names = [name for name, _ in AutoModelForCausalLM.from_config(config).named_modules()]
-    missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+    if isinstance(targets, str):  # a pattern, as in PEFT
+        missing = [] if any(re.fullmatch(targets, name) for name in names) else [f"the pattern {targets!r}"]
+    else:
+        missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
     if missing:
         known = sorted({name.split(".")[-1] for name in names if name and not name.split(".")[-1].isdigit()})
-        raise ValueError(f"target_modules: expected modules such as {', '.join(known)}, got {', '.join(missing)}")
+        raise ValueError(
+            f"target_modules: expected all-linear, a list [a, b] of {', '.join(known)}, or a pattern that matches "
+            f"whole names, got {', '.join(missing)}"
+        )
