@@ -72,9 +72,14 @@ def test_a_wrong_request_is_named_and_the_model_after_its_run(place, tmp_path, m
         (chat, say | {"messages": []}, "Cannot apply chat template to an empty conversation"),
         (chat, say | {"messages": [{"role": "bot"}]}, "expected a request of OpenAI's API, TemplateError: no bots"),
         (completion, {"prompt": "x", "stop": []}, "stop: expected a text or a list of texts, got []"),
+        (completion, {"prompt": ["x", "y"]}, "prompt must be a string."),
+        (chat, say | {"model": "gpt-9"}, "Server is pinned to 'answers'; requested 'gpt-9'."),
+        (chat, [], "expected a request of OpenAI's API, RequestValidationError: "),
     ):
         answer = apps[0].post(path, json=body)
         assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(message), answer.text
+    answer = apps[0].post("/v1/responses", json={"input": "x", "max_output_tokens": 2}).json()
+    assert answer["object"] == "response" and answer["usage"]["output_tokens"] <= 2
     refused = apps[1].post(chat, json=say)
     assert refused.status_code == 400 and "chat_template is not set" in refused.json()["error"]["message"]
     answer = apps[1].post(completion, json={"prompt": "x", "max_tokens": 2})

@@ -42,9 +42,10 @@ def _run(given) -> None:
     name = given.name or Path(given.adapter).resolve().name
     try:
         import uvicorn
-        from fastapi import HTTPException
+        from fastapi.exceptions import RequestValidationError
         from fastapi.responses import JSONResponse
         from jinja2 import TemplateError
+        from starlette.exceptions import HTTPException
         from transformers.cli.serving import chat_completion, completion, response, server
         from transformers.cli.serving.model_manager import ModelManager
         from transformers.cli.serving.utils import GenerateManager, GenerationState
@@ -96,6 +97,12 @@ def _run(given) -> None:
         def get_manager(self, model_id, use_cb=False):
             return answers
 
+    class Responses(response.ResponseHandler):
+        """Streams where it is asked to, as OpenAI's does; transformers' streams unless it is told not to."""
+
+        async def handle_request(self, body, request_id):
+            return await super().handle_request({"stream": False} | body, request_id)
+
     class Refused:
         async def handle_request(self, *args):
             raise HTTPException(status_code=404, detail="not served with a Bitune model")
@@ -106,18 +113,20 @@ def _run(given) -> None:
         models,
         chat_completion.ChatCompletionHandler(models, state),
         completion_handler=completion.CompletionHandler(models, state),
-        response_handler=response.ResponseHandler(models, state),
+        response_handler=Responses(models, state),
         transcription_handler=Refused(),
         systemone_handler=Refused(),
         generation_state=state,
     )
 
     async def wrong_request(request, error):
-        what = "" if isinstance(error, ValueError) else f"expected a request of OpenAI's API, {type(error).__name__}: "
+        known = isinstance(error, ValueError | HTTPException)
+        what = "" if known else f"expected a request of OpenAI's API, {type(error).__name__}: "
+        body = {"message": f"{what}{getattr(error, 'detail', error)}", "type": "invalid_request_error"}
         # as OpenAI's clients read it
-        return JSONResponse({"error": {"message": f"{what}{error}", "type": "invalid_request_error"}}, status_code=400)
+        return JSONResponse({"error": body}, status_code=getattr(error, "status_code", 400))
 
-    for kind in (ValueError, TypeError, KeyError, TemplateError):
+    for kind in (ValueError, TypeError, KeyError, TemplateError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, wrong_request)
     options = dict(limit_concurrency=given.limit, timeout_graceful_shutdown=GRACE, log_level="info")
     print(f"bitune: serving the model {name!r}", file=sys.stderr)
