@@ -158,8 +158,8 @@ FAULTS = [
     Fault(
         "dq: softcap's derivative",
         BACKWARD,
-        "ds *= d_cap\n        if HAS_BETA",
-        "ds *= 1.0\n        if HAS_BETA",
+        "ds *= d_cap\n        if weight",
+        "ds *= 1.0\n        if weight",
         SOFTCAP,
         backward,
     ),
@@ -189,9 +189,14 @@ FAULTS = [
         "dk: the second stream is left out", BACKWARD, "range(tl.load(item + K_PARTS))", "range(1)", SHARED, backward
     ),
     Fault("dq: beta", BACKWARD, "ds *= weight[:, None]", "ds *= 1.0", BETA, backward),
-    Fault("alpha_k and alpha_v swapped", FORWARD, "v_to_causal, a_k, a_v", "v_to_causal, a_v, a_k", PLAIN),
+    Fault("alpha_k and alpha_v swapped", FORWARD, "mix_k, mix_v, mixed_row", "mix_v, mix_k, mixed_row", PLAIN),
     Fault(
-        "dq: alpha_k and alpha_v swapped", BACKWARD, "v_to_causal, a_k, a_v", "v_to_causal, a_v, a_k", PLAIN, backward
+        "dq: alpha_k and alpha_v swapped",
+        BACKWARD,
+        "mix_k, mix_v, mixed_row",
+        "mix_v, mix_k, mixed_row",
+        PLAIN,
+        backward,
     ),
     Fault(
         "alpha weighs the causal stream",

@@ -28,14 +28,14 @@ from .common import (
     load_rows,
     mix,
     rows_of,
+    seen_by_rows,
     split,
     store_rows,
     tanh,
     tokens_of,
-    visible,
 )
 from .mixing import mix_backward
-from .tiles import Tile
+from .tiles import Tile, block_dim
 
 # Columns of schedule.BACKWARD_Q, in its order; the last four once for each part.
 Q_COLUMNS = tl.constexpr(len(schedule.BACKWARD_Q))
@@ -56,9 +56,9 @@ BETA = tl.constexpr(schedule.BETA)
 
 
 @triton.jit
-def probabilities(s, lse, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+def probabilities(s, lse, scale, softcap):
     """exp(cap(scale s) - lse), and d cap / d (scale s)."""
-    if HAS_SOFTCAP:
+    if softcap is not None:
         t = tanh(s * (scale / softcap))
         return tl.exp2(t * (softcap * LOG2E) - lse), 1.0 - t * t
     else:
@@ -74,68 +74,28 @@ def row_weights(beta, head_q, kind, there, BETA_PER_HEAD: tl.constexpr):
 
 @triton.jit
 def dq_tiles(
-    dq,
-    q,
-    do,
-    lse,
-    delta,
-    weight,
-    k,
-    v,
-    stride_k_row,
-    stride_k_dim,
-    stride_v_row,
-    stride_v_dim,
-    k_to_causal,
-    v_to_causal,
-    alpha_k,
-    alpha_v,
-    low,
-    high,
-    length,
-    start,
-    stop,
-    gap_start,
-    gap_stop,
-    scale,
-    softcap,
-    DIM: tl.constexpr,
-    DIM_V: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_DIM_V: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
-    MIX: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_BETA: tl.constexpr,
-):
-    """dq += ds k over the keys [start, stop) of a run, without those of [gap_start, gap_stop)."""
-    gap = gap_stop - gap_start
-    for i in range(start, stop - gap, BLOCK_N):
-        first = i
-        if MASKED:
-            first += tl.where(i >= gap_start, gap, 0)
-        near = tl.arange(0, BLOCK_N)
-        j = first + near
-        there = j < length
-        tile = first.to(tl.int64)
-        kt = load_keys(
-            k + tile * stride_k_row, near, stride_k_row, stride_k_dim, k_to_causal, alpha_k, there, DIM, BLOCK_DIM,
-            not MASKED, MIX,
-        )  # fmt: skip
-        vt = load_keys(
-            v + tile * stride_v_row, near, stride_v_row, stride_v_dim, v_to_causal, alpha_v, there, DIM_V,
-            BLOCK_DIM_V, not MASKED, MIX,
-        )  # fmt: skip
+    dq, q, do, lse, delta, weight, k, v, stride_k, stride_v, mix_k, mix_v, seen, bounds, length, scale, softcap,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """dq += ds k over tiles of keys, as ``attention_forward.attend_tiles``. weight: of d_out's rows, or None."""
+    low, high = seen
+    start, whole, rest, stop = bounds
+    gap = rest - whole
+    begin, end = (start, stop - gap) if MASKED else (whole, rest)
+    for i in range(begin, end, BLOCK_N):
+        first = i + tl.where(i >= whole, gap, 0) if MASKED else i
+        kt = load_keys(k, first, length, stride_k, mix_k, DIM, BLOCK_N, not MASKED)
+        vt = load_keys(v, first, length, stride_v, mix_v, DIM_V, BLOCK_N, not MASKED)
         s = tl.dot(q, tl.trans(kt), input_precision="ieee")
-        p, d_cap = probabilities(s, lse[:, None], scale, softcap, HAS_SOFTCAP)
+        p, d_cap = probabilities(s, lse[:, None], scale, softcap)
         if MASKED:
+            j = first + tl.arange(0, BLOCK_N)
             p = tl.where((j[None, :] >= low[:, None]) & (j[None, :] < high[:, None]), p, 0.0)
         dp = tl.dot(do, tl.trans(vt), input_precision="ieee")
         ds = p * (dp - delta[:, None])
-        if HAS_SOFTCAP:
+        if softcap is not None:
             ds *= d_cap
-        if HAS_BETA:
+        if weight is not None:
             ds *= weight[:, None]
         dq = tl.dot(ds.to(kt.dtype), kt, dq, input_precision="ieee")
     return dq
@@ -143,115 +103,32 @@ def dq_tiles(
 
 @triton.jit
 def dq_of_run(
-    dq,
-    q,
-    do,
-    lse,
-    delta,
-    weight,
-    k,
-    v,
-    stride_k_row,
-    stride_k_dim,
-    stride_v_row,
-    stride_v_dim,
-    k_to_causal,
-    v_to_causal,
-    alpha_k,
-    alpha_v,
-    position,
-    first_position,
-    last_position,
-    keys_position,
-    length,
-    mask,
-    window,
-    scale,
-    softcap,
-    DIM: tl.constexpr,
-    DIM_V: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_DIM_V: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MIX: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_BETA: tl.constexpr,
-):
-    """One run of ``length`` keys, as ``attention_forward.attend``."""
-    low_first, high_first = visible(first_position, keys_position, length, mask, window, HAS_WINDOW)
-    low_last, high_last = visible(last_position, keys_position, length, mask, window, HAS_WINDOW)
-    start, whole, rest, stop = split(low_first, low_last, high_first, high_last, BLOCK_N)
-    low, high = visible(position, keys_position, length, mask, window, HAS_WINDOW)
-    dq = dq_tiles(
-        dq, q, do, lse, delta, weight, k, v, stride_k_row, stride_k_dim, stride_v_row, stride_v_dim, k_to_causal,
-        v_to_causal, alpha_k, alpha_v, low, high, length, whole, rest, rest, rest, scale, softcap, DIM, DIM_V,
-        BLOCK_DIM, BLOCK_DIM_V, BLOCK_N, False, MIX, HAS_SOFTCAP, HAS_BETA,
-    )  # fmt: skip
-    return dq_tiles(
-        dq, q, do, lse, delta, weight, k, v, stride_k_row, stride_k_dim, stride_v_row, stride_v_dim, k_to_causal,
-        v_to_causal, alpha_k, alpha_v, low, high, length, start, stop, whole, rest, scale, softcap, DIM, DIM_V,
-        BLOCK_DIM, BLOCK_DIM_V, BLOCK_N, True, MIX, HAS_SOFTCAP, HAS_BETA,
-    )  # fmt: skip
+    dq, q, do, lse, delta, weight, k, v, stride_k, stride_v, mix_k, mix_v, row,
+    positions, keys_position, length, mask, window, scale, softcap,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A run of ``length`` keys from ``row`` on, as ``attention_forward.attend``."""
+    k, v = k + row * stride_k[0], v + row * stride_v[0]
+    seen, bounds = seen_by_rows(positions, keys_position, length, mask, window, BLOCK_N)
+    for masked in tl.static_range(2):
+        dq = dq_tiles(
+            dq, q, do, lse, delta, weight, k, v, stride_k, stride_v, mix_k, mix_v, seen, bounds, length, scale, softcap,
+            DIM, DIM_V, BLOCK_N, masked,
+        )  # fmt: skip
+    return dq
 
 
 @triton.jit(do_not_specialize=["num_prompt", "window"], do_not_specialize_on_alignment=WEIGHTS)
 def dq_kernel(
-    items,
-    q,
-    k,
-    v,
-    alpha_k,
-    alpha_v,
-    beta,
-    k_prefix,
-    v_prefix,
-    out,
-    streams,
-    d_out,
-    lse,
-    delta,
-    dq,
-    stride_q_row,
-    stride_q_head,
-    stride_q_dim,
-    stride_k_row,
-    stride_k_head,
-    stride_k_dim,
-    stride_v_row,
-    stride_v_head,
-    stride_v_dim,
-    stride_kp_row,
-    stride_kp_head,
-    stride_kp_dim,
-    stride_vp_row,
-    stride_vp_head,
-    stride_vp_dim,
-    stride_do_row,
-    stride_do_head,
-    stride_do_dim,
-    num_prompt,
-    scale,
-    softcap,
-    window,
-    HEADS_KV: tl.constexpr,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_V: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_N_MIXED: tl.constexpr,
+    items, q, k, v, alpha_k, alpha_v, beta, k_prefix, v_prefix,
+    out, streams, d_out, lse, delta, dq,
+    stride_q, stride_k, stride_v, stride_kp, stride_vp, stride_do,
+    num_prompt, scale, softcap, window,
+    HEADS_KV: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
+    ALPHA_PER_HEAD: tl.constexpr, BETA_PER_HEAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_N_MIXED: tl.constexpr,
     TWO_PARTS: tl.constexpr,  # a tile may stand in both streams
-    MIX: tl.constexpr,
-    ALPHA_PER_HEAD: tl.constexpr,
-    HAS_BETA: tl.constexpr,
-    BETA_PER_HEAD: tl.constexpr,
-    HAS_PREFIX: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-):
+):  # fmt: skip
     """dq [rows, HEADS_KV * GROUP, DIM], and delta = <d_out, out> float32 [rows of streams, HEADS_KV * GROUP]."""
     head = (tl.program_id(0) % HEADS_KV).to(tl.int64)
     item = items + (tl.program_id(0) // HEADS_KV).to(tl.int64) * Q_COLUMNS
@@ -259,22 +136,19 @@ def dq_kernel(
     first_token = block * BLOCK_M // GROUP
     heads, head_q = HEADS_KV * GROUP, head * GROUP
 
-    k_head, v_head = k + head * stride_k_head, v + head * stride_v_head
-    k_to_causal = num_prompt.to(tl.int64) * stride_k_row
-    v_to_causal = num_prompt.to(tl.int64) * stride_v_row
-    a_k, a_v = 0.0, 0.0
-    if MIX:
-        a_k = tl.load(alpha_k + (head if ALPHA_PER_HEAD else 0)).to(tl.float32)
-        a_v = tl.load(alpha_v + (head if ALPHA_PER_HEAD else 0)).to(tl.float32)
+    k_head, v_head = k + head * stride_k[1], v + head * stride_v[1]
+    mix_k, mix_v = None, None
+    if alpha_k is not None:  # the answer attends to a mix of two streams
+        k_to_causal, v_to_causal = num_prompt.to(tl.int64) * stride_k[0], num_prompt.to(tl.int64) * stride_v[0]
+        mix_k = (k_to_causal, tl.load(alpha_k + (head if ALPHA_PER_HEAD else 0)).to(tl.float32))
+        mix_v = (v_to_causal, tl.load(alpha_v + (head if ALPHA_PER_HEAD else 0)).to(tl.float32))
 
     near, of_group, stored = rows_of(item + Q_BLOCK, length, GROUP, BLOCK_M)
     q_first = (tl.load(item + Q_ROW) + first_token).to(tl.int64)
-    q_tile = load_rows(
-        q + q_first * stride_q_row + head_q * stride_q_head + of_group[:, None] * stride_q_head, near, stride_q_row,
-        stride_q_dim, stored, DIM, BLOCK_DIM, False,
-    )  # fmt: skip
+    q_head = q + q_first * stride_q[0] + head_q * stride_q[1]
+    q_tile = load_rows(q_head + of_group[:, None] * stride_q[1], near, stride_q, stored, DIM)
 
-    acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
+    acc = tl.zeros([BLOCK_M, block_dim(DIM)], tl.float32)
     for part in range(tl.load(item + Q_PARTS) if TWO_PARTS else 1):
         column = item + Q_PARTS + 1 + part * PER_Q_PART
         mask, weight_kind = tl.load(column + MASK), tl.load(column + WEIGHT)
@@ -283,66 +157,52 @@ def dq_kernel(
         own_row, own_position = tl.load(item + OWN_ROW).to(tl.int64), tl.load(item + Q_POSITION)
         mixed_row, mixed_length = tl.load(item + MIXED_ROW).to(tl.int64), tl.load(item + MIXED_LENGTH)
         token, _, last_token = tokens_of(tl.load(item + Q_BLOCK, volatile=True), length, GROUP, BLOCK_M)
-        position = own_position + token
-        first_position, last_position = own_position + first_token, own_position + last_token
+        positions = (own_position + token, own_position + first_token, own_position + last_token)
         out_first = (tl.load(column + OUT_ROW) + first_token).to(tl.int64)
         stream_first = (tl.load(column + STREAM_ROW) + first_token).to(tl.int64)
-        do_first = d_out + out_first * stride_do_row + head_q * stride_do_head
-        do = load_rows(
-            do_first + of_group_part[:, None] * stride_do_head, near_part, stride_do_row, stride_do_dim, stored_part,
-            DIM_V, BLOCK_DIM_V, False,
-        )  # fmt: skip
+        do_head = d_out + out_first * stride_do[0] + head_q * stride_do[1]
+        do = load_rows(do_head + of_group_part[:, None] * stride_do[1], near_part, stride_do, stored_part, DIM_V)
         # In tensors that are contiguous, [rows, heads, ..]:
         out_first, stream_first = out_first * heads + head_q, stream_first * heads + head_q
         of_heads = near_part * heads + of_group_part
-        o = load_rows(out + out_first * DIM_V, of_heads, DIM_V, 1, stored_part, DIM_V, BLOCK_DIM_V, False)
-        weight = tl.full([BLOCK_M], 1.0, tl.float32)
-        if HAS_BETA:  # the streams' own outputs, not their mix; the answer has none
+        o = load_rows(out + out_first * DIM_V, of_heads, (DIM_V, 1), stored_part, DIM_V)
+        weight = None
+        if beta is not None:  # the streams' own outputs, not their mix; the answer has none
             in_streams = tl.where(weight_kind != 0, stored_part, False)
-            of_stream = load_rows(
-                streams + stream_first * DIM_V, of_heads, DIM_V, 1, in_streams, DIM_V, BLOCK_DIM_V, False
-            )
+            of_stream = load_rows(streams + stream_first * DIM_V, of_heads, (DIM_V, 1), in_streams, DIM_V)
             o = tl.where(weight_kind != 0, of_stream, o)
             weight = row_weights(beta, head_q + of_group_part, weight_kind, stored_part, BETA_PER_HEAD)
         row_delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
         tl.store(delta + stream_first + of_heads, row_delta, mask=stored_part)
         row_lse = tl.load(lse + stream_first + of_heads, mask=stored_part, other=0.0)
 
-        if HAS_PREFIX:
+        if k_prefix is not None:
             prefix_row, prefix_length = tl.load(item + PREFIX_ROW).to(tl.int64), tl.load(item + PREFIX_LENGTH)
             acc = dq_of_run(
-                acc, q_tile, do, row_lse, row_delta, weight,
-                k_prefix + head * stride_kp_head + prefix_row * stride_kp_row,
-                v_prefix + head * stride_vp_head + prefix_row * stride_vp_row, stride_kp_row, stride_kp_dim,
-                stride_vp_row, stride_vp_dim, 0, 0, 0.0, 0.0, position, first_position, last_position, 0,
-                prefix_length, 0, window, scale, softcap, DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_N, False,
-                HAS_WINDOW, HAS_SOFTCAP, HAS_BETA,
+                acc, q_tile, do, row_lse, row_delta, weight, k_prefix + head * stride_kp[1],
+                v_prefix + head * stride_vp[1], stride_kp, stride_vp, None, None, prefix_row,
+                positions, 0, prefix_length, 0, window, scale, softcap, DIM, DIM_V, BLOCK_N,
             )  # fmt: skip
         acc = dq_of_run(
-            acc, q_tile, do, row_lse, row_delta, weight, k_head + mixed_row * stride_k_row,
-            v_head + mixed_row * stride_v_row, stride_k_row, stride_k_dim, stride_v_row, stride_v_dim, k_to_causal,
-            v_to_causal, a_k, a_v, position, first_position, last_position, own_position - mixed_length, mixed_length,
-            0, window, scale, softcap, DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_N_MIXED, MIX, HAS_WINDOW,
-            HAS_SOFTCAP, HAS_BETA,
+            acc, q_tile, do, row_lse, row_delta, weight, k_head, v_head, stride_k, stride_v, mix_k, mix_v, mixed_row,
+            positions, own_position - mixed_length, mixed_length, 0, window, scale, softcap, DIM, DIM_V, BLOCK_N_MIXED,
         )  # fmt: skip
         acc = dq_of_run(
-            acc, q_tile, do, row_lse, row_delta, weight, k_head + own_row * stride_k_row,
-            v_head + own_row * stride_v_row, stride_k_row, stride_k_dim, stride_v_row, stride_v_dim, 0, 0, 0.0, 0.0,
-            position, first_position, last_position, own_position, length, mask, window, scale, softcap, DIM, DIM_V,
-            BLOCK_DIM, BLOCK_DIM_V, BLOCK_N, False, HAS_WINDOW, HAS_SOFTCAP, HAS_BETA,
+            acc, q_tile, do, row_lse, row_delta, weight, k_head, v_head, stride_k, stride_v, None, None, own_row,
+            positions, own_position, length, mask, window, scale, softcap, DIM, DIM_V, BLOCK_N,
         )  # fmt: skip
     near, of_group, stored = rows_of(item + Q_BLOCK, length, GROUP, BLOCK_M)
     of_heads = near * heads + of_group
-    store_rows(dq + (q_first * heads + head_q) * DIM, of_heads, DIM, 1, acc * scale, stored, DIM, BLOCK_DIM)
+    store_rows(dq + (q_first * heads + head_q) * DIM, of_heads, (DIM, 1), acc * scale, stored, DIM)
 
 
 @triton.jit
-def seen_by(position, q_position, q_length, mask, window, HAS_WINDOW: tl.constexpr):
+def seen_by(position, q_position, q_length, mask, window):
     """[low, high): which of ``q_length`` queries, at positions q_position, .., see the key at ``position``."""
     own = position - q_position
     low = tl.where(mask == CAUSAL, own, 0)
     high = tl.where(mask == ANTI_CAUSAL, own + 1, q_length)
-    if HAS_WINDOW:
+    if window is not None:
         low = tl.maximum(low, own - window + 1)
         high = tl.minimum(high, own + window)
     low = tl.minimum(tl.maximum(low, 0), q_length)
@@ -351,75 +211,38 @@ def seen_by(position, q_position, q_length, mask, window, HAS_WINDOW: tl.constex
 
 @triton.jit
 def dkv_tiles(
-    dk,
-    dv,
-    k,
-    v,
-    q,
-    do,
-    lse,
-    delta,
-    beta,
-    head_q,
-    weight_kind,
-    stride_q_row,
-    stride_q_head,
-    stride_q_dim,
-    stride_do_row,
-    stride_do_head,
-    stride_do_dim,
-    low,
-    high,
-    rows,
-    start,
-    stop,
-    gap_start,
-    gap_stop,
-    scale,
-    softcap,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_V: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    MASKED: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_BETA: tl.constexpr,
-    BETA_PER_HEAD: tl.constexpr,
-):
-    """dk += ds^T q, dv += p^T do over the packed query rows [start, stop), without those of [gap_start, gap_stop)."""
-    gap = gap_stop - gap_start
-    for i in range(start, stop - gap, BLOCK_M):
-        first = i
-        if MASKED:
-            first += tl.where(i >= gap_start, gap, 0)
+    dk, dv, k, v, q, do, lse, delta, beta, head_q, weight_kind, stride_q, stride_do, seen, bounds, rows, scale, softcap,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    BETA_PER_HEAD: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """dk += ds^T q, dv += p^T do over tiles of packed query rows, as ``dq_tiles`` over those of keys."""
+    low, high = seen
+    start, whole, rest, stop = bounds
+    gap = rest - whole
+    begin, end = (start, stop - gap) if MASKED else (whole, rest)
+    for i in range(begin, end, BLOCK_M):
+        first = i + tl.where(i >= whole, gap, 0) if MASKED else i
         r = first + tl.arange(0, BLOCK_M)
         there = r < rows
         first_token = (first // GROUP).to(tl.int64)
         near, of_group = r // GROUP - first // GROUP, r % GROUP
-        q_tile = load_rows(
-            q + first_token * stride_q_row + of_group[:, None] * stride_q_head, near, stride_q_row, stride_q_dim, there,
-            DIM, BLOCK_DIM, not MASKED,
-        )  # fmt: skip
-        do_tile = load_rows(
-            do + first_token * stride_do_row + of_group[:, None] * stride_do_head, near, stride_do_row, stride_do_dim,
-            there, DIM_V, BLOCK_DIM_V, not MASKED,
-        )  # fmt: skip
+        q_at = q + first_token * stride_q[0] + of_group[:, None] * stride_q[1]
+        q_tile = load_rows(q_at, near, stride_q, there, DIM, not MASKED)
+        do_at = do + first_token * stride_do[0] + of_group[:, None] * stride_do[1]
+        do_tile = load_rows(do_at, near, stride_do, there, DIM_V, not MASKED)
         of_heads = first_token * HEADS + near * HEADS + of_group
         row_lse = tl.load(lse + of_heads, mask=there, other=0.0)
         row_delta = tl.load(delta + of_heads, mask=there, other=0.0)
         s = tl.dot(k, tl.trans(q_tile), input_precision="ieee")
-        p, d_cap = probabilities(s, row_lse[None, :], scale, softcap, HAS_SOFTCAP)
+        p, d_cap = probabilities(s, row_lse[None, :], scale, softcap)
         if MASKED:
             p = tl.where((r[None, :] >= low[:, None]) & (r[None, :] < high[:, None]), p, 0.0)
-        if HAS_BETA:
+        if beta is not None:
             p *= row_weights(beta, head_q + of_group, weight_kind, there, BETA_PER_HEAD)[None, :]
         dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision="ieee")
         dp = tl.dot(v, tl.trans(do_tile), input_precision="ieee")
         ds = p * (dp - row_delta[None, :])
-        if HAS_SOFTCAP:
+        if softcap is not None:
             ds *= d_cap
         dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
     return dk, dv
@@ -435,62 +258,14 @@ def keys_of(item, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_prompt", "window"], do_not_specialize_on_alignment=WEIGHTS)
 def dkv_kernel(
-    items,
-    q,
-    k,
-    v,
-    alpha_k,
-    alpha_v,
-    beta,
-    k_prefix,
-    v_prefix,
-    d_out,
-    lse,
-    delta,
-    dk,
-    dv,
-    dk_mixed,
-    dv_mixed,
-    dk_prefix,
-    dv_prefix,
-    stride_q_row,
-    stride_q_head,
-    stride_q_dim,
-    stride_k_row,
-    stride_k_head,
-    stride_k_dim,
-    stride_v_row,
-    stride_v_head,
-    stride_v_dim,
-    stride_kp_row,
-    stride_kp_head,
-    stride_kp_dim,
-    stride_vp_row,
-    stride_vp_head,
-    stride_vp_dim,
-    stride_do_row,
-    stride_do_head,
-    stride_do_dim,
-    num_prompt,
-    scale,
-    softcap,
-    window,
-    HEADS_KV: tl.constexpr,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_V: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MIX: tl.constexpr,
-    ALPHA_PER_HEAD: tl.constexpr,
-    HAS_BETA: tl.constexpr,
-    BETA_PER_HEAD: tl.constexpr,
-    HAS_PREFIX: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-):
+    items, q, k, v, alpha_k, alpha_v, beta, k_prefix, v_prefix,
+    d_out, lse, delta, dk, dv, dk_mixed, dv_mixed, dk_prefix, dv_prefix,
+    stride_q, stride_k, stride_v, stride_kp, stride_vp, stride_do,
+    num_prompt, scale, softcap, window,
+    HEADS_KV: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
+    ALPHA_PER_HEAD: tl.constexpr, BETA_PER_HEAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """A tile of BLOCK_N keys of one key/value head, all query heads of its group: dk, dv (contiguous) of its rows.
 
     dk_mixed, dv_mixed float32 [N, HEADS_KV, dim]: of the mixed prompt, before it is shared out to the streams.
@@ -501,37 +276,29 @@ def dkv_kernel(
     kind, row, stored = keys_of(item, BLOCK_N)
 
     # The tile: rows of a stream or of the answer; the mix of both streams' rows; or of the prefix.
-    k_head, v_head = k + head * stride_k_head, v + head * stride_v_head
-    in_rows = tl.where(kind == PREFIX, False, stored) if HAS_PREFIX else stored
-    k_tile = load_rows(k_head + row * stride_k_row, near, stride_k_row, stride_k_dim, in_rows, DIM, BLOCK_DIM, False)
-    v_tile = load_rows(
-        v_head + row * stride_v_row, near, stride_v_row, stride_v_dim, in_rows, DIM_V, BLOCK_DIM_V, False
-    )
-    if MIX:
+    k_head, v_head = k + head * stride_k[1], v + head * stride_v[1]
+    in_rows = tl.where(kind == PREFIX, False, stored) if k_prefix is not None else stored
+    k_tile = load_rows(k_head + row * stride_k[0], near, stride_k, in_rows, DIM)
+    v_tile = load_rows(v_head + row * stride_v[0], near, stride_v, in_rows, DIM_V)
+    if alpha_k is not None:
         a_k = tl.load(alpha_k + (head if ALPHA_PER_HEAD else 0)).to(tl.float32)
         a_v = tl.load(alpha_v + (head if ALPHA_PER_HEAD else 0)).to(tl.float32)
         in_mixed = tl.where(kind == MIXED, stored, False)
         causal_row = row + num_prompt
-        causal = load_rows(
-            k_head + causal_row * stride_k_row, near, stride_k_row, stride_k_dim, in_mixed, DIM, BLOCK_DIM, False
-        )
+        causal = load_rows(k_head + causal_row * stride_k[0], near, stride_k, in_mixed, DIM)
         k_tile = tl.where(kind == MIXED, mix(causal, k_tile, a_k), k_tile)
-        causal = load_rows(
-            v_head + causal_row * stride_v_row, near, stride_v_row, stride_v_dim, in_mixed, DIM_V, BLOCK_DIM_V, False
-        )
+        causal = load_rows(v_head + causal_row * stride_v[0], near, stride_v, in_mixed, DIM_V)
         v_tile = tl.where(kind == MIXED, mix(causal, v_tile, a_v), v_tile)
-    if HAS_PREFIX:
+    if k_prefix is not None:
         in_prefix = tl.where(kind == PREFIX, stored, False)
-        kp = k_prefix + head * stride_kp_head + row * stride_kp_row
-        vp = v_prefix + head * stride_vp_head + row * stride_vp_row
-        of_prefix = load_rows(kp, near, stride_kp_row, stride_kp_dim, in_prefix, DIM, BLOCK_DIM, False)
-        k_tile = tl.where(kind == PREFIX, of_prefix, k_tile)
-        of_prefix = load_rows(vp, near, stride_vp_row, stride_vp_dim, in_prefix, DIM_V, BLOCK_DIM_V, False)
-        v_tile = tl.where(kind == PREFIX, of_prefix, v_tile)
+        kp = k_prefix + head * stride_kp[1] + row * stride_kp[0]
+        vp = v_prefix + head * stride_vp[1] + row * stride_vp[0]
+        k_tile = tl.where(kind == PREFIX, load_rows(kp, near, stride_kp, in_prefix, DIM), k_tile)
+        v_tile = tl.where(kind == PREFIX, load_rows(vp, near, stride_vp, in_prefix, DIM_V), v_tile)
 
     heads, head_q = HEADS_KV * GROUP, head * GROUP
-    dk_acc = tl.zeros([BLOCK_N, BLOCK_DIM], tl.float32)
-    dv_acc = tl.zeros([BLOCK_N, BLOCK_DIM_V], tl.float32)
+    dk_acc = tl.zeros([BLOCK_N, block_dim(DIM)], tl.float32)
+    dv_acc = tl.zeros([BLOCK_N, block_dim(DIM_V)], tl.float32)
     for part in range(tl.load(item + K_PARTS)):
         column = item + part * PER_K_PART
         first, length = tl.load(item + K_BLOCK, volatile=True) * BLOCK_N, tl.load(item + K_LENGTH, volatile=True)
@@ -539,42 +306,34 @@ def dkv_kernel(
         position = k_position + tl.minimum(first + near, last)
         q_length, q_position = tl.load(column + PART_Q_LENGTH), tl.load(column + PART_Q_POSITION)
         mask, weight_kind = tl.load(column + PART_MASK), tl.load(column + PART_WEIGHT)
-        q_run = q + tl.load(column + PART_Q_ROW).to(tl.int64) * stride_q_row + head_q * stride_q_head
-        do_run = d_out + tl.load(column + PART_OUT_ROW).to(tl.int64) * stride_do_row + head_q * stride_do_head
+        q_run = q + tl.load(column + PART_Q_ROW).to(tl.int64) * stride_q[0] + head_q * stride_q[1]
+        do_run = d_out + tl.load(column + PART_OUT_ROW).to(tl.int64) * stride_do[0] + head_q * stride_do[1]
         of_stream = tl.load(column + PART_STREAM_ROW).to(tl.int64) * heads + head_q
-        low_first, high_first = seen_by(k_position + first, q_position, q_length, mask, window, HAS_WINDOW)
-        low_last, high_last = seen_by(k_position + last, q_position, q_length, mask, window, HAS_WINDOW)
-        start, whole, rest, stop = split(
-            low_first * GROUP, low_last * GROUP, high_first * GROUP, high_last * GROUP, BLOCK_M
-        )
-        low, high = seen_by(position, q_position, q_length, mask, window, HAS_WINDOW)
-        dk_acc, dv_acc = dkv_tiles(
-            dk_acc, dv_acc, k_tile, v_tile, q_run, do_run, lse + of_stream, delta + of_stream, beta, head_q,
-            weight_kind, stride_q_row, stride_q_head, stride_q_dim, stride_do_row, stride_do_head, stride_do_dim,
-            low * GROUP, high * GROUP, q_length * GROUP, whole, rest, rest, rest, scale, softcap, heads, GROUP,
-            DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_M, False, HAS_SOFTCAP, HAS_BETA, BETA_PER_HEAD,
-        )  # fmt: skip
-        dk_acc, dv_acc = dkv_tiles(
-            dk_acc, dv_acc, k_tile, v_tile, q_run, do_run, lse + of_stream, delta + of_stream, beta, head_q,
-            weight_kind, stride_q_row, stride_q_head, stride_q_dim, stride_do_row, stride_do_head, stride_do_dim,
-            low * GROUP, high * GROUP, q_length * GROUP, start, stop, whole, rest, scale, softcap, heads, GROUP,
-            DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_M, True, HAS_SOFTCAP, HAS_BETA, BETA_PER_HEAD,
-        )  # fmt: skip
+        low_first, high_first = seen_by(k_position + first, q_position, q_length, mask, window)
+        low_last, high_last = seen_by(k_position + last, q_position, q_length, mask, window)
+        bounds = split(low_first * GROUP, low_last * GROUP, high_first * GROUP, high_last * GROUP, BLOCK_M)
+        low, high = seen_by(position, q_position, q_length, mask, window)
+        for masked in tl.static_range(2):
+            dk_acc, dv_acc = dkv_tiles(
+                dk_acc, dv_acc, k_tile, v_tile, q_run, do_run, lse + of_stream, delta + of_stream, beta, head_q,
+                weight_kind, stride_q, stride_do, (low * GROUP, high * GROUP), bounds, q_length * GROUP, scale, softcap,
+                heads, GROUP, DIM, DIM_V, BLOCK_M, BETA_PER_HEAD, masked,
+            )  # fmt: skip
 
     dk_acc *= scale
     kind, row, stored = keys_of(item, BLOCK_N)
     k_at, v_at = (row * HEADS_KV + head) * DIM, (row * HEADS_KV + head) * DIM_V
     in_rows = tl.where(kind == 0, stored, False)
-    store_rows(dk + k_at, near, HEADS_KV * DIM, 1, dk_acc, in_rows, DIM, BLOCK_DIM)
-    store_rows(dv + v_at, near, HEADS_KV * DIM_V, 1, dv_acc, in_rows, DIM_V, BLOCK_DIM_V)
-    if MIX:
+    store_rows(dk + k_at, near, (HEADS_KV * DIM, 1), dk_acc, in_rows, DIM)
+    store_rows(dv + v_at, near, (HEADS_KV * DIM_V, 1), dv_acc, in_rows, DIM_V)
+    if alpha_k is not None:
         in_mixed = tl.where(kind == MIXED, stored, False)
-        store_rows(dk_mixed + k_at, near, HEADS_KV * DIM, 1, dk_acc, in_mixed, DIM, BLOCK_DIM)
-        store_rows(dv_mixed + v_at, near, HEADS_KV * DIM_V, 1, dv_acc, in_mixed, DIM_V, BLOCK_DIM_V)
-    if HAS_PREFIX:
+        store_rows(dk_mixed + k_at, near, (HEADS_KV * DIM, 1), dk_acc, in_mixed, DIM)
+        store_rows(dv_mixed + v_at, near, (HEADS_KV * DIM_V, 1), dv_acc, in_mixed, DIM_V)
+    if k_prefix is not None:
         in_prefix = tl.where(kind == PREFIX, stored, False)
-        store_rows(dk_prefix + k_at, near, HEADS_KV * DIM, 1, dk_acc, in_prefix, DIM, BLOCK_DIM)
-        store_rows(dv_prefix + v_at, near, HEADS_KV * DIM_V, 1, dv_acc, in_prefix, DIM_V, BLOCK_DIM_V)
+        store_rows(dk_prefix + k_at, near, (HEADS_KV * DIM, 1), dk_acc, in_prefix, DIM)
+        store_rows(dv_prefix + v_at, near, (HEADS_KV * DIM_V, 1), dv_acc, in_prefix, DIM_V)
 
 
 def backward(
@@ -636,25 +395,17 @@ def backward(
     tile_kv = tile_kv or tiles.choose("dkv", q, v)
     q_items = schedule.cached(plan, q.device, schedule.backward_q_items, **options, block=tile_q.block_m)
     kv_items = schedule.cached(plan, q.device, schedule.backward_kv_items, **options, block=tile_kv.block_n)
-    inputs = (q, k, v, alpha_k, alpha_v, beta, k_prefix, v_prefix)
     prefix = (k_prefix, v_prefix) if has_prefix else None
-    arguments = launch_arguments(q, k, v, alpha_k, beta, prefix, plan, softmax_scale, window, softcap)
-    strides, scalars, constants = arguments
-    strides += d_out.stride()
+    arguments = launch_arguments(q, k, v, alpha_k, alpha_v, beta, prefix, plan, softmax_scale, window, softcap)
+    arguments |= dict(d_out=d_out, lse=lse, delta=delta, stride_do=d_out.stride())
     with torch.cuda.device_of(q):
         if len(q_items):
             dq_kernel[(len(q_items) * heads_kv,)](
                 q_items,
-                *inputs,
-                out,
-                streams,
-                d_out,
-                lse,
-                delta,
-                dq,
-                *strides,
-                *scalars,
-                **constants,
+                **arguments,
+                out=out,
+                streams=streams,
+                dq=dq,
                 **tile_q.arguments(),
                 BLOCK_N_MIXED=tile_q.block_n_mixed(mixes),
                 TWO_PARTS=two_parts,
@@ -662,17 +413,13 @@ def backward(
         if len(kv_items):
             dkv_kernel[(len(kv_items) * heads_kv,)](
                 kv_items,
-                *inputs,
-                d_out,
-                lse,
-                delta,
-                dk,
-                dv,
-                *d_mixed,
-                *d_prefix,
-                *strides,
-                *scalars,
-                **constants,
+                **arguments,
+                dk=dk,
+                dv=dv,
+                dk_mixed=d_mixed[0],
+                dv_mixed=d_mixed[1],
+                dk_prefix=d_prefix[0],
+                dv_prefix=d_prefix[1],
                 **tile_kv.arguments(),
             )
     grads = [dq, dk, dv]

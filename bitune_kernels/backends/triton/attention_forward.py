@@ -32,13 +32,12 @@ from .common import (
     load_rows,
     mix,
     rows_of,
-    split,
+    seen_by_rows,
     store_rows,
     tanh,
     tokens_of,
-    visible,
 )
-from .tiles import Tile
+from .tiles import Tile, block_dim
 
 # Columns of schedule.FORWARD, in its order.
 COLUMNS = tl.constexpr(len(schedule.FORWARD))
@@ -52,70 +51,26 @@ WRITE_ROWS = tl.constexpr(16)
 
 @triton.jit
 def attend_tiles(
-    acc,
-    m,
-    l,
-    q,
-    k,
-    v,
-    stride_k_row,
-    stride_k_dim,
-    stride_v_row,
-    stride_v_dim,
-    k_to_causal,
-    v_to_causal,
-    alpha_k,
-    alpha_v,
-    low,
-    high,
-    length,
-    start,
-    stop,
-    gap_start,
-    gap_stop,
-    scale,
-    softcap,
-    DIM: tl.constexpr,
-    DIM_V: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_DIM_V: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
-    MIX: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    FOLD_SCALE: tl.constexpr,
-):
-    """The online softmax over the keys [start, stop) of a run, without those of [gap_start, gap_stop)."""
-    gap = gap_stop - gap_start
-    for i in range(start, stop - gap, BLOCK_N):
-        first = i
-        if MASKED:
-            first += tl.where(i >= gap_start, gap, 0)
-        near = tl.arange(0, BLOCK_N)
-        j = first + near
-        there = j < length
-        tile = first.to(tl.int64)
-        kt = load_keys(
-            k + tile * stride_k_row,
-            near,
-            stride_k_row,
-            stride_k_dim,
-            k_to_causal,
-            alpha_k,
-            there,
-            DIM,
-            BLOCK_DIM,
-            not MASKED,
-            MIX,
-        )
+    acc, m, l, q, k, v, stride_k, stride_v, mix_k, mix_v, seen, bounds, length, scale, softcap,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_N: tl.constexpr, FOLD_SCALE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over the tiles of keys that every row sees, or, MASKED, over those before and behind them."""
+    low, high = seen
+    start, whole, rest, stop = bounds
+    gap = rest - whole
+    begin, end = (start, stop - gap) if MASKED else (whole, rest)
+    for i in range(begin, end, BLOCK_N):
+        first = i + tl.where(i >= whole, gap, 0) if MASKED else i
+        kt = load_keys(k, first, length, stride_k, mix_k, DIM, BLOCK_N, not MASKED)
         s = tl.dot(q, tl.trans(kt), input_precision="ieee")
         # m and the exponents count in log2. A plain positive scale is left to the exponents' multiply-add.
-        if HAS_SOFTCAP:
+        if softcap is not None:
             s = tanh(s * (scale / softcap)) * (softcap * LOG2E)
         elif not FOLD_SCALE:
             s = s * (scale * LOG2E)
         unit = scale * LOG2E if FOLD_SCALE else 1.0
         if MASKED:
+            j = first + tl.arange(0, BLOCK_N)
             s = tl.where((j[None, :] >= low[:, None]) & (j[None, :] < high[:, None]), s, float("-inf"))
         m_next = tl.maximum(m, tl.max(s, 1) * unit)
         base = m_next
@@ -124,19 +79,7 @@ def attend_tiles(
         p = tl.exp2(s * unit - base[:, None])
         rescale = tl.exp2(m - base)
         l = l * rescale + tl.sum(p, 1)
-        vt = load_keys(
-            v + tile * stride_v_row,
-            near,
-            stride_v_row,
-            stride_v_dim,
-            v_to_causal,
-            alpha_v,
-            there,
-            DIM_V,
-            BLOCK_DIM_V,
-            not MASKED,
-            MIX,
-        )
+        vt = load_keys(v, first, length, stride_v, mix_v, DIM_V, BLOCK_N, not MASKED)
         acc = tl.dot(p.to(vt.dtype), vt, acc * rescale[:, None], input_precision="ieee")
         m = m_next
     return acc, m, l
@@ -144,164 +87,59 @@ def attend_tiles(
 
 @triton.jit
 def attend(
-    acc,
-    m,
-    l,
-    q,
-    k,
-    v,
-    stride_k_row,
-    stride_k_dim,
-    stride_v_row,
-    stride_v_dim,
-    k_to_causal,
-    v_to_causal,
-    alpha_k,
-    alpha_v,
-    position,
-    first_position,
-    last_position,
-    keys_position,
-    length,
-    mask,
-    window,
-    scale,
-    softcap,
-    DIM: tl.constexpr,
-    DIM_V: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_DIM_V: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MIX: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    FOLD_SCALE: tl.constexpr,
-):
-    """One run of ``length`` keys: the wholly visible tiles without a mask, those at its ends with one."""
-    low_first, high_first = visible(first_position, keys_position, length, mask, window, HAS_WINDOW)
-    low_last, high_last = visible(last_position, keys_position, length, mask, window, HAS_WINDOW)
-    start, whole, rest, stop = split(low_first, low_last, high_first, high_last, BLOCK_N)
-    low, high = visible(position, keys_position, length, mask, window, HAS_WINDOW)
-    acc, m, l = attend_tiles(
-        acc, m, l, q, k, v, stride_k_row, stride_k_dim, stride_v_row, stride_v_dim, k_to_causal, v_to_causal, alpha_k,
-        alpha_v, low, high, length, whole, rest, rest, rest, scale, softcap, DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V,
-        BLOCK_N, False, MIX, HAS_SOFTCAP, FOLD_SCALE,
-    )  # fmt: skip
-    acc, m, l = attend_tiles(
-        acc, m, l, q, k, v, stride_k_row, stride_k_dim, stride_v_row, stride_v_dim, k_to_causal, v_to_causal, alpha_k,
-        alpha_v, low, high, length, start, stop, whole, rest, scale, softcap, DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V,
-        BLOCK_N, True, MIX, HAS_SOFTCAP, FOLD_SCALE,
-    )  # fmt: skip
+    acc, m, l, q, k, v, stride_k, stride_v, mix_k, mix_v, row,
+    positions, keys_position, length, mask, window, scale, softcap,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_N: tl.constexpr, FOLD_SCALE: tl.constexpr,
+):  # fmt: skip
+    """A run of ``length`` keys from ``row`` on: the wholly visible tiles without a mask, those at its ends with one."""
+    k, v = k + row * stride_k[0], v + row * stride_v[0]
+    seen, bounds = seen_by_rows(positions, keys_position, length, mask, window, BLOCK_N)
+    for masked in tl.static_range(2):
+        acc, m, l = attend_tiles(
+            acc, m, l, q, k, v, stride_k, stride_v, mix_k, mix_v, seen, bounds, length, scale, softcap, DIM, DIM_V,
+            BLOCK_N, FOLD_SCALE, masked,
+        )  # fmt: skip
     return acc, m, l
 
 
 @triton.jit
-def write_rows(
-    x,
-    written,
-    source,
-    target,
-    there,
-    mixed,
-    to_causal,
-    alpha,
-    stride_row,
-    stride_dim,
-    stride_written_row,
-    stride_written_dim,
-    DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    MIX: tl.constexpr,
-):
+def write_rows(x, written, stride_x, stride_written, source, target, there, mixed, mixing, DIM: tl.constexpr):
     """Rows ``source`` of x, or where ``mixed`` the mix of them and their causal ones, to the rows ``target``."""
-    tile = load_rows(x, source, stride_row, stride_dim, there, DIM, BLOCK_DIM, False)
-    if MIX:
-        mixes = tl.where(mixed, there, False)
-        causal = load_rows(x + to_causal, source, stride_row, stride_dim, mixes, DIM, BLOCK_DIM, False)
+    tile = load_rows(x, source, stride_x, there, DIM)
+    if mixing is not None:
+        to_causal, alpha = mixing
+        causal = load_rows(x + to_causal, source, stride_x, tl.where(mixed, there, False), DIM)
         tile = tl.where(mixed, mix(causal, tile, alpha), tile)
-    store_rows(written, target, stride_written_row, stride_written_dim, tile, there, DIM, BLOCK_DIM)
+    store_rows(written, target, stride_written, tile, there, DIM)
 
 
 @triton.jit(do_not_specialize=["num_prompt", "window"], do_not_specialize_on_alignment=WEIGHTS)
 def forward_kernel(
-    items,
-    q,
-    k,
-    v,
-    alpha_k,
-    alpha_v,
-    beta,
-    sinks,
-    k_prefix,
-    v_prefix,
-    out,
-    streams,
-    lse,
-    k_written,
-    v_written,
-    slots,
-    stride_q_row,
-    stride_q_head,
-    stride_q_dim,
-    stride_k_row,
-    stride_k_head,
-    stride_k_dim,
-    stride_v_row,
-    stride_v_head,
-    stride_v_dim,
-    stride_kp_row,
-    stride_kp_head,
-    stride_kp_dim,
-    stride_vp_row,
-    stride_vp_head,
-    stride_vp_dim,
-    stride_kw_row,
-    stride_kw_head,
-    stride_kw_dim,
-    stride_vw_row,
-    stride_vw_head,
-    stride_vw_dim,
-    num_prompt,
-    scale,
-    softcap,
-    window,
-    HEADS_KV: tl.constexpr,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_V: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_N_MIXED: tl.constexpr,
+    items, q, k, v, alpha_k, alpha_v, beta, sinks, k_prefix, v_prefix,
+    out, streams, lse, k_written, v_written, slots,
+    stride_q, stride_k, stride_v, stride_kp, stride_vp, stride_kw, stride_vw,
+    num_prompt, scale, softcap, window,
+    HEADS_KV: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
+    ALPHA_PER_HEAD: tl.constexpr, BETA_PER_HEAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_N_MIXED: tl.constexpr,
     PARTS: tl.constexpr,  # 2: a prompt tile computes both streams
     GO_ON: tl.constexpr,  # the second part goes on with the first one's softmax
-    MIX: tl.constexpr,  # the answer attends to a mix of two streams
-    ALPHA_PER_HEAD: tl.constexpr,
-    HAS_BETA: tl.constexpr,
-    BETA_PER_HEAD: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    HAS_PREFIX: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     FOLD_SCALE: tl.constexpr,
     SAVE: tl.constexpr,  # what the backward needs
     WRITE: tl.constexpr,  # mixed rows (without slots), or rows of a cache (with)
-    HAS_SLOTS: tl.constexpr,
-):
+):  # fmt: skip
     """Shapes: q, out [rows, HEADS_KV * GROUP, DIM]; k, v [rows, HEADS_KV, DIM]; lse [rows, HEADS_KV * GROUP]."""
     head = (tl.program_id(0) % HEADS_KV).to(tl.int64)
     item = items + (tl.program_id(0) // HEADS_KV).to(tl.int64) * COLUMNS
     length, block = tl.load(item + LENGTH), tl.load(item + BLOCK)
     first_token = block * BLOCK_M // GROUP
     heads, head_q = HEADS_KV * GROUP, head * GROUP
-    k_head, v_head = k + head * stride_k_head, v + head * stride_v_head
-    k_to_causal = num_prompt.to(tl.int64) * stride_k_row
-    v_to_causal = num_prompt.to(tl.int64) * stride_v_row
-    a_k, a_v = 0.0, 0.0
-    if MIX:
-        a_k = tl.load(alpha_k + (head if ALPHA_PER_HEAD else 0)).to(tl.float32)
-        a_v = tl.load(alpha_v + (head if ALPHA_PER_HEAD else 0)).to(tl.float32)
+    k_head, v_head = k + head * stride_k[1], v + head * stride_v[1]
+    mix_k, mix_v = None, None
+    if alpha_k is not None:  # the answer attends to a mix of two streams
+        k_to_causal, v_to_causal = num_prompt.to(tl.int64) * stride_k[0], num_prompt.to(tl.int64) * stride_v[0]
+        mix_k = (k_to_causal, tl.load(alpha_k + (head if ALPHA_PER_HEAD else 0)).to(tl.float32))
+        mix_v = (v_to_causal, tl.load(alpha_v + (head if ALPHA_PER_HEAD else 0)).to(tl.float32))
 
     second_stream_row = tl.load(item + SECOND_STREAM_ROW)
 
@@ -309,8 +147,7 @@ def forward_kernel(
         near, of_group, stored = rows_of(item + BLOCK, length, GROUP, BLOCK_M)
         token, _, last_token = tokens_of(tl.load(item + BLOCK, volatile=True), length, GROUP, BLOCK_M)
         own_position = tl.load(item + POSITION)
-        position = own_position + token
-        first_position, last_position = own_position + first_token, own_position + last_token
+        positions = (own_position + token, own_position + first_token, own_position + last_token)
         here = stored
         own_row, mask = tl.load(item + OWN_ROW), tl.load(item + MASK)
         mixed_length, prefix_length = tl.load(item + MIXED_LENGTH), tl.load(item + PREFIX_LENGTH)
@@ -321,40 +158,32 @@ def forward_kernel(
             mixed_length, prefix_length = 0, tl.where(second_stream_row >= 0, prefix_length, 0)
             q_row = own_row
         if part == 0 or not GO_ON:
-            q_first = q + (q_row + first_token).to(tl.int64) * stride_q_row + head_q * stride_q_head
-            q_tile = load_rows(
-                q_first + of_group[:, None] * stride_q_head, near, stride_q_row, stride_q_dim, here, DIM, BLOCK_DIM,
-                False,
-            )  # fmt: skip
-            acc = tl.zeros([BLOCK_M, BLOCK_DIM_V], tl.float32)
+            q_first = q + (q_row + first_token).to(tl.int64) * stride_q[0] + head_q * stride_q[1]
+            q_tile = load_rows(q_first + of_group[:, None] * stride_q[1], near, stride_q, here, DIM)
+            acc = tl.zeros([BLOCK_M, block_dim(DIM_V)], tl.float32)
             m = tl.full([BLOCK_M], float("-inf"), tl.float32)
             l = tl.zeros([BLOCK_M], tl.float32)
-            if HAS_SINKS:  # one more score, without a value
+            if sinks is not None:  # one more score, without a value
                 m = tl.load(sinks + head_q + of_group).to(tl.float32) * LOG2E
                 l += 1.0
-            if HAS_PREFIX:
-                row = tl.load(item + PREFIX_ROW).to(tl.int64)
+            if k_prefix is not None:
+                prefix_row = tl.load(item + PREFIX_ROW).to(tl.int64)
                 acc, m, l = attend(
-                    acc, m, l, q_tile, k_prefix + head * stride_kp_head + row * stride_kp_row,
-                    v_prefix + head * stride_vp_head + row * stride_vp_row, stride_kp_row, stride_kp_dim,
-                    stride_vp_row, stride_vp_dim, 0, 0, 0.0, 0.0, position, first_position, last_position, 0,
-                    prefix_length, 0, window, scale, softcap, DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_N, False,
-                    HAS_WINDOW, HAS_SOFTCAP, FOLD_SCALE,
+                    acc, m, l, q_tile, k_prefix + head * stride_kp[1], v_prefix + head * stride_vp[1],
+                    stride_kp, stride_vp, None, None, prefix_row, positions, 0, prefix_length, 0, window,
+                    scale, softcap, DIM, DIM_V, BLOCK_N, FOLD_SCALE,
                 )  # fmt: skip
         if part == 0:
-            row = tl.load(item + MIXED_ROW).to(tl.int64)
+            mixed_row = tl.load(item + MIXED_ROW).to(tl.int64)
             acc, m, l = attend(
-                acc, m, l, q_tile, k_head + row * stride_k_row, v_head + row * stride_v_row, stride_k_row,
-                stride_k_dim, stride_v_row, stride_v_dim, k_to_causal, v_to_causal, a_k, a_v, position, first_position,
-                last_position, own_position - mixed_length, mixed_length, 0, window, scale, softcap, DIM, DIM_V,
-                BLOCK_DIM, BLOCK_DIM_V, BLOCK_N_MIXED, MIX, HAS_WINDOW, HAS_SOFTCAP, FOLD_SCALE,
+                acc, m, l, q_tile, k_head, v_head, stride_k, stride_v, mix_k, mix_v, mixed_row,
+                positions, own_position - mixed_length, mixed_length, 0, window, scale, softcap,
+                DIM, DIM_V, BLOCK_N_MIXED, FOLD_SCALE,
             )  # fmt: skip
-        row = own_row.to(tl.int64)
         acc, m, l = attend(
-            acc, m, l, q_tile, k_head + row * stride_k_row, v_head + row * stride_v_row, stride_k_row, stride_k_dim,
-            stride_v_row, stride_v_dim, 0, 0, 0.0, 0.0, position, first_position, last_position, own_position, length,
-            mask, window, scale, softcap, DIM, DIM_V, BLOCK_DIM, BLOCK_DIM_V, BLOCK_N, False, HAS_WINDOW, HAS_SOFTCAP,
-            FOLD_SCALE,
+            acc, m, l, q_tile, k_head, v_head, stride_k, stride_v, None, None, own_row.to(tl.int64),
+            positions, own_position, length, mask, window, scale, softcap,
+            DIM, DIM_V, BLOCK_N, FOLD_SCALE,
         )  # fmt: skip
 
         l = tl.where(l > 0, l, 1.0)  # a row that sees nothing: 0, with lse -inf
@@ -366,19 +195,19 @@ def forward_kernel(
         rows = near * heads + of_group
         if SAVE:
             tl.store(lse + first_row + rows, (m + tl.log2(l)), mask=here)
-        if HAS_BETA:
+        if beta is not None:
             if SAVE:
                 both = tl.where(second_stream_row >= 0, stored, False)
-                store_rows(streams + first_row * DIM_V, rows, DIM_V, 1, o, both, DIM_V, BLOCK_DIM_V)
+                store_rows(streams + first_row * DIM_V, rows, (DIM_V, 1), o, both, DIM_V)
             if part == 0:
                 first_o = o
             else:
                 b = tl.load(beta + (head_q + of_group if BETA_PER_HEAD else of_group * 0)).to(tl.float32)[:, None]
                 o = tl.where(second_stream_row >= 0, (1.0 - b) * first_o + b * o, first_o)
                 first_row = (tl.load(item + OUT_ROW) + first_token).to(tl.int64) * heads + head_q
-                store_rows(out + first_row * DIM_V, rows, DIM_V, 1, o, stored, DIM_V, BLOCK_DIM_V)
+                store_rows(out + first_row * DIM_V, rows, (DIM_V, 1), o, stored, DIM_V)
         else:
-            store_rows(out + first_row * DIM_V, rows, DIM_V, 1, o, here, DIM_V, BLOCK_DIM_V)
+            store_rows(out + first_row * DIM_V, rows, (DIM_V, 1), o, here, DIM_V)
 
     if WRITE:
         # Of the tile's tokens, those whose first packed row it has.
@@ -390,17 +219,13 @@ def forward_kernel(
             written = i + tl.arange(0, WRITE_ROWS)
             there = written < stop
             target = (write_row + written).to(tl.int64)
-            if HAS_SLOTS:
+            if slots is not None:
                 target = tl.load(slots + target, mask=there, other=0)
             source = (from_row + written).to(tl.int64)
-            write_rows(
-                k_head, k_written + head * stride_kw_head, source, target, there, mixed, k_to_causal, a_k,
-                stride_k_row, stride_k_dim, stride_kw_row, stride_kw_dim, DIM, BLOCK_DIM, MIX,
-            )  # fmt: skip
-            write_rows(
-                v_head, v_written + head * stride_vw_head, source, target, there, mixed, v_to_causal, a_v,
-                stride_v_row, stride_v_dim, stride_vw_row, stride_vw_dim, DIM_V, BLOCK_DIM_V, MIX,
-            )  # fmt: skip
+            k_to = k_written + head * stride_kw[1]
+            write_rows(k_head, k_to, stride_k, stride_kw, source, target, there, mixed, mix_k, DIM)
+            v_to = v_written + head * stride_vw[1]
+            write_rows(v_head, v_to, stride_v, stride_vw, source, target, there, mixed, mix_v, DIM_V)
 
 
 def forward(
@@ -457,38 +282,26 @@ def forward(
     )
     if not len(items):
         return outputs
-    arguments = launch_arguments(q, k, v, alpha_k, beta, prefix, plan, softmax_scale, window, softcap)
-    strides, scalars, constants = arguments
+    arguments = launch_arguments(q, k, v, alpha_k, alpha_v, beta, prefix, plan, softmax_scale, window, softcap)
     with torch.cuda.device_of(q):
         forward_kernel[(len(items) * heads_kv,)](
             items,
-            q,
-            k,
-            v,
-            alpha_k,
-            alpha_v,
-            beta,
-            sinks,
-            *(prefix or (None, None)),
-            out,
-            streams,
-            lse,
-            k_written,
-            v_written,
-            cache_positions,
-            *strides,
-            *k_written.stride(),
-            *v_written.stride(),
-            *scalars,
-            **constants,
+            **arguments,
+            sinks=sinks,
+            out=out,
+            streams=streams,
+            lse=lse,
+            k_written=k_written,
+            v_written=v_written,
+            slots=cache_positions,
+            stride_kw=k_written.stride(),
+            stride_vw=v_written.stride(),
             **tile.arguments(),
             BLOCK_N_MIXED=tile.block_n_mixed(mixes),
             PARTS=2 if two_parts else 1,
             GO_ON=shared_qkv and stream_mask != "anti_causal",
-            HAS_SINKS=sinks is not None,
             FOLD_SCALE=softcap is None and softmax_scale > 0,
             SAVE=save,
             WRITE=mixes or to_cache,
-            HAS_SLOTS=to_cache,
         )
     return outputs

@@ -1,4 +1,7 @@
-"""What the attention kernels share: tiles of rows, scores, and which keys a query sees."""
+"""What the attention kernels share: tiles of rows, scores, and which keys a query sees.
+
+``stride_x`` is x's (row, head, dim), in elements. What is None when a kernel is launched isn't compiled into it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import triton.language as tl
 
 from ...plan import SegmentPlan
 from .. import schedule
-from . import tiles
+from .tiles import block_dim
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -22,14 +25,16 @@ NONE = tl.constexpr(schedule.NONE)
 
 
 @triton.jit
-def load_rows(ptr, rows, stride_row, stride_dim, valid, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ALL: tl.constexpr):
-    """[len(rows), BLOCK_DIM] of rows of a tensor, 0 where not ``valid`` and beyond DIM. ALL: every row is valid.
+def load_rows(ptr, rows, strides, valid, DIM: tl.constexpr, ALL: tl.constexpr = False):
+    """[len(rows), block_dim(DIM)] of rows of a tensor, 0 where not ``valid`` and beyond DIM. ALL: every row is valid.
 
-    ``rows`` count from ``ptr``, near enough for offsets of 32 bits (``tiles.near``): what is far away, a
-    sample or a tile in a long batch, must be in ``ptr``, which costs one register instead of two per element.
+    strides: of rows first, of dims last. ``rows`` count from ``ptr``, near enough for offsets of 32 bits
+    (``tiles.near``): what is far away, a sample or a tile in a long batch, must be in ``ptr``, which costs one register
+    instead of two per element.
     """
+    BLOCK_DIM: tl.constexpr = block_dim(DIM)
     dims = tl.arange(0, BLOCK_DIM)
-    pointers = ptr + (rows[:, None] * stride_row + dims[None, :] * stride_dim)
+    pointers = ptr + (rows[:, None] * strides[0] + dims[None, :] * strides[-1])
     if ALL and BLOCK_DIM == DIM:
         return tl.load(pointers)
     elif ALL:
@@ -41,10 +46,10 @@ def load_rows(ptr, rows, stride_row, stride_dim, valid, DIM: tl.constexpr, BLOCK
 
 
 @triton.jit
-def store_rows(ptr, rows, stride_row, stride_dim, values, valid, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+def store_rows(ptr, rows, strides, values, valid, DIM: tl.constexpr):
     """The inverse of ``load_rows``, rounded to the tensor's dtype."""
-    dims = tl.arange(0, BLOCK_DIM)
-    pointers = ptr + (rows[:, None] * stride_row + dims[None, :] * stride_dim)
+    dims = tl.arange(0, block_dim(DIM))
+    pointers = ptr + (rows[:, None] * strides[0] + dims[None, :] * strides[-1])
     tl.store(pointers, values.to(ptr.dtype.element_ty), mask=valid[:, None] & (dims < DIM)[None, :])
 
 
@@ -56,23 +61,18 @@ def mix(causal, bidir, alpha):
 
 
 @triton.jit
-def load_keys(
-    ptr,
-    rows,
-    stride_row,
-    stride_dim,
-    to_causal,
-    alpha,
-    valid,
-    DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    ALL: tl.constexpr,
-    MIX: tl.constexpr,
-):
-    """A tile of keys or values. MIX: of the mixed prompt, whose causal row is ``to_causal`` elements on."""
-    tile = load_rows(ptr, rows, stride_row, stride_dim, valid, DIM, BLOCK_DIM, ALL)
-    if MIX:
-        causal = load_rows(ptr + to_causal, rows, stride_row, stride_dim, valid, DIM, BLOCK_DIM, ALL)
+def load_keys(ptr, first, length, strides, mixing, DIM: tl.constexpr, BLOCK: tl.constexpr, ALL: tl.constexpr):
+    """BLOCK keys or values from the ``first`` one on, of a run of ``length`` that begins at ``ptr``.
+
+    mixing: None, or of the mixed prompt, whose bidirectional rows are at ``ptr``: (elements to the causal ones, alpha).
+    """
+    near = tl.arange(0, BLOCK)
+    there = first + near < length
+    ptr += first.to(tl.int64) * strides[0]
+    tile = load_rows(ptr, near, strides, there, DIM, ALL)
+    if mixing is not None:
+        to_causal, alpha = mixing
+        causal = load_rows(ptr + to_causal, near, strides, there, DIM, ALL)
         tile = mix(causal, tile, alpha)
     return tile
 
@@ -88,12 +88,12 @@ def tanh(x):
 
 
 @triton.jit
-def visible(position, first, length, mask, window, HAS_WINDOW: tl.constexpr):
+def visible(position, first, length, mask, window):
     """[low, high): which of ``length`` keys, at positions first, first + 1, .., a query at ``position`` sees."""
     own = position - first
     low = tl.where(mask == ANTI_CAUSAL, own, tl.where(mask == AFTER, own + 1, 0))
     high = tl.where(mask == CAUSAL, own + 1, length)
-    if HAS_WINDOW:
+    if window is not None:
         low = tl.maximum(low, own - window + 1)
         high = tl.minimum(high, own + window)
     low = tl.minimum(tl.maximum(low, 0), length)
@@ -113,6 +113,19 @@ def split(low_first, low_last, high_first, high_last, BLOCK: tl.constexpr):
     whole = tl.minimum(tl.cdiv(low_last, BLOCK) * BLOCK, stop)
     rest = tl.maximum(high_first // BLOCK * BLOCK, whole)
     return start, whole, rest, stop
+
+
+@triton.jit
+def seen_by_rows(positions, keys_position, length, mask, window, BLOCK: tl.constexpr):
+    """Of a run of keys: ``visible`` to each of a tile's rows, and its tiles of BLOCK by ``split``.
+
+    positions: of each row, of the first and of the last one.
+    """
+    position, first, last = positions
+    low_first, high_first = visible(first, keys_position, length, mask, window)
+    low_last, high_last = visible(last, keys_position, length, mask, window)
+    bounds = split(low_first, low_last, high_first, high_last, BLOCK)
+    return visible(position, keys_position, length, mask, window), bounds
 
 
 @triton.jit
@@ -141,26 +154,33 @@ def rows_of(item_block, length, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     return token - first_token, row % GROUP, row < length * GROUP
 
 
-def launch_arguments(q, k, v, alpha_k, beta, prefix, plan: SegmentPlan, softmax_scale, window, softcap):
-    """What all attention kernels are launched with: strides of q, k, v and prefix; scalars; constants by name."""
-    (rows_q, heads_q, dim), (_, heads_kv, dim_v) = q.shape, v.shape
-    mixes, has_beta = plan.num_streams == 2, beta is not None and rows_q == k.shape[0]
-    of_prefix = [stride for x in prefix for stride in x.stride()] if prefix else [0] * 6
-    strides = [*q.stride(), *k.stride(), *v.stride(), *of_prefix]
-    scalars = (plan.num_prompt, softmax_scale, softcap or 0.0, window or 0)
-    constants = {
-        "HEADS_KV": heads_kv,
-        "GROUP": heads_q // heads_kv,
-        "DIM": dim,
-        "DIM_V": dim_v,
-        "BLOCK_DIM": tiles.block_dim(dim),
-        "BLOCK_DIM_V": tiles.block_dim(dim_v),
-        "MIX": mixes,
-        "ALPHA_PER_HEAD": mixes and alpha_k.ndim == 1,
-        "HAS_BETA": has_beta,
-        "BETA_PER_HEAD": has_beta and beta.ndim == 1,
-        "HAS_PREFIX": prefix is not None,
-        "HAS_WINDOW": window is not None,
-        "HAS_SOFTCAP": softcap is not None,
-    }
-    return strides, scalars, constants
+def launch_arguments(q, k, v, alpha_k, alpha_v, beta, prefix, plan: SegmentPlan, softmax_scale, window, softcap):
+    """What all attention kernels are launched with, by name."""
+    heads_kv, (k_prefix, v_prefix) = k.shape[1], prefix or (None, None)
+    if q.shape[0] != k.shape[0]:
+        beta = None  # the answer's rows alone
+    return dict(
+        q=q,
+        k=k,
+        v=v,
+        alpha_k=alpha_k,
+        alpha_v=alpha_v,
+        beta=beta,
+        k_prefix=k_prefix,
+        v_prefix=v_prefix,
+        stride_q=q.stride(),
+        stride_k=k.stride(),
+        stride_v=v.stride(),
+        stride_kp=prefix and k_prefix.stride(),
+        stride_vp=prefix and v_prefix.stride(),
+        num_prompt=plan.num_prompt,
+        scale=softmax_scale,
+        softcap=softcap,
+        window=window,
+        HEADS_KV=heads_kv,
+        GROUP=q.shape[1] // heads_kv,
+        DIM=q.shape[2],
+        DIM_V=v.shape[2],
+        ALPHA_PER_HEAD=alpha_k is not None and alpha_k.ndim == 1,
+        BETA_PER_HEAD=beta is not None and beta.ndim == 1,
+    )

@@ -13,70 +13,34 @@ import triton.language as tl
 from . import tiles
 from .common import load_rows, store_rows
 from .common import mix as mixed_tile
+from .tiles import block_dim
 
 _BLOCK = 32  # rows per program: bound by memory, so any size that fills the loads
 
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["alpha"])
 def mix_kernel(
-    causal,
-    bidir,
-    alpha,
-    mixed,
-    stride_c_row,
-    stride_c_head,
-    stride_c_dim,
-    stride_b_row,
-    stride_b_head,
-    stride_b_dim,
-    rows,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ALPHA_PER_HEAD: tl.constexpr,
-):
+    causal, bidir, alpha, mixed, stride_c, stride_b, rows,
+    HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
+):  # fmt: skip
     """causal, bidir [rows, HEADS, DIM] -> mixed, contiguous. One program: BLOCK rows of one head."""
     head, first = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64) * BLOCK
     near = tl.arange(0, BLOCK)
     valid = first + near < rows
     a = tl.load(alpha + (head if ALPHA_PER_HEAD else 0)).to(tl.float32)
-    causal += first * stride_c_row + head * stride_c_head
-    bidir += first * stride_b_row + head * stride_b_head
-    c = load_rows(causal, near, stride_c_row, stride_c_dim, valid, DIM, BLOCK_DIM, False)
-    b = load_rows(bidir, near, stride_b_row, stride_b_dim, valid, DIM, BLOCK_DIM, False)
-    store_rows(mixed + (first * HEADS + head) * DIM, near, HEADS * DIM, 1, mixed_tile(c, b, a), valid, DIM, BLOCK_DIM)
+    causal += first * stride_c[0] + head * stride_c[1]
+    bidir += first * stride_b[0] + head * stride_b[1]
+    c = load_rows(causal, near, stride_c, valid, DIM)
+    b = load_rows(bidir, near, stride_b, valid, DIM)
+    store_rows(mixed + (first * HEADS + head) * DIM, near, (HEADS * DIM, 1), mixed_tile(c, b, a), valid, DIM)
 
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["alpha"])
 def mix_backward_kernel(
-    d_mixed,
-    d_attended,
-    causal,
-    bidir,
-    alpha,
-    d_causal,
-    d_bidir,
-    d_alpha,
-    stride_d_row,
-    stride_d_head,
-    stride_d_dim,
-    stride_c_row,
-    stride_c_head,
-    stride_c_dim,
-    stride_b_row,
-    stride_b_head,
-    stride_b_dim,
-    rows,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ALPHA_PER_HEAD: tl.constexpr,
-    HAS_MIXED: tl.constexpr,
-    HAS_ATTENDED: tl.constexpr,
+    d_mixed, d_attended, causal, bidir, alpha, d_causal, d_bidir, d_alpha, stride_d, stride_c, stride_b, rows,
+    HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ALPHA_PER_HEAD: tl.constexpr,
     ADD: tl.constexpr,
-):
+):  # fmt: skip
     """d_alpha float32 [row tiles, HEADS]: partial sums. ADD: d_causal and d_bidir already hold the streams' own part.
 
     d_mixed: the gradient of the caller; d_attended float32 [rows, HEADS, DIM]: that of the answer's attention.
@@ -86,23 +50,23 @@ def mix_backward_kernel(
     valid = first + near < rows
     a = tl.load(alpha + (head if ALPHA_PER_HEAD else 0)).to(tl.float32)
     here = (first * HEADS + head) * DIM  # of a contiguous tensor
-    d = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
-    if HAS_MIXED:
-        start = d_mixed + first * stride_d_row + head * stride_d_head
-        d += load_rows(start, near, stride_d_row, stride_d_dim, valid, DIM, BLOCK_DIM, False).to(tl.float32)
-    if HAS_ATTENDED:
-        d += load_rows(d_attended + here, near, HEADS * DIM, 1, valid, DIM, BLOCK_DIM, False)
-    causal += first * stride_c_row + head * stride_c_head
-    bidir += first * stride_b_row + head * stride_b_head
-    c = load_rows(causal, near, stride_c_row, stride_c_dim, valid, DIM, BLOCK_DIM, False).to(tl.float32)
-    b = load_rows(bidir, near, stride_b_row, stride_b_dim, valid, DIM, BLOCK_DIM, False).to(tl.float32)
+    d = tl.zeros([BLOCK, block_dim(DIM)], tl.float32)
+    if d_mixed is not None:
+        start = d_mixed + first * stride_d[0] + head * stride_d[1]
+        d += load_rows(start, near, stride_d, valid, DIM).to(tl.float32)
+    if d_attended is not None:
+        d += load_rows(d_attended + here, near, (HEADS * DIM, 1), valid, DIM)
+    causal += first * stride_c[0] + head * stride_c[1]
+    bidir += first * stride_b[0] + head * stride_b[1]
+    c = load_rows(causal, near, stride_c, valid, DIM).to(tl.float32)
+    b = load_rows(bidir, near, stride_b, valid, DIM).to(tl.float32)
     tl.store(d_alpha + tl.program_id(0) * HEADS + head, tl.sum(tl.sum((b - c) * d, 1), 0))
     d_c, d_b = (1.0 - a) * d, a * d
     if ADD:
-        d_c += load_rows(d_causal + here, near, HEADS * DIM, 1, valid, DIM, BLOCK_DIM, False).to(tl.float32)
-        d_b += load_rows(d_bidir + here, near, HEADS * DIM, 1, valid, DIM, BLOCK_DIM, False).to(tl.float32)
-    store_rows(d_causal + here, near, HEADS * DIM, 1, d_c, valid, DIM, BLOCK_DIM)
-    store_rows(d_bidir + here, near, HEADS * DIM, 1, d_b, valid, DIM, BLOCK_DIM)
+        d_c += load_rows(d_causal + here, near, (HEADS * DIM, 1), valid, DIM).to(tl.float32)
+        d_b += load_rows(d_bidir + here, near, (HEADS * DIM, 1), valid, DIM).to(tl.float32)
+    store_rows(d_causal + here, near, (HEADS * DIM, 1), d_c, valid, DIM)
+    store_rows(d_bidir + here, near, (HEADS * DIM, 1), d_b, valid, DIM)
 
 
 def mix(causal: torch.Tensor, bidir: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
@@ -119,12 +83,11 @@ def mix(causal: torch.Tensor, bidir: torch.Tensor, alpha: torch.Tensor) -> torch
             bidir,
             alpha,
             mixed,
-            *causal.stride(),
-            *bidir.stride(),
+            causal.stride(),
+            bidir.stride(),
             rows,
             HEADS=heads,
             DIM=dim,
-            BLOCK_DIM=tiles.block_dim(dim),
             BLOCK=_BLOCK,
             ALPHA_PER_HEAD=alpha.ndim == 1,
             enable_fp_fusion=True,
@@ -161,17 +124,14 @@ def mix_backward(
                 d_causal,
                 d_bidir,
                 partial,
-                *((0, 0, 0) if d_mixed is None else d_mixed.stride()),
-                *causal.stride(),
-                *bidir.stride(),
+                None if d_mixed is None else d_mixed.stride(),
+                causal.stride(),
+                bidir.stride(),
                 rows,
                 HEADS=heads,
                 DIM=dim,
-                BLOCK_DIM=tiles.block_dim(dim),
                 BLOCK=_BLOCK,
                 ALPHA_PER_HEAD=alpha.ndim == 1,
-                HAS_MIXED=d_mixed is not None,
-                HAS_ATTENDED=d_attended is not None,
                 ADD=add,
                 enable_fp_fusion=True,
             )

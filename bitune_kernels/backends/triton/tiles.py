@@ -103,6 +103,7 @@ def interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
+@triton.constexpr_function
 def block_dim(dim: int) -> int:
     """Head dims are padded to a power of two, which Triton's tiles must be; at least what a matrix unit takes."""
     return max(16, triton.next_power_of_2(dim))
