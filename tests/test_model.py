@@ -232,6 +232,18 @@ def test_saved_and_loaded_is_the_same_model(config, tmp_path):
     assert {n for n, p in again.named_parameters() if p.requires_grad} == trainable
 
 
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_loaded_adapters_have_the_dtype_that_they_are_made_with(autocast_adapter_dtype, tmp_path):
+    options, config = dict(autocast_adapter_dtype=autocast_adapter_dtype), BituneConfig(peft=lora())
+    made = get_bitune_model(base_model(dtype=torch.bfloat16), config, **options)
+    made.save_pretrained(tmp_path)
+    loaded = BituneModel.from_pretrained(base_model(dtype=torch.bfloat16), tmp_path, **options)
+    made.load_adapter(tmp_path / "causal", "causal")
+    for model in (made, loaded):
+        found = {p.dtype for name, p in model.named_parameters() if "lora_" in name}
+        assert found == {torch.float32 if autocast_adapter_dtype else torch.bfloat16}
+
+
 def test_a_folder_that_is_not_whole_is_refused(tmp_path):
     bitune_model().save_pretrained(tmp_path)
     (tmp_path / "bitune_mixing.safetensors").unlink()

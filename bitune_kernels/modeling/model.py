@@ -503,6 +503,7 @@ class BituneModel(PeftModelForCausalLM):
             raise ValueError(f"adapter_name: expected one of {', '.join(self.peft_config)}, got {adapter_name!r}")
         if not Path(model_id).is_dir():  # PEFT would ask the Hub for a repository of that name
             raise FileNotFoundError(f"{model_id}: not found; expected a folder of the adapter {adapter_name!r}")
+        kwargs = {"autocast_adapter_dtype": False} | kwargs  # adapters keep the dtype that they have
         with _trainable_kept(self), evaluating(self):
             result = super().load_adapter(str(model_id), adapter_name, is_trainable=is_trainable, **kwargs)
         tensors, missing = self.state_dict(keep_vars=True), set(result.missing_keys)
