@@ -309,6 +309,13 @@ def test_refused_and_left_as_it_was(family, reason):
         assert torch.equal(model(ids).logits, before)
 
 
+@pytest.mark.parametrize("name", ["gemma3_text", "exaone4"])
+def test_norms_of_heads_in_front_of_the_tokens_are_refused(name):
+    adapters = lora(BY_ID[name], modules_to_save=["q_norm"])
+    with pytest.raises(ValueError, match=r"expected all 18 or .* heads in front of the tokens \(norms of"):
+        attach(BY_ID[name], True, adapters=adapters)
+
+
 LLAMA, PHI, GEMMA = BY_ID["llama"], BY_ID["phi"], BY_ID["gemma"]
 LLAMA_IA3 = ["q_proj", "k_proj", "v_proj", "down_proj"]
 

@@ -138,7 +138,8 @@ class Pass:
             return None
         raise RuntimeError(
             f"an adapted module got {rows} rows, expected all {self.num_rows} or the {self.answer_rows} answer rows: "
-            "modules that see a selection of the tokens (experts, for example) can't have two adapters"
+            "modules that see a selection of the tokens (experts, for example), or heads in front of the tokens (norms "
+            "of queries and keys in some families), can't have two adapters"
         )
 
     @contextmanager
