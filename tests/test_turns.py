@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from tokenizers import AddedToken
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from bitune_kernels import BituneChat
 from bitune_kernels.modeling import one_pass
@@ -321,6 +321,7 @@ def test_a_chat_goes_on_from_messages_and_after_a_failure(model, tokenizer):
         ({"text": None}, {}, "text: expected what the user says"),
         ({"text": "x"}, {"num_return_sequences": 2}, "num_return_sequences: expected 1"),
         ({"text": "x"}, {"num_beams": 2}, "num_beams: expected 1"),
+        ({"text": "x"}, {"generation_config": GenerationConfig(num_beams=2)}, "num_beams: expected 1 in a chat, got 2"),
         ({"text": "x"}, {"past_key_values": DynamicCache()}, "past_key_values: expected None"),
         ({"text": "x" * 1000}, {}, "text: expected a conversation of at most 1024 tokens, its next answer"),
         ({"text": "x"}, {"use_cache": False}, "use_cache: expected True"),
@@ -343,6 +344,14 @@ def test_a_conversation_may_fill_the_model(model, tokenizer):
     with pytest.raises(ValueError, match=r"its next answer \(3\) included, got 1022"):
         chat.send(text, max_new_tokens=3)
     chat.send(text, max_new_tokens=2)
+
+
+def test_the_models_own_options_are_those_of_a_chat(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(model, "generation_config", GenerationConfig(num_beams=2, max_new_tokens=1020))
+    with pytest.raises(ValueError, match="num_beams: expected 1 in a chat, got 2"):
+        BituneChat(model, tokenizer).send("x")
+    with pytest.raises(ValueError, match=r"its next answer \(1020\) included"):
+        BituneChat(model, tokenizer).send("x", num_beams=1)
 
 
 @pytest.mark.parametrize("turns", ["one", "recompute", "alternating"])

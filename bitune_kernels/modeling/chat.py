@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..config import HISTORIES
+from .generate import find_option
 from .model import BituneModel, check_streams_on
 from .passes import evaluating
 
@@ -64,8 +65,8 @@ class BituneChat:
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"text: expected what the user says, got {text!r}")
         for name in ("num_return_sequences", "num_beams"):
-            if options.get(name, 1) not in (None, 1):
-                raise ValueError(f"{name}: expected 1 in a chat, got {options[name]}")
+            if self._option(name, options) not in (None, 1):
+                raise ValueError(f"{name}: expected 1 in a chat, got {self._option(name, options)}")
         if options.get("past_key_values") is not None:
             raise ValueError("past_key_values: expected None, since a chat has its own cache")
         messages = [*self.messages, {"role": "user", "content": text}]
@@ -75,6 +76,9 @@ class BituneChat:
         content = self.tokenizer.decode(answer, skip_special_tokens=True)
         self.messages = [*messages, {"role": "assistant", "content": content}]
         return content
+
+    def _option(self, name: str, options):
+        return find_option(name, options, options.get("generation_config"), self.model.generation_config)
 
     def _recompute(self, messages, options) -> list[int]:
         tokens = self._tokens(self._render(messages))
@@ -98,7 +102,7 @@ class BituneChat:
 
     def _check_length(self, length: int, options) -> None:
         limit = getattr(self.model.get_base_model().config.get_text_config(), "max_position_embeddings", None)
-        new = options.get("max_new_tokens") or 1
+        new = self._option("max_new_tokens", options) or 1
         if limit is not None and length + new > limit:
             raise ValueError(
                 f"text: expected a conversation of at most {limit} tokens, its next answer ({new}) included, "

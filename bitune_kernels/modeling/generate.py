@@ -44,6 +44,12 @@ class Generation:
     filled: object = None
 
 
+def find_option(name: str, kwargs: dict, generation_config, defaults):
+    """An option of ``generate()`` from where it is given first: keywords, ``generation_config=``, the model's own."""
+    configs = [vars(config) for config in (generation_config, defaults) if config is not None]
+    return next((x for x in (source.get(name) for source in (kwargs, *configs)) if x is not None), None)
+
+
 def prepare(structure: Structure, defaults, inputs, generation_config, kwargs: dict, turn=None) -> Generation:
     """Refuse what can't be right, before any work.
 
@@ -57,11 +63,8 @@ def prepare(structure: Structure, defaults, inputs, generation_config, kwargs: d
     """
     from transformers import GenerationConfig
 
-    given = {} if generation_config is None else vars(generation_config)
-
     def option(name: str):
-        values = (source.get(name) for source in (kwargs, given, vars(defaults)))
-        return next((x for x in values if x is not None), None)
+        return find_option(name, kwargs, generation_config, defaults)
 
     for name, (refused, expected, reason) in _REFUSED.items():
         if refused(option(name)):
