@@ -11,6 +11,7 @@ import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -189,6 +190,13 @@ def test_choices_in_one_pass_are_those_one_by_one(family, variant):
         for answer, (score, greedy) in zip(answers, scores, strict=True):
             expected = by_hand(model, prompt, answer)
             assert score == pytest.approx(expected[0], abs=1e-5) and greedy == expected[1]
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, numpy.array], ids=["torch", "numpy"])
+def test_choices_may_be_arrays(kind):
+    model, prompts, choices = bitune_model().eval(), [[5, 6], [7, 8]], [[[8], [9, 3, 4]], [[4, 5]]]
+    arrays = [[kind(ids) for ids in answers] for answers in choices]
+    assert score_choices(model, kind(prompts), arrays) == score_choices(model, prompts, choices)
 
 
 def test_choices_of_a_model_that_was_made_for_three_passes():

@@ -41,7 +41,7 @@ def score_choices(
                 raise TypeError(f"{name}: expected token ids, got the text {ids!r} in {name}[{i}]")
             if not len(ids):
                 raise ValueError(f"{name}: expected at least one token in each, got none in {name}[{i}]")
-    if not prompts:
+    if not len(prompts):
         return []
     tokens, turns, rows = _layout(prompts, choices)
     ids = torch.tensor([tokens], device=model.device)
@@ -69,12 +69,12 @@ def _layout(prompts, choices):
     for prompt, answers in zip(prompts, choices, strict=True):
         first, last_of_prompt = len(tokens), answer_rows
         turns.append(((first, len(prompt)), len(prompt), (first, 0)))
-        tokens += prompt
+        tokens.extend(prompt)  # not +=, which an array answers by adding numbers
         answer_rows += 1
         for read in (ids[:-1] for ids in answers):
             if len(read):
                 turns.append(((len(tokens), len(read)), 1, (first, len(prompt))))
-                tokens += read
+                tokens.extend(read)
             rows += [last_of_prompt, *range(answer_rows, answer_rows + len(read))]
             answer_rows += len(read)
     return tokens, turns, rows
