@@ -203,6 +203,8 @@ def test_what_is_no_number_and_a_tokenizer_without_an_end():
     for wrong in ("0.15", True):
         with pytest.raises(TypeError, match="corruption_rate: expected a number, got"):
             Denoiser("R", wrong, 3)
+        with pytest.raises(TypeError, match="mean_span_length: expected a number, got"):
+            Denoiser("R", 0.15, wrong)
     with pytest.raises(TypeError, match="mode_tokens: expected a list of ids for 'R', got 80"):
         UL2Collator(tokenizer(), MODES | {"R": 80}, SENTINELS)
     tok = tokenizer()

@@ -23,7 +23,7 @@ from tests.families import BY_ID
 from tests.test_training_data import ROWS, byte_tokenizer
 from tests.test_turns import TEMPLATE as CHAT_TEMPLATE
 from tests.test_turns import model_of
-from tests.tiny import base_model, bitune_model
+from tests.tiny import base_model, bitune_model, lora
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -210,6 +210,12 @@ def test_choices_of_a_model_that_was_made_for_three_passes():
     model = get_bitune_model(base, BituneConfig(peft=None, use_fused=False)).eval()
     with pytest.raises(ValueError, match=r"^base_model: Gemma3ForCausalLM can't be used in one pass"):
         score_choices(model, [[5, 6, 7]], [[[8], [9, 3]]])
+
+
+def test_choices_are_scored_without_dropout():
+    model = bitune_model(peft=lora(lora_dropout=0.5)).train()
+    first, second = (score_choices(model, [[5, 6, 7]], [[[8, 9]]]) for _ in range(2))
+    assert first == second and model.training
 
 
 @pytest.fixture(scope="module")

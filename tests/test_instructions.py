@@ -192,6 +192,8 @@ def test_an_outer_step_leaves_the_model_as_an_inner_step_alone_does_and_shares_d
         model = bitune_model(peft=lora(lora_dropout=0.3)).train()
         instruction = SoftInstruction(model.get_input_embeddings(), token_ids=[5, 6, 7])
         optimizer = InstructionOptimizer(model, instruction, *optimizers(model, instruction), every=every)
+        for p in optimizer.parameters:
+            p.grad = torch.ones_like(p) if every == 1 else None  # left by somebody else
         model.register_forward_pre_hook(lambda *_, seen=noise: seen.append(torch.get_rng_state()))
         optimizer.step(batch(), batch(seed=1))
         noise.clear()
@@ -259,6 +261,17 @@ def test_a_chosen_text_is_that_text_in_the_prompt(bitune, side):
     torch.testing.assert_close(out.loss, torch.stack(losses).mean(), atol=1e-5, rtol=1e-5)
 
 
+def test_a_chosen_text_has_the_gradient_of_the_mean():
+    embedding, gradients = bitune_model().get_input_embeddings(), []
+    for soft in (False, True):
+        selector = InstructionSelector(embedding, [[5, 6, 7], [], [8, 9]], soft=soft)
+        selector.logits.data.copy_(torch.tensor([[0, 0.5, 1.0]]))
+        vectors, _ = selector(batch())
+        torch.manual_seed(0)
+        gradients += torch.autograd.grad(vectors, selector.logits, torch.randn(vectors.shape))
+    torch.testing.assert_close(*gradients)
+
+
 def test_an_encoded_instruction_reads_the_prompt_and_not_the_answer():
     instruction, given = EncodedInstruction(base_model().get_input_embeddings(), length=2), batch()
     vectors, _ = instruction(given)
@@ -302,12 +315,14 @@ def test_bad_input_is_refused_by_name():
         "token_ids: expected one or more": lambda: SoftInstruction(embedding, token_ids=[]),
         "num_tasks: expected": lambda: SoftInstruction(embedding, length=1, num_tasks=0),
         "task_ids: expected 4 numbers": lambda: instruction(batch(task_ids=torch.tensor([0, 1, 0, 0]))),
+        "task_ids: expected 4 numbers from 0": lambda: instruction(batch(task_ids=torch.zeros(4, 1, dtype=torch.long))),
         "epsilon: expected a number > 0": lambda: make(epsilon=-1.0),
         "k: expected an integer >= 0, got -1": lambda: make(k=-1),
         "alpha: expected a number > 0": lambda: make(alpha=0.0),
         "alpha: expected a number where": lambda: InstructionOptimizer(model, instruction, slow_and_fast, outer),
         "method: expected one of": lambda: make(method="unrolled"),
         "every: expected": lambda: make(every=0),
+        "every: expected an integer": lambda: make(every=1.5),
         "max_grad_norm: expected": lambda: make(max_grad_norm=0),
         "outer_optimizer: expected parameters": lambda: InstructionOptimizer(model, instruction, inner, inner),
         "outer_optimizer: expected parameters of the instruction": lambda: InstructionOptimizer(

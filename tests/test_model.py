@@ -59,7 +59,7 @@ def test_padding_never_leaks_even_when_poisoned(fused):
         clean = model(inputs_embeds=embeds, attention_mask=mask, labels=labels)
         dirty = model(inputs_embeds=poisoned, attention_mask=mask, labels=labels)
         cache = model(inputs_embeds=poisoned, attention_mask=mask).past_key_values
-    assert torch.equal(clean.loss, dirty.loss)
+    assert torch.equal(clean.loss, dirty.loss) and clean.past_key_values is None
     assert torch.equal(answer_logits(clean, labels), answer_logits(dirty, labels))
     for x in (x for layer in cache.layers for x in (layer.keys, layer.values)):
         assert torch.equal(x.ne(0).any(-1).any(1), mask.bool())

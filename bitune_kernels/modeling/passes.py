@@ -126,7 +126,7 @@ class Pass:
         if not self.bidir_rows:
             return None
         # [1, rows, features] or token ids [1, rows]; some families flatten to [rows, features] before a linear
-        flat = x.ndim == 1 or (x.ndim == 2 and x.is_floating_point()) or x.shape[0] != 1
+        flat = (x.ndim == 2 and x.is_floating_point()) or x.shape[0] != 1
         dim = 0 if flat else 1
         rows = x.shape[dim]
         if self.chunk is not None and rows == self.chunk[1] - self.chunk[0]:
