@@ -282,6 +282,7 @@ def test_an_answer_ends_at_the_tokenizers_end_token():
             lambda lm: BituneLM(lm.model, tokenizer=lm.tokenizer, batch_size="auto"),
             "batch_size: expected a number of questions",
         ),
+        (lambda lm: BituneLM(lm.model, tokenizer=lm.tokenizer, batch_size=0), "batch_size: expected a number of"),
         (lambda lm: BituneLM(lm.model), "tokenizer: expected that of the BituneModel"),
         (lambda lm: BituneLM(base_model()), "pretrained: expected a folder, an id or a BituneModel"),
         (lambda lm: BituneLM("model"), "adapter: expected a folder of BituneModel.save_pretrained"),

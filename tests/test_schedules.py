@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
+from torch.nn import functional as F
 
 from tests import tiny
+from tests.families import BY_ID
 
 
 @torch.no_grad()
@@ -39,6 +41,28 @@ def test_three_passes_call_the_backbone_three_times():
         with model.use_schedule(use_fused=fused):
             logits(model, torch.arange(3, 9)[None])
         assert len(calls) == count
+
+
+def test_three_passes_run_the_models_own_attention(monkeypatch):
+    calls, sdpa = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *x, **options: calls.append(1) or sdpa(*x, **options))
+    for own, count in (("sdpa", 9), ("eager", 0)):
+        base = tiny.base_model()
+        base.set_attn_implementation(own)
+        model = tiny.bitune_model(base=base, use_fused=False).eval()
+        calls.clear()
+        logits(model, torch.arange(3, 9)[None])
+        assert len(calls) == count
+
+
+def test_a_window_holds_where_no_prompt_has_a_row():
+    model = tiny.bitune_model(base=BY_ID["mistral"].build(vocab_size=tiny.VOCAB)).eval()
+    ids, mask, labels = tiny.ragged_batch(prompts=(1, 1), answers=(9, 6))
+    losses = []
+    for fused in (True, False):
+        with torch.no_grad(), model.use_schedule(use_fused=fused):
+            losses.append(model(input_ids=ids, attention_mask=mask, labels=labels).loss)
+    torch.testing.assert_close(*losses)
 
 
 def test_without_bitune_it_is_the_plain_peft_model():

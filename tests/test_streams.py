@@ -84,6 +84,8 @@ def test_variants_and_what_is_refused():
     for wrong in (ids[:, :1], ids.repeat(2, 1)):
         with pytest.raises(ValueError, match=re.escape(f"at least two tokens, got {list(wrong.shape)}")):
             stream_attention(model, wrong)
+    with pytest.raises(TypeError, match="input_ids: expected an integer tensor"):
+        stream_attention(model, ids.tolist())
     with pytest.raises(TypeError, match="model: expected a BituneModel, got LlamaForCausalLM"):
         stream_attention(base_model(), ids)
     both = bitune_model()

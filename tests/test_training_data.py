@@ -157,9 +157,10 @@ def test_every_answer_of_a_conversation_can_be_trained():
 
 def test_what_is_skipped_is_counted_once(caplog):
     rows = [{"prompt": "a", "completion": c} for c in ("yes", "", None, "x" * 50, "no")]
+    rows.append({"prompt": "a" * 40, "completion": "yes"})
     with caplog.at_level(logging.WARNING):
         assert len(tokenize(rows, byte_tokenizer(), max_length=40)) == 2
-    assert [r.getMessage() for r in caplog.records] == ["data: 2 samples; skipped 2 without an answer, 1 too long"]
+    assert [r.getMessage() for r in caplog.records] == ["data: 2 samples; skipped 2 without an answer, 2 too long"]
     assert len(tokenize(rows, byte_tokenizer(), max_answer_length=4)) == 1  # a space, "no" and the end
     with pytest.raises(ValueError, match="at least one sample"):
         tokenize(rows[1:3], byte_tokenizer())

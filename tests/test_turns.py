@@ -299,16 +299,17 @@ def test_a_chat_goes_on_from_messages_and_after_a_failure(model, tokenizer):
     undisturbed = BituneChat(model, tokenizer, "alternating")
     assert [undisturbed.send(text, **OPTIONS) for text in SAYS[:2]] == [first, second]
     # a conversation from elsewhere: its answers are tokenized anew and end as the template says
-    given = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    given = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
     chat = BituneChat(model, tokenizer, "alternating", messages=given)
-    chat.send("c", **OPTIONS)
+    chat.send("e", **OPTIONS)
     texts = [tuple(tokenizer.decode(part) for part in turn) for turn in chat._turns]
-    assert texts[0] == ("<user>a</s>\n<assistant>", "b</s>") and texts[1][0] == "\n<user>c</s>\n<assistant>"
+    assert texts[:2] == [("<user>a</s>\n<assistant>", "b</s>"), ("\n<user>c</s>\n<assistant>", "d</s>")]
+    assert texts[2][0] == "\n<user>e</s>\n<assistant>"
     # an end token that the tokenizer names nowhere, as those of chat templates on base models
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([AddedToken("<end>", special=True)])
     tokenizer.chat_template = TEMPLATE.replace("{{ eos_token }}", "<end>")
-    chat = BituneChat(model, tokenizer, "alternating", messages=given)
+    chat = BituneChat(model, tokenizer, "alternating", messages=given[:2])
     chat.send("c", **OPTIONS)
     texts = [tuple(tokenizer.decode(part) for part in turn) for turn in chat._turns]
     assert texts[0] == ("<user>a<end>\n<assistant>", "b<end>") and texts[1][0] == "\n<user>c<end>\n<assistant>"
@@ -344,6 +345,8 @@ def test_a_conversation_may_fill_the_model(model, tokenizer):
     with pytest.raises(ValueError, match=r"its next answer \(3\) included, got 1022"):
         chat.send(text, max_new_tokens=3)
     chat.send(text, max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"its next answer \(1\) included, got 1024"):
+        BituneChat(model, tokenizer).send(text + "xx")
 
 
 def test_the_models_own_options_are_those_of_a_chat(model, tokenizer, monkeypatch):
