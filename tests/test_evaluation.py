@@ -234,14 +234,17 @@ def requests(*pairs, kind="loglikelihood") -> list[Instance]:
     return [Instance(request_type=kind, doc={}, arguments=pair, idx=i, **options) for i, pair in enumerate(pairs)]
 
 
-def test_long_and_empty_prompts(caplog, short):
-    lm, tok = short, byte_tokenizer()
+def test_long_and_empty_prompts(caplog, short, monkeypatch):
+    lm, tok, kept = short, byte_tokenizer(), {}
+    monkeypatch.setattr(lm.cache_hook, "add_partial", lambda kind, pair, score: kept.update({(kind, *pair): score}))
     long, answer = "What is the answer to this question?", " forty-two"
-    found = lm.loglikelihood(requests((long, answer), (long, " no"), ("Why?", " no"), ("", "no")), disable_tqdm=True)
+    pairs = ((long, answer), (long, " no"), ("Why?", " no"), ("", "no"))
+    found = lm.loglikelihood(requests(*pairs), disable_tqdm=True)
     ids = tok(long)["input_ids"]
     prompts = [ids[-11:], ids[-18:], tok("Why?")["input_ids"], [tok.bos_token_id]]
     for prompt, text, (score, _) in zip(prompts, (answer, " no", " no", "no"), found, strict=True):
         assert score == pytest.approx(by_hand(lm.model, prompt, tok(text)["input_ids"])[0], abs=1e-4)
+    assert kept == {("loglikelihood", *pair): score for pair, score in zip(pairs, found, strict=True)}
     assert "2 of 4 prompts are cut on the left, to the 20 tokens" in caplog.text
 
 
