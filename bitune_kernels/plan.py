@@ -25,8 +25,6 @@ def _cumulative(lengths: Sequence[int], device) -> torch.Tensor:
 
 def _ints(name: str, values, batch: int | None = None) -> tuple[int, ...]:
     if isinstance(values, torch.Tensor):
-        if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
-            raise TypeError(f"{name}: expected integers, got a tensor of {values.dtype}")
         values = values.reshape(-1).tolist()
     if not isinstance(values, Iterable):
         raise TypeError(f"{name}: expected integers, one for each sample, got {values!r}")

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from bitune_kernels import BituneConfig, BituneModel, get_bitune_model
-from bitune_kernels.modeling import adapters, encode, score_choices, stream_distance
+from bitune_kernels.modeling import adapters, encode, one_pass, score_choices, stream_distance
 from bitune_kernels.modeling.adapters import SegmentLora
 from bitune_kernels.modeling.one_pass import OnePass
 from tests.families import BY_ID
@@ -116,6 +116,16 @@ def test_prefill_then_decoding_equals_one_full_pass(fused):
             out = model(input_ids=ids[:, t : t + 1], past_key_values=out.past_key_values)
             steps.append(out.logits[:, -1])
     torch.testing.assert_close(torch.stack(steps, 1), full, atol=1e-5, rtol=1e-5)
+
+
+def test_the_last_layer_attends_for_answers_alone(monkeypatch):
+    model, rows, attention = bitune_model().eval(), [], one_pass.bitune_attention
+    monkeypatch.setattr(
+        one_pass, "bitune_attention", lambda q, *x, **options: rows.append(len(q)) or attention(q, *x, **options)
+    )
+    with torch.no_grad():
+        model(input_ids=torch.arange(3, 13)[None], prompt_lengths=[6])
+    assert rows == [15, 15, 5]
 
 
 @pytest.mark.parametrize("length", [1, 2])

@@ -211,6 +211,7 @@ def test_padding_follows_the_tokenizer(side):
         ({"reader": "mmlu"}, "reader: expected one of"),
         ({"use_fused": 1}, "use_fused: expected bool, got 1"),
         ({"dtype": "int8"}, "dtype: expected float32"),
+        ({"quantize": "int4"}, "quantize: expected null, nf4 or int8, got 'int4'"),
         ({"theta_lr": 0}, "theta_lr: expected a number > 0, got 0"),
         ({"max_answer_length": 0}, "max_answer_length: expected a number > 0, got 0"),
         ({"weight_decay": -1}, "weight_decay: expected a number >= 0, got -1"),
