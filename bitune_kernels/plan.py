@@ -434,7 +434,5 @@ class SegmentPlan:
     def unpack_answers(self, rows: torch.Tensor) -> torch.Tensor:
         """[A, ...] -> [batch, seq, ...], zeros where there is no answer row. Differentiable."""
         batch, seq = self.padded_shape
-        if batch * seq == rows.shape[0]:
-            return rows.view(batch, seq, *rows.shape[1:])
         padded = rows.new_zeros(batch * seq, *rows.shape[1:])
         return padded.index_copy(0, self.answer_index, rows).view(batch, seq, *rows.shape[1:])

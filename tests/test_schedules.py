@@ -55,7 +55,7 @@ def test_three_passes_run_the_models_own_attention(monkeypatch):
         assert len(calls) == count
 
 
-def test_a_window_holds_where_no_prompt_has_a_row():
+def test_a_window_holds_without_prompt_rows_and_in_the_cache():
     model = tiny.bitune_model(base=BY_ID["mistral"].build(vocab_size=tiny.VOCAB)).eval()
     ids, mask, labels = tiny.ragged_batch(prompts=(1, 1), answers=(9, 6))
     losses = []
@@ -63,6 +63,9 @@ def test_a_window_holds_where_no_prompt_has_a_row():
         with torch.no_grad(), model.use_schedule(use_fused=fused):
             losses.append(model(input_ids=ids, attention_mask=mask, labels=labels).loss)
     torch.testing.assert_close(*losses)
+    with torch.no_grad():
+        cache = model(input_ids=ids[:1, :6]).past_key_values
+    assert all(layer.is_sliding for layer in cache.layers)  # so that no more is kept than the window
 
 
 def test_without_bitune_it_is_the_plain_peft_model():
