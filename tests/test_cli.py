@@ -116,6 +116,11 @@ def test_a_quantized_base_with_dora_and_dropout_is_trained(place):
     assert BituneModel.from_pretrained(base_model(vocab_size=VOCAB), place / "run" / "final").peft_config
 
 
+def test_an_int8_base_is_trained_without_a_line_for_each_product(place, caplog):
+    assert run(place, "--quantize", "int8", "--max-steps", "1", "--dtype", "bfloat16") == 0
+    assert "MatMul8bitLt" not in caplog.text
+
+
 def test_resuming_ends_where_a_whole_run_ends(place, monkeypatch, capsys):
     from bitune_kernels.training import run as module
 
