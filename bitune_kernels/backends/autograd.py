@@ -31,7 +31,7 @@ class _Attention(torch.autograd.Function):
 
 def attention(module: ModuleType, q, k, v, alpha_k, alpha_v, plan, options: Options):
     """``bitune_kernels.ops.bitune_attention`` with this module; differentiable once where it has kernels of its own."""
-    if not hasattr(module, "forward"):
+    if hasattr(module, "attention"):
         return module.attention(q, k, v, alpha_k, alpha_v, plan, **options._asdict())
     inputs = (q, k, v, alpha_k, alpha_v, options.beta, options.sinks, *(options.prefix or (None, None)))
     if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
