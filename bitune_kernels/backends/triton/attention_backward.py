@@ -138,7 +138,7 @@ def dq_kernel(
 
     k_head, v_head = k + head * stride_k[1], v + head * stride_v[1]
     mix_k, mix_v = None, None
-    if alpha_k is not None:  # the answer attends to a mix of two streams
+    if alpha_k is not None:  # the answer attends to a mix of two streams: ``load_keys``
         k_to_causal, v_to_causal = num_prompt.to(tl.int64) * stride_k[0], num_prompt.to(tl.int64) * stride_v[0]
         mix_k = (k_to_causal, tl.load(alpha_k + (head if ALPHA_PER_HEAD else 0)).to(tl.float32))
         mix_v = (v_to_causal, tl.load(alpha_v + (head if ALPHA_PER_HEAD else 0)).to(tl.float32))

@@ -96,8 +96,8 @@ def attend(
     seen, bounds = seen_by_rows(positions, keys_position, length, mask, window, BLOCK_N)
     for masked in tl.static_range(2):
         acc, m, l = attend_tiles(
-            acc, m, l, q, k, v, stride_k, stride_v, mix_k, mix_v, seen, bounds, length, scale, softcap, DIM, DIM_V,
-            BLOCK_N, FOLD_SCALE, masked,
+            acc, m, l, q, k, v, stride_k, stride_v, mix_k, mix_v, seen, bounds, length, scale, softcap,
+            DIM, DIM_V, BLOCK_N, FOLD_SCALE, masked,
         )  # fmt: skip
     return acc, m, l
 
@@ -136,7 +136,7 @@ def forward_kernel(
     heads, head_q = HEADS_KV * GROUP, head * GROUP
     k_head, v_head = k + head * stride_k[1], v + head * stride_v[1]
     mix_k, mix_v = None, None
-    if alpha_k is not None:  # the answer attends to a mix of two streams
+    if alpha_k is not None:  # the answer attends to a mix of two streams: ``load_keys``
         k_to_causal, v_to_causal = num_prompt.to(tl.int64) * stride_k[0], num_prompt.to(tl.int64) * stride_v[0]
         mix_k = (k_to_causal, tl.load(alpha_k + (head if ALPHA_PER_HEAD else 0)).to(tl.float32))
         mix_v = (v_to_causal, tl.load(alpha_v + (head if ALPHA_PER_HEAD else 0)).to(tl.float32))
@@ -170,8 +170,9 @@ def forward_kernel(
                 prefix_row = tl.load(item + PREFIX_ROW).to(tl.int64)
                 acc, m, l = attend(
                     acc, m, l, q_tile, k_prefix + head * stride_kp[1], v_prefix + head * stride_vp[1],
-                    stride_kp, stride_vp, None, None, prefix_row, positions, 0, prefix_length, 0, window,
-                    scale, softcap, DIM, DIM_V, BLOCK_N, FOLD_SCALE,
+                    stride_kp, stride_vp, None, None, prefix_row,
+                    positions, 0, prefix_length, 0, window, scale, softcap,
+                    DIM, DIM_V, BLOCK_N, FOLD_SCALE,
                 )  # fmt: skip
         if part == 0:
             mixed_row = tl.load(item + MIXED_ROW).to(tl.int64)
