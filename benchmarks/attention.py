@@ -502,7 +502,12 @@ def parse(argv: list[str] | None):
     p.add_argument("--heads", type=heads_of, nargs="+", metavar="Q,KV,DIM", help="default: 32,8,128 16,16,64 8,1,256")
     p.add_argument("--only", nargs="+", choices=("equal", "ragged"), default=["equal", "ragged"], help="default: both")
     p.add_argument("--quick", action="store_true", help="two lengths, one kind of heads")
-    p.add_argument("--minutes", type=float, default=8, help="leave out shapes that would end later (default: 8)")
+    p.add_argument(
+        "--minutes",
+        type=float,
+        default=8,
+        help="leave out shapes that would end later, and fail where most are (default: 8)",
+    )
     args = p.parse_args(argv)
     check_minutes(p, args)
     check_at_least(p, args, lengths=1, batch_sizes=1, tokens=1)

@@ -46,7 +46,7 @@ def existing(folder: str | Path, name: str) -> Path:
     """A file or folder in a folder of ``BituneModel.save_pretrained``; FileNotFoundError where it is missing."""
     path = Path(folder, name)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: not found; expected a folder written by BituneModel.save_pretrained")
+        raise FileNotFoundError(f"{path}: not found; expected a folder of save_pretrained (of a run: final)")
     return path
 
 

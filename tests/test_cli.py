@@ -106,6 +106,11 @@ def test_answers_end_where_the_chat_template_ends_them(place, capsys):
     for folder in ("exported", "exported/bitune"):
         saved = json.loads((place / folder / "generation_config.json").read_text())
         assert saved["eos_token_id"] == [2, end], folder
+    assert "`bitune`" in (place / "exported" / "README.md").read_text()
+    again = ["--model", str(place / "model"), "--adapter", str(place / "exported" / "bitune")]
+    capsys.readouterr()
+    assert main(["generate", *again, "--prompt", "hi", "--json", "--max-new-tokens", "2"]) == 0
+    assert lines(capsys)[0]["prompt_tokens"] == len("<user>hi\n<assistant>") + 1  # by the chat template again
 
 
 def test_a_quantized_base_with_dora_and_dropout_is_trained(place):

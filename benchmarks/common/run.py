@@ -81,7 +81,11 @@ def add_sweep_options(p: argparse.ArgumentParser, minutes: str):
     p.add_argument(
         "--without", nargs="+", choices=backends.BACKENDS, default=[], help="not timed although it could run"
     )
-    p.add_argument("--minutes", type=float, help=f"leave out shapes that would end later (default: {minutes})")
+    p.add_argument(
+        "--minutes",
+        type=float,
+        help=f"leave out shapes that would end later, and fail where most are (default: {minutes})",
+    )
 
 
 def check_minutes(p: argparse.ArgumentParser, args) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
-from .load import add_model_options, load_model, load_tokenizer
+from ..config import FORMAT_NAME
+from .load import adapter_folder, add_model_options, load_model, load_tokenizer
 
 
 def add(commands) -> None:
@@ -31,4 +33,7 @@ def _run(given) -> None:
 
     export_merged(model, output)
     tokenizer.save_pretrained(output)
+    prompts = adapter_folder(given.adapter) / FORMAT_NAME
+    if prompts.is_file():
+        shutil.copy(prompts, output / "bitune")
     print(output)

@@ -9,6 +9,12 @@ from pathlib import Path
 from .adapters import CAUSAL, CausalMerge
 from .model import BituneModel
 
+_CARD = """
+`{base_model}` with the adapter "causal" of a [Bitune](https://arxiv.org/abs/2405.14862) model merged. It decodes the
+key/value cache that the Bitune model in the folder `bitune` has made of a prompt. An engine that prefills by itself
+reads prompts causally, and answers as another, untrained model would.
+"""
+
 
 def export_merged(model: BituneModel, folder: str | Path) -> None:
     """Write the base model with the adapter "causal" merged, and beside it the Bitune model's own files.
@@ -33,4 +39,6 @@ def export_merged(model: BituneModel, folder: str | Path) -> None:
     merged = model.base_model.merge_and_unload(adapter_names=[CAUSAL])
     merged.generation_config = model.generation_config  # with the end tokens of training
     merged.save_pretrained(unfinished)
+    card = _CARD.format(base_model=merged.config._name_or_path or "A causal language model")
+    (unfinished / "README.md").write_text(card.lstrip())
     os.replace(unfinished, folder)
