@@ -408,7 +408,7 @@ def draw(path, rows: Sequence[dict], title: str) -> None:
                     x = sorted(points)
                     lines[name] = axes.plot(x, [points[n] for n in x], marker="o", markersize=3, color=f"C{i}")[0]
             axes.set_xscale("log", base=2)
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.08 * axes.dataLim.y1)
             axes.set_title(f"{mode}, head_dim {dim}", fontsize=8)
             axes.tick_params(labelsize=7)
     for axes in grid[-1]:

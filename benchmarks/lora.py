@@ -136,7 +136,7 @@ def draw(path, rows, title: str) -> None:
         axes.plot([r["rows"] for r in own], [r["speedup_over_peft"] for r in own], marker="o", label=label)
     axes.axhline(1, color="black", linestyle="dashed", label="PEFT's layer on each block")
     axes.set_xscale("log", base=2)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * axes.dataLim.y1)
     axes.set_xlabel("rows")
     axes.set_ylabel("speedup (higher is better)")
     axes.set_title(title, fontsize=9)

@@ -126,9 +126,9 @@ def draw(path, rows, title: str) -> None:
                 least = [y / r["over_floor"] for y, r in zip(kib, points, strict=True)]
                 axes.plot(lengths, least, color=f"C{i}", linestyle="dashed", label=f"floor of {name}")
         axes.set_xscale("log", base=2)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * axes.dataLim.y1)
         axes.set_xlabel(f"tokens of the prompt (batch {batch})")
-    figure.axes[0].set_ylabel("KiB per token at the peak, without the weights")
+    figure.axes[0].set_ylabel("KiB per token, without the weights")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=150)
