@@ -86,6 +86,16 @@ def test_a_quadratic_is_unrolled_training_and_its_closed_form(method, rtol):
     close(hypergradient(*q.closures(), [q.theta], [q.phi], k=400, **options), [expected], 10 * rtol)
 
 
+@pytest.mark.parametrize("method", ["finite", "exact"])
+def test_a_validation_loss_apart_from_the_model_leaves_its_direct_term(method):
+    q = Quadratic()
+    train_loss, _ = q.closures()
+    (found,) = hypergradient(
+        train_loss, lambda: q.phi.square().sum(), [q.theta], [q.phi], alpha=0.1, k=1, method=method
+    )
+    assert torch.equal(found, 2 * q.phi.detach())
+
+
 def test_curvature_is_the_largest_eigenvalue():
     q = Quadratic()
     q.a = torch.diag(torch.tensor([9.0, 2, 1, 1, 0.5, 0.1], dtype=torch.float64))
@@ -321,6 +331,7 @@ def test_bad_input_is_refused_by_name():
         "alpha: expected a number > 0": lambda: make(alpha=0.0),
         "alpha: expected a number where": lambda: InstructionOptimizer(model, instruction, slow_and_fast, outer),
         "method: expected one of": lambda: make(method="unrolled"),
+        "method: expected one of finite": lambda: largest_curvature(q.closures()[0], [q.theta], method="unrolled"),
         "every: expected": lambda: make(every=0),
         "every: expected an integer": lambda: make(every=1.5),
         "max_grad_norm: expected": lambda: make(max_grad_norm=0),
@@ -342,6 +353,22 @@ def test_bad_input_is_refused_by_name():
         with pytest.raises((ValueError, TypeError), match="^" + re.escape(message)):
             call()
     assert all(torch.equal(p, x) for p, x in zip((*model.parameters(), *instruction.parameters()), before, strict=True))
+
+
+def test_alpha_may_be_as_large_as_the_series_bears():
+    model = bitune_model()
+    instruction = SoftInstruction(model.get_input_embeddings(), length=2)
+
+    def step(alpha):
+        optimizer = InstructionOptimizer(model, instruction, *optimizers(model, instruction), alpha=alpha)
+        optimizer.step(batch(), batch(seed=1))
+
+    with pytest.raises(ValueError, match=r"alpha: expected at most 2 / \|lambda\|") as error:
+        step(1e3)
+    limit = float(re.search(r"= (\S+) of", str(error.value))[1])
+    with pytest.raises(ValueError, match="alpha: expected at most"):
+        step(1.1 * limit)
+    step(0.9 * limit)
 
 
 def test_training_tasks_in_the_validation_are_warned_of():
