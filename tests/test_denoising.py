@@ -205,8 +205,9 @@ def test_what_is_no_number_and_a_tokenizer_without_an_end():
             Denoiser("R", wrong, 3)
         with pytest.raises(TypeError, match="mean_span_length: expected a number, got"):
             Denoiser("R", 0.15, wrong)
-    with pytest.raises(TypeError, match="mode_tokens: expected a list of ids for 'R', got 80"):
-        UL2Collator(tokenizer(), MODES | {"R": 80}, SENTINELS)
+    for wrong in (80, [80, "x"]):
+        with pytest.raises(TypeError, match=re.escape(f"expected a list of ids for 'R', got {wrong}")):
+            UL2Collator(tokenizer(), MODES | {"R": wrong}, SENTINELS)
     tok = tokenizer()
     tok.eos_token = None
     with pytest.raises(ValueError, match="tokenizer: expected one with an end and a padding token"):
