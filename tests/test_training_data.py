@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
 from bitune_kernels.training.data import load_rows, prompt_formats, tokenize
@@ -134,6 +134,13 @@ def test_a_space_that_merges_with_the_colon_stays_with_the_answer():
     assert tokenizer.decode(answer) == " blue</s>"
     assert tokenizer.decode(sample["input_ids"][: -len(answer)]) == "Question: Sky?\n\nAnswer:"
     assert sample["input_ids"][: -len(answer)] == tokenizer("Question: Sky?\n\nAnswer:")["input_ids"]
+
+
+def test_a_tokenizer_that_ends_every_text_ends_the_answer_alone():
+    plain, ending = byte_tokenizer(), byte_tokenizer()
+    ending._tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    rows = [{"prompt": "Sky?", "completion": "blue"}]
+    assert ending("a")["input_ids"][-1] == 2 and list(tokenize(rows, ending)) == list(tokenize(rows, plain))
 
 
 def test_every_answer_of_a_conversation_can_be_trained():
