@@ -1,7 +1,7 @@
 """The tables of docs/measured.md and README.md, from the rows in benchmarks/results/. A test holds the pages to them.
 
-Rows of a changed tree are left out. A line is the newest run of its shape that has all providers of the table, whose
-commit it names; ranges are over all runs of that shape.
+Rows of a changed tree are left out, and those in bfloat16 of a CPU that emulates it. A line is the newest run of its
+shape that has all providers of the table, whose commit it names; ranges are over all runs of that shape.
 """
 
 from __future__ import annotations
@@ -14,9 +14,14 @@ RESULTS = Path(__file__).parent / "results"
 ONE_PASS, PACKED = "one-pass[sdpa]", "lora-packed[sdpa]"
 
 
+# Rows of before results said what a CPU can do are of one kind.
+CPUS = {"AMD EPYC": "AVX2", "AMD EPYC, AVX512, bfloat16": "AVX512"}
+
+
 def read(benchmark: str) -> list[dict[str, str]]:
     with (RESULTS / f"{benchmark}.csv").open(newline="") as file:
-        return [row for row in csv.DictReader(file) if row["git_dirty"] == "0"]
+        rows = [row | {"cpu": CPUS[row["cpu"]]} for row in csv.DictReader(file) if row["git_dirty"] == "0"]
+    return [row for row in rows if (row["cpu"], row.get("dtype")) != ("AVX2", "bfloat16")]
 
 
 def runs(rows: Iterable[dict], *shape: str) -> dict[tuple, list[dict[str, dict]]]:
@@ -65,17 +70,17 @@ def span(values: Sequence[float]) -> str:
     return f"{low} to {high} ({len(values)})" if len(values) > 1 else f"{low} (1)"
 
 
-def by_dtype(found: dict[tuple, list]) -> list[tuple[tuple, list]]:
-    """float32 first, then the smaller shape."""
+def in_order(found: dict[tuple, list]) -> list[tuple[tuple, list]]:
+    """By CPU, the newer one first, dtype and size."""
     return sorted(
-        found.items(), key=lambda item: (item[0][0] != "float32", *(int(x) for x in item[0][1:] if x.isdigit()))
+        found.items(), key=lambda item: (item[0][0] == "AVX2", item[0][1], *(int(x) for x in item[0] if x.isdigit()))
     )
 
 
 def prefill() -> str:
     needed = ("three-pass", ONE_PASS, PACKED, "lora")
     lines = []
-    for (dtype, batch, length), found in by_dtype(runs(read("prefill"), "dtype", "batch", "length")):
+    for (cpu, dtype, batch, length), found in in_order(runs(read("prefill"), "cpu", "dtype", "batch", "length")):
         run = newest(found, needed)
         if run is None:
             continue
@@ -85,8 +90,9 @@ def prefill() -> str:
         every = [faster(r, "three-pass") for r in found if "three-pass" in r]
         packed = in_packed_lora(one)
         ratios = (f"{faster(run, 'three-pass', 'authors-schedule'):.2f}", span(every), packed)
-        lines.append([dtype, f"{batch} x {length}", *times, *ratios, number(one, "cost_in_lora_passes"), commit(one)])
-    head = ["dtype", "prompts", "three passes, padded: ms", "one by one: ms", "one pass: ms"]
+        where = [f"{cpu}, {dtype}", f"{batch} x {length}"]
+        lines.append([*where, *times, *ratios, number(one, "cost_in_lora_passes"), commit(one)])
+    head = ["CPU, dtype", "prompts", "three passes, padded: ms", "one by one: ms", "one pass: ms"]
     head += ["faster than the better", "than padded, all runs", "packed LoRA = 1 (floor)", "padded LoRA = 1", "commit"]
     return markdown(head, lines)
 
@@ -102,44 +108,46 @@ SCHEDULES = {
 
 
 def updates() -> dict[tuple, dict[str, dict]]:
-    """(dtype, layers, batch, length) -> the newest run of that update of the paper's."""
-    found = runs(read("train_step"), "dtype", "layers", "batch", "length")
-    chosen = {shape: newest(same, (ONE_PASS, "authors-schedule", PACKED)) for shape, same in found.items()}
-    return {shape: run for shape, run in sorted(chosen.items(), reverse=True) if run is not None}
+    """(CPU, dtype, batch, length) -> the newest run of that update of the paper's."""
+    found = in_order(runs((r for r in read("train_step") if r["layers"] == "12"), "cpu", "dtype", "batch", "length"))
+    chosen = {shape: newest(same, (ONE_PASS, "authors-schedule", PACKED)) for shape, same in found}
+    return {shape: run for shape, run in chosen.items() if run is not None}
 
 
 def train_step() -> str:
     lines = []
-    for (dtype, layers, batch, length), run in updates().items():
+    for (cpu, dtype, batch, length), run in updates().items():
         for name in SCHEDULES.keys() & run.keys():
             row = run[name]
             packed = in_packed_lora(row) if name == ONE_PASS else number(row, "cost_in_lora_packed_passes")
             memory = number(row, "memory_over_lora_packed")
-            shape = f"{batch} x {length}, {layers} layers, {dtype}"
+            shape = f"{cpu}, {dtype}, {batch} x {length}"
             lines.append([shape, SCHEDULES[name], number(row, "p50_ms", 1, 1e-3), packed, memory, commit(row)])
     order = list(SCHEDULES.values())
     shapes = list(dict.fromkeys(line[0] for line in lines))
     lines.sort(key=lambda line: (shapes.index(line[0]), order.index(line[1])))
-    return markdown(["update", "schedule", "s", "packed LoRA = 1 (floor)", "memory, packed LoRA = 1", "commit"], lines)
+    return markdown(
+        ["CPU, dtype, update", "schedule", "s", "packed LoRA = 1 (floor)", "memory, packed LoRA = 1", "commit"], lines
+    )
 
 
 def linear() -> str:
     lines = []
-    for (dtype, rows, features, adapters), found in by_dtype(
-        runs(read("lora"), "dtype", "rows", "features", "adapter_dtype")
-    ):
+    shapes = runs(read("lora"), "cpu", "dtype", "rows", "features", "adapter_dtype")
+    for (cpu, dtype, rows, features, adapters), found in in_order(shapes):
         row = found[-1]["segment"]
-        lines.append([dtype, adapters, rows, features, number(row, "speedup_over_peft"), commit(row)])
-    return markdown(["dtype", "adapters", "rows", "features", "faster than PEFT's", "commit"], lines)
+        lines.append([f"{cpu}, {dtype}", adapters, rows, features, number(row, "speedup_over_peft"), commit(row)])
+    return markdown(["CPU, dtype", "adapters", "rows", "features", "faster than PEFT's", "commit"], lines)
 
 
 def request() -> str:
     lines = []
-    for (dtype, batch, prompt, new), found in by_dtype(runs(read("generate"), "dtype", "batch", "prompt", "new")):
+    shapes = runs(read("generate"), "cpu", "dtype", "batch", "prompt", "new")
+    for (cpu, dtype, batch, prompt, new), found in in_order(shapes):
         row = found[-1]["bitune"]
         costs = (number(row, f"cost_of_{part}") for part in ("first", "decoding", "request"))
-        lines.append([dtype, f"{batch} x {prompt} + {new}", *costs, commit(row)])
-    return markdown(["dtype", "prompts + new tokens", "first token", "decoding", "request", "commit"], lines)
+        lines.append([f"{cpu}, {dtype}", f"{batch} x {prompt} + {new}", *costs, commit(row)])
+    return markdown(["CPU, dtype", "prompts + new tokens", "first token", "decoding", "request", "commit"], lines)
 
 
 def choices() -> str:
@@ -174,25 +182,33 @@ def memory() -> str:
     return markdown([*head, "one pass, floor = 1", "packed LoRA = 1", "commit"], lines)
 
 
+SUMMARY = [("AVX512", "bfloat16"), ("AVX2", "float32")]
+
+
 def summary() -> str:
     """Of README.md."""
     lines = []
-    for (dtype, batch, length), found in by_dtype(runs(read("prefill"), "dtype", "batch", "length")):
+    for (cpu, dtype, batch, length), found in in_order(runs(read("prefill"), "cpu", "dtype", "batch", "length")):
         run = newest(found, ("three-pass", ONE_PASS, PACKED))
-        if run is not None and dtype == "float32":
+        if run is not None and (cpu, dtype) in SUMMARY:
             one = run[ONE_PASS]
             cost = in_packed_lora(one)
             what = "1 prompt of" if batch == "1" else f"{batch} prompts of up to"
             over = (faster(run, name) for name in ("three-pass", "authors-schedule") if name in run)
             against = ", ".join(f"{x:.2f}" for x in over)
-            lines.append([f"prefill, {what} {length} tokens", against, cost])
-    for (dtype, layers, batch, length), run in updates().items():
+            lines.append([f"{cpu}, {dtype}", f"prefill, {what} {length} tokens", against, cost])
+    for (cpu, dtype, batch, length), run in updates().items():
         one = run[ONE_PASS]
         cost = in_packed_lora(one)
-        over = [f"{faster(run, name):.2f}" if name in run else "not run" for name in ("three-pass", "authors-schedule")]
-        rest = "" if dtype == "float32" else f", {layers} layers, emulated {dtype}"
-        lines.append([f"training step, {batch} samples of up to {length} tokens{rest}", ", ".join(over), cost])
-    head = ["one pass", "times faster than three passes: padded, one by one", "its time, packed LoRA = 1 (floor)"]
+        over = (f"{faster(run, name):.2f}" for name in ("three-pass", "authors-schedule"))
+        what = f"training step, {batch} samples of up to {length} tokens"
+        lines.append([f"{cpu}, {dtype}", what, ", ".join(over), cost])
+    head = [
+        "CPU, dtype",
+        "one pass",
+        "times faster than three passes: padded, one by one",
+        "its time, packed LoRA = 1 (floor)",
+    ]
     return markdown(head, lines)
 
 

@@ -129,7 +129,8 @@ def bitune_prefill(
         if any(step == 0 and size > 1 for step, size in zip(cache.stride(), cache.shape, strict=True)):
             raise ValueError(f"{name}: expected memory for each element, got strides {list(cache.stride())}")
     slots = min(len(k_cache), len(v_cache))
-    if _may_read(cache_positions) and rows:
+    # a plan's own places are read by nobody: a model asks for them in each layer
+    if rows and cache_positions is not plan.token_index and _may_read(cache_positions):
         found = cache_positions.sort().values
         if found[0] < 0 or found[-1] >= slots:
             raise ValueError(
