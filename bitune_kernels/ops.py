@@ -189,8 +189,8 @@ def _coefficient(name: str, value, heads: int, like: torch.Tensor) -> torch.Tens
     if not isinstance(value, torch.Tensor):
         if not _is_number(value):
             raise TypeError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
+        if not abs(value) < _LARGE:
+            raise ValueError(f"{name}: expected a finite float32, got {value}")
         return torch.full((), float(value), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
     if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name}: expected float32 (or float64), got {value.dtype}")
