@@ -309,7 +309,8 @@ extern "C" int map() { TensorMap map; return map_rows({}, Element::bf16, 1, 64, 
 def test_a_new_thread_has_its_device_before_the_driver_is_asked(tmp_path):
     (tmp_path / "runtime.cpp").write_text(RUNTIME)
     (tmp_path / "test.cu").write_text(LAUNCH)
-    flags = "-std=c++17 -cudart none -shared -Xcompiler -fPIC -o launch.so".split()
+    # -Bsymbolic: not the runtime that a PyTorch for CUDA has loaded
+    flags = "-std=c++17 -cudart none -shared -Xcompiler -fPIC -Xlinker -Bsymbolic -o launch.so".split()
     subprocess.run([NVCC, *flags, "-I", ROOT / "csrc", "runtime.cpp", "test.cu"], cwd=tmp_path, check=True)
     library = ctypes.CDLL(str(tmp_path / "launch.so"))
     library.devices.restype = ctypes.c_char_p

@@ -145,7 +145,8 @@ class _SegmentLora(torch.autograd.Function):
             y = torch.ops.bitune.segment_lora(x_ if start is None else start, weight_, bias_, *operands, twice)
         ctx.save_for_backward(*saved)
         ctx.dtype = dtype
-        return y.to(x.dtype if product is None else product.dtype)
+        # not y.to(...) where there is nothing to do: compiled by PyTorch 2.11, its gradients would be 0
+        return _cast(x.dtype if product is None else product.dtype, y)[0]
 
     @staticmethod
     @once_differentiable  # h is saved as a constant, so a second derivative would be wrong in silence
