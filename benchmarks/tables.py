@@ -20,7 +20,8 @@ CPUS = {"AMD EPYC": "AVX2", "AMD EPYC, AVX512, bfloat16": "AVX512"}
 
 def read(benchmark: str) -> list[dict[str, str]]:
     with (RESULTS / f"{benchmark}.csv").open(newline="") as file:
-        rows = [row | {"cpu": CPUS[row["cpu"]]} for row in csv.DictReader(file) if row["git_dirty"] == "0"]
+        rows = [row for row in csv.DictReader(file) if row["git_dirty"] == "0"]
+    rows = [row | {"cpu": CPUS.get(row["cpu"], row["cpu"])} for row in rows]
     return [row for row in rows if (row["cpu"], row.get("dtype")) != ("AVX2", "bfloat16")]
 
 
