@@ -506,10 +506,12 @@ class BituneModel(PeftModelForCausalLM):
         kwargs = {"autocast_adapter_dtype": False} | kwargs  # adapters keep the dtype that they have
         with _trainable_kept(self), evaluating(self):
             result = super().load_adapter(str(model_id), adapter_name, is_trainable=is_trainable, **kwargs)
-        tensors, missing = self.state_dict(keep_vars=True), set(result.missing_keys)
-        found = {id(x) for name, x in tensors.items() if name not in missing}  # some tuners name one tensor many times
-        missing = [name for name in result.missing_keys if id(tensors.get(name)) not in found]
-        for what, names in (("unexpected weights", result.unexpected_keys), ("no weights for", missing)):
+        missing = set(result.missing_keys)
+        if missing:  # some tuners name one tensor many times
+            tensors = self.state_dict(keep_vars=True)
+            found = {id(x) for name, x in tensors.items() if name not in missing}
+            missing = {name for name in missing if id(tensors.get(name)) not in found}
+        for what, names in (("unexpected weights", result.unexpected_keys), ("no weights for", sorted(missing))):
             if names:
                 raise ValueError(f"{model_id}: {what} {', '.join(names[:3])}{', ...' if names[3:] else ''}")
         if adapter_name == CAUSAL and self.mixing is not None:
