@@ -129,15 +129,14 @@ def bitune_prefill(
         if any(step == 0 and size > 1 for step, size in zip(cache.stride(), cache.shape, strict=True)):
             raise ValueError(f"{name}: expected memory for each element, got strides {list(cache.stride())}")
     slots = min(len(k_cache), len(v_cache))
-    # a plan's own places are read by nobody: a model asks for them in each layer
-    if rows and cache_positions is not plan.token_index and _may_read(cache_positions):
-        found = cache_positions.sort().values
-        if found[0] < 0 or found[-1] >= slots:
-            raise ValueError(
-                f"cache_positions: expected slots of 0 to {slots - 1}, got {int(found[0])} to {int(found[-1])}"
-            )
-        if twice := found[1:][found.diff() == 0].tolist():
-            raise ValueError(f"cache_positions: expected slots that are all different, got {twice[0]} twice")
+    if rows and _may_read(cache_positions):
+        low, high = (int(x) for x in cache_positions.aminmax())
+        if low < 0 or high >= slots:
+            raise ValueError(f"cache_positions: expected slots of 0 to {slots - 1}, got {low} to {high}")
+        if cache_positions is not plan.token_index:  # whose places differ, and which a model names in each layer
+            found = cache_positions.sort().values
+            if twice := found[1:][found.diff() == 0].tolist():
+                raise ValueError(f"cache_positions: expected slots that are all different, got {twice[0]} twice")
     # The mix also depends on alpha: with its gradient the caller's cache would become part of a graph.
     needs_grad = _requiring_grad(*args, options)
     if torch.is_grad_enabled():

@@ -1,6 +1,7 @@
 """The operators against the formula, for every backend, forward and backward; and what they refuse."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -890,6 +891,13 @@ def test_bad_cache_is_refused(change, error, message, nothing_computes):
     call = TWO.make() | {f"{x}_cache": torch.zeros(12, 2, 16) for x in "kv"} | {"cache_positions": torch.arange(10)}
     with pytest.raises(error, match=f"^{message}"):
         bitune_prefill(**call | change)
+
+
+def test_a_plans_own_slots_must_lie_in_the_cache(nothing_computes):
+    plan = replace(TWO.plan(), token_index=torch.arange(10), padded_shape=(1, 10))
+    call = TWO.make() | {"plan": plan, "cache_positions": plan.token_index}
+    with pytest.raises(ValueError, match=r"^cache_positions: expected slots of 0 to 8, got 0 to 9"):
+        bitune_prefill(**call, k_cache=torch.zeros(9, 2, 16), v_cache=torch.zeros(9, 2, 16))
 
 
 def test_prefill_refuses_each_input_with_a_gradient(nothing_computes):
