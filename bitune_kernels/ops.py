@@ -292,7 +292,9 @@ def _checked(q, k, v, alpha_k, alpha_v, plan, options: Options) -> tuple[tuple, 
 
 def _requiring_grad(q, k, v, alpha_k, alpha_v, plan, options: Options) -> list[str]:
     # The arguments of a checked call that autograd wants a gradient of.
+    if not torch.is_grad_enabled():
+        return []
     given = {"q": q, "k": k, "v": v, "alpha_k": alpha_k, "alpha_v": alpha_v}
     given |= {"beta": options.beta, "sinks": options.sinks}
     given["prefix[0]"], given["prefix[1]"] = options.prefix or (None, None)
-    return [name for name, x in given.items() if x is not None and x.requires_grad and torch.is_grad_enabled()]
+    return [name for name, x in given.items() if x is not None and x.requires_grad]

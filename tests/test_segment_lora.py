@@ -71,7 +71,7 @@ def results(function, tensors, weight, bias, n, cotangent, p=0.0):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_outputs_and_gradients(shape, dtype, emulated, p, function, monkeypatch):
-    monkeypatch.setattr(segment, "_emulated", lambda device, dtype: emulated and dtype.itemsize == 2)
+    monkeypatch.setattr(segment, "_emulated", lambda x: emulated and x.dtype.itemsize == 2)
     rows, n = SHAPES[shape]
     tensors, weight, bias, cotangent = inputs(rows, dtype)
     if function is twice:
@@ -88,7 +88,7 @@ def test_outputs_and_gradients(shape, dtype, emulated, p, function, monkeypatch)
 @pytest.mark.parametrize("emulated", [False, True])
 def test_adapters_in_float32_beside_bfloat16_rows(emulated, autocast, monkeypatch):
     """As PEFT keeps them by default: products in bfloat16, gradients in the adapters' own dtype."""
-    monkeypatch.setattr(segment, "_emulated", lambda device, dtype: emulated and dtype.itemsize == 2)
+    monkeypatch.setattr(segment, "_emulated", lambda x: emulated and x.dtype.itemsize == 2)
     tensors, weight, bias, cotangent = inputs(37, torch.float32)
     rounded = [[t.bfloat16() for t in tensors], weight.bfloat16(), bias.bfloat16()]
     oracle = results(formula, *[[t.double() for t in tensors], weight.double(), bias.double()], 11, cotangent.double())

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 
 from ..plan import SegmentPlan
@@ -133,7 +134,7 @@ def forward_items(
         written = {"write_row": N + r, "write_length": a} if to_cache else {}
         segments.append(common | answer | {"own_row": S + r, "mask": CAUSAL} | mixed | written)
     items = _table(segments, FORWARD)
-    rows = torch.maximum(_column(items, FORWARD, "length"), _column(items, FORWARD, "write_length")) * group_size
+    rows = np.maximum(_column(items, FORWARD, "length"), _column(items, FORWARD, "write_length")) * group_size
     items = _in_tiles(items, FORWARD, rows, block)
     work = _visited(items, FORWARD, "mask", "length", group_size, block, window)
     work += _visited(items, FORWARD, "second_mask", "length", group_size, block, window)
@@ -244,50 +245,50 @@ def _queries(parts: list[dict]) -> dict:
     return {"parts": len(parts)} | _numbered(parts)
 
 
-def _table(segments: list[dict], columns: tuple[str, ...]) -> torch.Tensor:
+def _table(segments: list[dict], columns: tuple[str, ...]) -> np.ndarray:
     rows = [[segment.get(name, 0) for name in columns] for segment in segments]
-    return torch.tensor(rows, dtype=torch.int64).reshape(-1, len(columns))
+    return np.array(rows, np.int64).reshape(-1, len(columns))
 
 
-def _column(items: torch.Tensor, columns: tuple[str, ...], name: str) -> torch.Tensor:
+def _column(items: np.ndarray, columns: tuple[str, ...], name: str) -> np.ndarray:
     return items[:, columns.index(name)]
 
 
-def _in_tiles(items, columns, rows, block) -> torch.Tensor:
+def _in_tiles(items, columns, rows, block) -> np.ndarray:
     # Each segment as often as it has tiles, with the number of the tile in "block".
     tiles = (rows + block - 1) // block
-    items = items.repeat_interleave(tiles, dim=0)
-    first = (tiles.cumsum(0) - tiles).repeat_interleave(tiles)
-    items[:, columns.index("block")] = torch.arange(len(items)) - first
+    items = items.repeat(tiles, axis=0)
+    first = (tiles.cumsum() - tiles).repeat(tiles)
+    items[:, columns.index("block")] = np.arange(len(items)) - first
     return items
 
 
-def _visited(items, columns, mask, length, group_size, block, window) -> torch.Tensor:
+def _visited(items, columns, mask, length, group_size, block, window) -> np.ndarray:
     # How many of the segment's own keys the tokens of a tile see, from the first that any sees to the last.
     mask, length = _column(items, columns, mask), _column(items, columns, length)
     first = _column(items, columns, "block") * block // group_size
-    last = torch.minimum(first + (block + group_size - 1) // group_size, length) - 1
+    last = np.minimum(first + (block + group_size - 1) // group_size, length) - 1
     return _span(mask, first, last, length, window)
 
 
-def _seeing(items, part, block, window) -> torch.Tensor:
+def _seeing(items, part, block, window) -> np.ndarray:
     # How many tokens of a run of queries see the keys of a tile.
     mask = _column(items, BACKWARD_KV, f"mask_{part}")
-    mirrored = torch.tensor([FULL, ANTI_CAUSAL, CAUSAL])[mask]
+    mirrored = np.array([FULL, ANTI_CAUSAL, CAUSAL])[mask]
     shift = _column(items, BACKWARD_KV, "position") - _column(items, BACKWARD_KV, f"position_{part}")
     first = _column(items, BACKWARD_KV, "block") * block
-    last = torch.minimum(first + block, _column(items, BACKWARD_KV, "length")) - 1
+    last = np.minimum(first + block, _column(items, BACKWARD_KV, "length")) - 1
     return _span(mirrored, first + shift, last + shift, _column(items, BACKWARD_KV, f"length_{part}"), window)
 
 
-def _span(mask, first, last, length, window) -> torch.Tensor:
-    low = torch.where(mask == ANTI_CAUSAL, first, torch.where(mask == AFTER, first + 1, 0))
-    high = torch.where(mask == CAUSAL, last + 1, length)
+def _span(mask, first, last, length, window) -> np.ndarray:
+    low = np.where(mask == ANTI_CAUSAL, first, np.where(mask == AFTER, first + 1, 0))
+    high = np.where(mask == CAUSAL, last + 1, length)
     if window is not None:
-        low, high = torch.maximum(low, first - window + 1), torch.minimum(high, last + window)
-    span = torch.minimum(high, length) - low
-    return torch.where(mask == NONE, 0, span.clamp_min(0))
+        low, high = np.maximum(low, first - window + 1), np.minimum(high, last + window)
+    span = np.minimum(high, length) - low
+    return np.where(mask == NONE, 0, span.clip(0))
 
 
 def _longest_first(items, work) -> torch.Tensor:
-    return items[work.argsort(descending=True, stable=True)].contiguous()
+    return torch.from_numpy(items[(-work).argsort(kind="stable")])

@@ -54,27 +54,22 @@ def _emulated_dtypes() -> tuple[torch.dtype, ...]:
 _EMULATED = _emulated_dtypes()
 
 
-def _emulated(device_type: str, dtype: torch.dtype) -> bool:
-    return device_type == "cpu" and dtype in _EMULATED
+def _emulated(x: torch.Tensor) -> bool:
+    return x.dtype in _EMULATED and x.device.type == "cpu"
 
 
 def _product_dtype(x: torch.Tensor) -> torch.dtype:
     # Widening W once per pass is cheaper than emulated products of many rows.
-    return torch.float32 if _emulated(x.device.type, x.dtype) and x.shape[0] >= 16 else x.dtype
+    return torch.float32 if _emulated(x) and x.shape[0] >= 16 else x.dtype
 
 
-def _cast(dtype: torch.dtype, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    return [t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors]
+def _cast(dtype: torch.dtype, x: torch.Tensor | None) -> torch.Tensor | None:
+    return x if x is None or x.dtype == dtype else x.to(dtype)
 
 
 def _drop(x: torch.Tensor, mask: torch.Tensor | None, keep: float) -> torch.Tensor:
     # a dropout again, or its gradient, which are the same: x * mask / keep
     return x if mask is None else torch.ops.aten.native_dropout_backward(x, mask, 1 / keep)
-
-
-def _autocast(x: torch.Tensor) -> torch.Tensor:
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 # One operator for the product and what is added to it in place: selective checkpointing keeps its output, and a
@@ -119,34 +114,39 @@ def _(start, weight, bias, h_bidir, *rest):
     return start.new_empty(rows, start.shape[1] if weight is None else weight.shape[0])
 
 
+def _forward(operator, x, product, weight, bias, n, twice, bidir, causal):
+    # The layer's output, and what its gradients need of each adapter: a, b, h, mask.
+    dtype = _product_dtype(x)
+    x_ = _cast(dtype, x)
+    saved, operands = [], []
+    for rows, (a, b, scale, adapter_bias, dropout) in ((x_[:n], bidir), (x_ if twice else x_[n:], causal)):
+        if a is None:
+            operands += (x_.new_empty(0, 1), x_.new_empty(0, 1), 1.0, None)
+            saved += (None, None, None, None)
+            continue
+        mask = None
+        if dropout:
+            rows, mask = torch.native_dropout(rows, dropout, True)
+        h = linear(rows, _cast(dtype, a))
+        operands += (h, _cast(dtype, b), scale, _cast(dtype, adapter_bias))
+        saved += (a, b, h, mask)
+    start = x_ if product is None else _cast(dtype, product)
+    y = operator(start, _cast(dtype, weight), _cast(dtype, bias), *operands, twice)
+    # not y.to(...) where there is nothing to do: compiled by PyTorch 2.11, its gradients would be 0
+    return _cast(x.dtype if product is None else product.dtype, y), saved
+
+
 class _SegmentLora(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, product, weight, bias, n, twice, *adapters):
         # product: x W^T + b of a layer that multiplies by itself, or None
         bidir, causal = Adapter(*adapters[:5]), Adapter(*adapters[5:])
-        dtype = _product_dtype(x)
+        y, saved = _forward(torch.ops.bitune.segment_lora, x, product, weight, bias, n, twice, bidir, causal)
+        ctx.save_for_backward(x, weight, *saved)
         ctx.n, ctx.first = n, 0 if twice else n  # the first row of x that causal serves
         ctx.scales, ctx.keeps = (bidir.scale, causal.scale), (1 - bidir.dropout, 1 - causal.dropout)
-        saved, operands = [x, weight], []
-        with without_autocast(x):
-            x_, start, weight_, bias_ = _cast(dtype, x, product, weight, bias)
-            for rows, adapter in ((x_[:n], bidir), (x_[ctx.first :], causal)):
-                if adapter.a is None:
-                    operands += [x_.new_empty(0, 1), x_.new_empty(0, 1), 1.0, None]
-                    saved += [None] * 4
-                    continue
-                a, b, adapter_bias = _cast(dtype, adapter.a, adapter.b, adapter.bias)
-                mask = None
-                if adapter.dropout:
-                    rows, mask = torch.native_dropout(rows, adapter.dropout, True)
-                h = rows @ a.T
-                operands += [h, b, adapter.scale, adapter_bias]
-                saved += [adapter.a, adapter.b, h, mask]
-            y = torch.ops.bitune.segment_lora(x_ if start is None else start, weight_, bias_, *operands, twice)
-        ctx.save_for_backward(*saved)
-        ctx.dtype = dtype
-        # not y.to(...) where there is nothing to do: compiled by PyTorch 2.11, its gradients would be 0
-        return _cast(x.dtype if product is None else product.dtype, y)[0]
+        ctx.dtype = _product_dtype(x)
+        return y
 
     @staticmethod
     @once_differentiable  # h is saved as a constant, so a second derivative would be wrong in silence
@@ -154,7 +154,7 @@ class _SegmentLora(torch.autograd.Function):
         n, first, dtype = ctx.n, ctx.first, ctx.dtype
         x_, weight, *saved = ctx.saved_tensors
         with without_autocast(dy_):
-            dy, x = _cast(dtype, dy_, x_)
+            dy, x = _cast(dtype, dy_), _cast(dtype, x_)
             dx = None
             if ctx.needs_input_grad[0]:
                 both = dy
@@ -183,16 +183,17 @@ class _SegmentLora(torch.autograd.Function):
         return None if dx is None else dx.to(x_.dtype), dproduct, None, None, None, None, *grads
 
 
-class _NoContext:
-    def save_for_backward(self, *tensors):
-        pass
-
-
-def _segment_lora_of(*args):
-    # an autograd function costs its 15 us where nothing is differentiated too
+def _segment_lora_of(x, product, weight, bias, n, twice, bidir, causal):
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            x = x.to(torch.get_autocast_dtype(device))
+            return _segment_lora_of(x, product, weight, bias, n, twice, bidir, causal)
+    bidir = bidir or _NO_ADAPTER
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _SegmentLora.apply(*args)
-    return _SegmentLora.forward(_NoContext(), *args)
+        return _SegmentLora.apply(x, product, weight, bias, n, twice, *bidir, *causal)
+    # where nothing is differentiated, neither an autograd function nor an operator: each costs 10 us
+    return _forward(_segment_lora, x, product, weight, bias, n, twice, bidir, causal)[0]
 
 
 def segment_lora_linear(
@@ -223,7 +224,7 @@ def segment_lora_linear(
     """
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("weight, bias: expected a frozen base layer, got requires_grad=True")
-    return _segment_lora_of(_autocast(x), None, weight, bias, n, twice, *(bidir or _NO_ADAPTER), *causal)
+    return _segment_lora_of(x, None, weight, bias, n, twice, bidir, causal)
 
 
 def segment_lora_add(
@@ -238,7 +239,7 @@ def segment_lora_add(
     Returns:
         [T, out_features] in the product's dtype. Differentiable once in product, x and the adapters.
     """
-    return _segment_lora_of(_autocast(x), product, None, None, n, False, *(bidir or _NO_ADAPTER), *causal)
+    return _segment_lora_of(x, product, None, None, n, False, bidir, causal)
 
 
 class _SegmentScale(torch.autograd.Function):
@@ -304,7 +305,7 @@ def adapted_row_norms(weight: torch.Tensor, adapters: Sequence[Adapter]) -> list
     """
     norms = []
     with without_autocast(weight):
-        dtype = torch.float32 if _emulated(weight.device.type, weight.dtype) else weight.dtype
+        dtype = torch.float32 if _emulated(weight) else weight.dtype
         wide = torch.promote_types(dtype, torch.float32)
         weight = weight.to(dtype)
         base = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()

@@ -70,29 +70,33 @@ class SegmentLora(_SegmentLayer):
 
     def _rows(self, x, n):
         names = (BIDIR, CAUSAL) if n else (CAUSAL,)
-        adapters = [self._adapter(name) for name in names]
-        variants = [self.lora_variant[name] for name in names if name in self.lora_variant]
-        both = adapters if n else [None, *adapters]
+        adapters = self._adapters(names)
+        both = adapters if n else (None, *adapters)
         base = self.base_layer
-        plain = _is_plain(base, x)
+        weights = _plain_weights(base, x)
+        variants = self.lora_variant and [self.lora_variant[name] for name in names if name in self.lora_variant]
         if variants:
             dora = all(type(v) is DoraLinearVariant for v in variants) and not any(a.dropout for a in adapters)
-            if not (dora and plain):
+            if not dora or weights is None:
                 return by_blocks(self, super(_SegmentLayer, self).forward, x, n)
-            y = segment_lora_linear(x, base.weight, None, n, *both)
-            norms = adapted_row_norms(base.weight, adapters)
+            weight, bias = weights
+            y = segment_lora_linear(x, weight, None, n, *both)
+            norms = adapted_row_norms(weight, adapters)
             factors = [self.lora_magnitude_vector[name].weight / x for name, x in zip(names, norms, strict=True)]
-            return segment_scale(y, n, *(factors if n else [None, *factors]), base.bias)
-        if plain and n and current().repeats(base):
-            return segment_lora_linear(x[n:], base.weight, base.bias, n, *both, twice=True)
-        if plain:
-            return segment_lora_linear(x, base.weight, base.bias, n, *both)
-        return segment_lora_add(base(x), x, n, *both)  # the library that owns the weights multiplies by them
+            return segment_scale(y, n, *(factors if n else [None, *factors]), bias)
+        if weights is None:
+            return segment_lora_add(base(x), x, n, *both)  # the library that owns the weights multiplies by them
+        twice = n > 0 and current().repeats(base)
+        return segment_lora_linear(x[n:] if twice else x, *weights, n, *both, twice=twice)
 
-    def _adapter(self, name: str) -> Adapter:
-        a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
-        p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
-        return Adapter(a.weight, b.weight, self.scaling[name], b.bias, p)
+    def _adapters(self, names: Sequence[str]) -> list[Adapter]:
+        down, up, dropouts = self.lora_A, self.lora_B, self.lora_dropout  # once: a module's attributes are slow to find
+        adapters = []
+        for name in names:
+            b, dropout = up[name], dropouts[name]
+            p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+            adapters.append(Adapter(down[name].weight, b.weight, self.scaling[name], b.bias, p))
+        return adapters
 
 
 class SegmentIA3(_SegmentLayer):
@@ -105,14 +109,17 @@ class SegmentIA3(_SegmentLayer):
         return segment_scale(self.base_layer(x), n, bidir, causal)
 
 
-def _is_plain(base: nn.Module, x: torch.Tensor) -> bool:
-    """Whether ``base`` is a frozen linear layer that holds its weight as numbers which x can be multiplied by."""
-    if type(base) is not nn.Linear or type(base.weight) not in (nn.Parameter, torch.Tensor):
-        return False
+def _plain_weights(base: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Weight and bias of ``base`` where it is a frozen linear layer of numbers which x can be multiplied by, or None."""
+    if type(base) is not nn.Linear:
+        return None
     weight, bias = base.weight, base.bias
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
-        return False
-    return weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+    if type(weight) not in (nn.Parameter, torch.Tensor) or weight.requires_grad:
+        return None
+    if bias is not None and bias.requires_grad:
+        return None
+    same = weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+    return (weight, bias) if same else None
 
 
 @cache
