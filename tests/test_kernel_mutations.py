@@ -184,9 +184,14 @@ FAULTS = [
         backward,
         2,
     ),
-    Fault("dq: the second stream is left out", BACKWARD, "tl.load(item + Q_PARTS) if", "1 if", SHARED, backward),
+    Fault("dq: the second stream is left out", BACKWARD, 'tl.load(item + at(Q, "parts")) if', "1 if", SHARED, backward),
     Fault(
-        "dk: the second stream is left out", BACKWARD, "range(tl.load(item + K_PARTS))", "range(1)", SHARED, backward
+        "dk: the second stream is left out",
+        BACKWARD,
+        'range(tl.load(item + at(KV, "parts")))',
+        "range(1)",
+        SHARED,
+        backward,
     ),
     Fault("dq: beta", BACKWARD, "ds *= weight[:, None]", "ds *= 1.0", BETA, backward),
     Fault("alpha_k and alpha_v swapped", FORWARD, "mix_k, mix_v, mixed_row", "mix_v, mix_k, mixed_row", PLAIN),

@@ -16,7 +16,10 @@ def add_model_options(parser) -> None:
     parser.add_argument("--model", required=True, help="folder or id of the causal language model that was trained")
     add_adapter_option(parser)
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="of the model's weights; auto: as they are saved"
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="of the model's weights and adapters; auto: as the weights are saved",
     )
     parser.add_argument("--device", help="of torch, cuda:0 for example; default: cuda where there is one, else cpu")
 
@@ -164,7 +167,8 @@ def load_model(given, **changes):
     with _blaming("--model", f"a causal language model, got {given.model}"):
         base = AutoModelForCausalLM.from_pretrained(given.model, dtype=dtype).to(device)
     with _blaming("--adapter", f"adapters of {given.model}, got {folder}"):
-        return BituneModel.from_pretrained(base, folder, **changes)
+        # a pass computes in the model's dtype anyway; adapters kept in float32 would cost casts in every layer
+        return BituneModel.from_pretrained(base, folder, autocast_adapter_dtype=False, **changes)
 
 
 def torch_device(name: str | None):

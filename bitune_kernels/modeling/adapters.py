@@ -110,7 +110,7 @@ class SegmentIA3(_SegmentLayer):
 
 
 def _plain_weights(base: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """Weight and bias of ``base`` where it is a frozen linear layer of numbers which x can be multiplied by, or None."""
+    """Weight and bias of ``base``, if it is a frozen linear layer of numbers which x can be multiplied by, or None."""
     if type(base) is not nn.Linear:
         return None
     weight, bias = base.weight, base.bias

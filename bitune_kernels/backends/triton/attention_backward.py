@@ -23,6 +23,7 @@ from . import tiles
 from .common import (
     LOG2E,
     WEIGHTS,
+    at,
     launch_arguments,
     load_keys,
     load_rows,
@@ -37,18 +38,10 @@ from .common import (
 from .mixing import mix_backward
 from .tiles import Tile, block_dim
 
-# Columns of schedule.BACKWARD_Q, in its order; the last four once for each part.
-Q_COLUMNS = tl.constexpr(len(schedule.BACKWARD_Q))
-Q_ROW, Q_LENGTH, Q_POSITION, Q_BLOCK, OWN_ROW, MIXED_ROW, MIXED_LENGTH = map(tl.constexpr, range(7))
-PREFIX_ROW, PREFIX_LENGTH, Q_PARTS = map(tl.constexpr, range(7, 10))
-STREAM_ROW, OUT_ROW, MASK, WEIGHT, PER_Q_PART = map(tl.constexpr, range(5))
-
-# Columns of schedule.BACKWARD_KV, likewise.
-KV_COLUMNS = tl.constexpr(len(schedule.BACKWARD_KV))
-KIND, K_ROW, K_LENGTH, K_POSITION, K_BLOCK, K_PARTS = map(tl.constexpr, range(6))
-PART_Q_ROW, PART_Q_LENGTH, PART_Q_POSITION, PART_STREAM_ROW = map(tl.constexpr, range(6, 10))
-PART_OUT_ROW, PART_MASK, PART_WEIGHT = map(tl.constexpr, range(10, 13))
-PER_K_PART = tl.constexpr(7)
+# The schedules' columns, and how many stand between those of one part and the next.
+Q, Q_COLUMNS = tl.constexpr(schedule.BACKWARD_Q), tl.constexpr(len(schedule.BACKWARD_Q))
+KV, KV_COLUMNS = tl.constexpr(schedule.BACKWARD_KV), tl.constexpr(len(schedule.BACKWARD_KV))
+PER_Q_PART, PER_KV_PART = tl.constexpr(4), tl.constexpr(7)
 
 CAUSAL, ANTI_CAUSAL = tl.constexpr(schedule.CAUSAL), tl.constexpr(schedule.ANTI_CAUSAL)
 MIXED, PREFIX = tl.constexpr(schedule.MIXED), tl.constexpr(schedule.PREFIX)
@@ -132,7 +125,7 @@ def dq_kernel(
     """dq [rows, HEADS_KV * GROUP, DIM], and delta = <d_out, out> float32 [rows of streams, HEADS_KV * GROUP]."""
     head = (tl.program_id(0) % HEADS_KV).to(tl.int64)
     item = items + (tl.program_id(0) // HEADS_KV).to(tl.int64) * Q_COLUMNS
-    length, block = tl.load(item + Q_LENGTH), tl.load(item + Q_BLOCK)
+    length, block = tl.load(item + at(Q, "length")), tl.load(item + at(Q, "block"))
     first_token = block * BLOCK_M // GROUP
     heads, head_q = HEADS_KV * GROUP, head * GROUP
 
@@ -143,23 +136,24 @@ def dq_kernel(
         mix_k = (k_to_causal, tl.load(alpha_k + (head if ALPHA_PER_HEAD else 0)).to(tl.float32))
         mix_v = (v_to_causal, tl.load(alpha_v + (head if ALPHA_PER_HEAD else 0)).to(tl.float32))
 
-    near, of_group, stored = rows_of(item + Q_BLOCK, length, GROUP, BLOCK_M)
-    q_first = (tl.load(item + Q_ROW) + first_token).to(tl.int64)
+    near, of_group, stored = rows_of(item + at(Q, "block"), length, GROUP, BLOCK_M)
+    q_first = (tl.load(item + at(Q, "q_row")) + first_token).to(tl.int64)
     q_head = q + q_first * stride_q[0] + head_q * stride_q[1]
     q_tile = load_rows(q_head + of_group[:, None] * stride_q[1], near, stride_q, stored, DIM)
 
     acc = tl.zeros([BLOCK_M, block_dim(DIM)], tl.float32)
-    for part in range(tl.load(item + Q_PARTS) if TWO_PARTS else 1):
-        column = item + Q_PARTS + 1 + part * PER_Q_PART
-        mask, weight_kind = tl.load(column + MASK), tl.load(column + WEIGHT)
-        near_part, of_group_part, stored_part = rows_of(item + Q_BLOCK, length, GROUP, BLOCK_M)
+    for part in range(tl.load(item + at(Q, "parts")) if TWO_PARTS else 1):
+        column = item + part * PER_Q_PART
+        mask, weight_kind = tl.load(column + at(Q, "mask_0")), tl.load(column + at(Q, "weight_0"))
+        near_part, of_group_part, stored_part = rows_of(item + at(Q, "block"), length, GROUP, BLOCK_M)
         # Read in the loop, like the row numbers: what both parts need is not kept over the first one.
-        own_row, own_position = tl.load(item + OWN_ROW).to(tl.int64), tl.load(item + Q_POSITION)
-        mixed_row, mixed_length = tl.load(item + MIXED_ROW).to(tl.int64), tl.load(item + MIXED_LENGTH)
-        token, _, last_token = tokens_of(tl.load(item + Q_BLOCK, volatile=True), length, GROUP, BLOCK_M)
+        own_row, own_position = tl.load(item + at(Q, "own_row")).to(tl.int64), tl.load(item + at(Q, "position"))
+        mixed_row = tl.load(item + at(Q, "mixed_row")).to(tl.int64)
+        mixed_length = tl.load(item + at(Q, "mixed_length"))
+        token, _, last_token = tokens_of(tl.load(item + at(Q, "block"), volatile=True), length, GROUP, BLOCK_M)
         positions = (own_position + token, own_position + first_token, own_position + last_token)
-        out_first = (tl.load(column + OUT_ROW) + first_token).to(tl.int64)
-        stream_first = (tl.load(column + STREAM_ROW) + first_token).to(tl.int64)
+        out_first = (tl.load(column + at(Q, "out_row_0")) + first_token).to(tl.int64)
+        stream_first = (tl.load(column + at(Q, "stream_row_0")) + first_token).to(tl.int64)
         do_head = d_out + out_first * stride_do[0] + head_q * stride_do[1]
         do = load_rows(do_head + of_group_part[:, None] * stride_do[1], near_part, stride_do, stored_part, DIM_V)
         # In tensors that are contiguous, [rows, heads, ..]:
@@ -177,7 +171,8 @@ def dq_kernel(
         row_lse = tl.load(lse + stream_first + of_heads, mask=stored_part, other=0.0)
 
         if k_prefix is not None:
-            prefix_row, prefix_length = tl.load(item + PREFIX_ROW).to(tl.int64), tl.load(item + PREFIX_LENGTH)
+            prefix_row = tl.load(item + at(Q, "prefix_row")).to(tl.int64)
+            prefix_length = tl.load(item + at(Q, "prefix_length"))
             acc = dq_of_run(
                 acc, q_tile, do, row_lse, row_delta, weight, k_prefix + head * stride_kp[1],
                 v_prefix + head * stride_vp[1], stride_kp, stride_vp, None, None, prefix_row,
@@ -191,7 +186,7 @@ def dq_kernel(
             acc, q_tile, do, row_lse, row_delta, weight, k_head, v_head, stride_k, stride_v, None, None, own_row,
             positions, own_position, length, mask, window, scale, softcap, DIM, DIM_V, BLOCK_N,
         )  # fmt: skip
-    near, of_group, stored = rows_of(item + Q_BLOCK, length, GROUP, BLOCK_M)
+    near, of_group, stored = rows_of(item + at(Q, "block"), length, GROUP, BLOCK_M)
     of_heads = near * heads + of_group
     store_rows(dq + (q_first * heads + head_q) * DIM, of_heads, (DIM, 1), acc * scale, stored, DIM)
 
@@ -251,9 +246,10 @@ def dkv_tiles(
 @triton.jit
 def keys_of(item, BLOCK: tl.constexpr):
     """For the memory of a tile of keys: its kind, its first row there, and which rows exist. As ``common.rows_of``."""
-    kind, first = tl.load(item + KIND, volatile=True), tl.load(item + K_BLOCK, volatile=True) * BLOCK
-    row = (tl.load(item + K_ROW, volatile=True) + first).to(tl.int64)
-    return kind, row, first + tl.arange(0, BLOCK) < tl.load(item + K_LENGTH, volatile=True)
+    kind = tl.load(item + at(KV, "kind"), volatile=True)
+    first = tl.load(item + at(KV, "block"), volatile=True) * BLOCK
+    row = (tl.load(item + at(KV, "k_row"), volatile=True) + first).to(tl.int64)
+    return kind, row, first + tl.arange(0, BLOCK) < tl.load(item + at(KV, "length"), volatile=True)
 
 
 @triton.jit(do_not_specialize=["num_prompt", "window"], do_not_specialize_on_alignment=WEIGHTS)
@@ -299,16 +295,18 @@ def dkv_kernel(
     heads, head_q = HEADS_KV * GROUP, head * GROUP
     dk_acc = tl.zeros([BLOCK_N, block_dim(DIM)], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, block_dim(DIM_V)], tl.float32)
-    for part in range(tl.load(item + K_PARTS)):
-        column = item + part * PER_K_PART
-        first, length = tl.load(item + K_BLOCK, volatile=True) * BLOCK_N, tl.load(item + K_LENGTH, volatile=True)
-        last, k_position = tl.minimum(first + BLOCK_N, length) - 1, tl.load(item + K_POSITION, volatile=True)
+    for part in range(tl.load(item + at(KV, "parts"))):
+        column = item + part * PER_KV_PART
+        first = tl.load(item + at(KV, "block"), volatile=True) * BLOCK_N
+        length = tl.load(item + at(KV, "length"), volatile=True)
+        k_position = tl.load(item + at(KV, "position"), volatile=True)
+        last = tl.minimum(first + BLOCK_N, length) - 1
         position = k_position + tl.minimum(first + near, last)
-        q_length, q_position = tl.load(column + PART_Q_LENGTH), tl.load(column + PART_Q_POSITION)
-        mask, weight_kind = tl.load(column + PART_MASK), tl.load(column + PART_WEIGHT)
-        q_run = q + tl.load(column + PART_Q_ROW).to(tl.int64) * stride_q[0] + head_q * stride_q[1]
-        do_run = d_out + tl.load(column + PART_OUT_ROW).to(tl.int64) * stride_do[0] + head_q * stride_do[1]
-        of_stream = tl.load(column + PART_STREAM_ROW).to(tl.int64) * heads + head_q
+        q_length, q_position = tl.load(column + at(KV, "length_0")), tl.load(column + at(KV, "position_0"))
+        mask, weight_kind = tl.load(column + at(KV, "mask_0")), tl.load(column + at(KV, "weight_0"))
+        q_run = q + tl.load(column + at(KV, "q_row_0")).to(tl.int64) * stride_q[0] + head_q * stride_q[1]
+        do_run = d_out + tl.load(column + at(KV, "out_row_0")).to(tl.int64) * stride_do[0] + head_q * stride_do[1]
+        of_stream = tl.load(column + at(KV, "stream_row_0")).to(tl.int64) * heads + head_q
         low_first, high_first = seen_by(k_position + first, q_position, q_length, mask, window)
         low_last, high_last = seen_by(k_position + last, q_position, q_length, mask, window)
         bounds = split(low_first * GROUP, low_last * GROUP, high_first * GROUP, high_last * GROUP, BLOCK_M)

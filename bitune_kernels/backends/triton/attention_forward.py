@@ -27,6 +27,7 @@ from . import tiles
 from .common import (
     LOG2E,
     WEIGHTS,
+    at,
     launch_arguments,
     load_keys,
     load_rows,
@@ -39,11 +40,7 @@ from .common import (
 )
 from .tiles import Tile, block_dim
 
-# Columns of schedule.FORWARD, in its order.
-COLUMNS = tl.constexpr(len(schedule.FORWARD))
-Q_ROW, LENGTH, POSITION, BLOCK, OWN_ROW, MASK, MIXED_ROW, MIXED_LENGTH = map(tl.constexpr, range(8))
-PREFIX_ROW, PREFIX_LENGTH, OUT_ROW, STREAM_ROW, SECOND_ROW, SECOND_MASK = map(tl.constexpr, range(8, 14))
-SECOND_STREAM_ROW, WRITE_ROW, WRITE_LENGTH, WRITE_MIXED = map(tl.constexpr, range(14, 18))
+FORWARD, COLUMNS = tl.constexpr(schedule.FORWARD), tl.constexpr(len(schedule.FORWARD))
 
 # Mixed rows at a time: few, since all of them and their sources pass through registers.
 WRITE_ROWS = tl.constexpr(16)
@@ -131,7 +128,7 @@ def forward_kernel(
     """Shapes: q, out [rows, HEADS_KV * GROUP, DIM]; k, v [rows, HEADS_KV, DIM]; lse [rows, HEADS_KV * GROUP]."""
     head = (tl.program_id(0) % HEADS_KV).to(tl.int64)
     item = items + (tl.program_id(0) // HEADS_KV).to(tl.int64) * COLUMNS
-    length, block = tl.load(item + LENGTH), tl.load(item + BLOCK)
+    length, block = tl.load(item + at(FORWARD, "length")), tl.load(item + at(FORWARD, "block"))
     first_token = block * BLOCK_M // GROUP
     heads, head_q = HEADS_KV * GROUP, head * GROUP
     k_head, v_head = k + head * stride_k[1], v + head * stride_v[1]
@@ -141,20 +138,21 @@ def forward_kernel(
         mix_k = (k_to_causal, tl.load(alpha_k + (head if ALPHA_PER_HEAD else 0)).to(tl.float32))
         mix_v = (v_to_causal, tl.load(alpha_v + (head if ALPHA_PER_HEAD else 0)).to(tl.float32))
 
-    second_stream_row = tl.load(item + SECOND_STREAM_ROW)
+    second_stream_row = tl.load(item + at(FORWARD, "second_stream_row"))
 
     for part in tl.static_range(PARTS):
-        near, of_group, stored = rows_of(item + BLOCK, length, GROUP, BLOCK_M)
-        token, _, last_token = tokens_of(tl.load(item + BLOCK, volatile=True), length, GROUP, BLOCK_M)
-        own_position = tl.load(item + POSITION)
+        near, of_group, stored = rows_of(item + at(FORWARD, "block"), length, GROUP, BLOCK_M)
+        token, _, last_token = tokens_of(tl.load(item + at(FORWARD, "block"), volatile=True), length, GROUP, BLOCK_M)
+        own_position = tl.load(item + at(FORWARD, "position"))
         positions = (own_position + token, own_position + first_token, own_position + last_token)
         here = stored
-        own_row, mask = tl.load(item + OWN_ROW), tl.load(item + MASK)
-        mixed_length, prefix_length = tl.load(item + MIXED_LENGTH), tl.load(item + PREFIX_LENGTH)
-        q_row = tl.load(item + Q_ROW)
+        own_row, mask = tl.load(item + at(FORWARD, "own_row")), tl.load(item + at(FORWARD, "mask"))
+        mixed_length = tl.load(item + at(FORWARD, "mixed_length"))
+        prefix_length = tl.load(item + at(FORWARD, "prefix_length"))
+        q_row = tl.load(item + at(FORWARD, "q_row"))
         if part == 1:
             here = tl.where(second_stream_row >= 0, stored, False)
-            own_row, mask = tl.load(item + SECOND_ROW), tl.load(item + SECOND_MASK)
+            own_row, mask = tl.load(item + at(FORWARD, "second_row")), tl.load(item + at(FORWARD, "second_mask"))
             mixed_length, prefix_length = 0, tl.where(second_stream_row >= 0, prefix_length, 0)
             q_row = own_row
         if part == 0 or not GO_ON:
@@ -167,7 +165,7 @@ def forward_kernel(
                 m = tl.load(sinks + head_q + of_group).to(tl.float32) * LOG2E
                 l += 1.0
             if k_prefix is not None:
-                prefix_row = tl.load(item + PREFIX_ROW).to(tl.int64)
+                prefix_row = tl.load(item + at(FORWARD, "prefix_row")).to(tl.int64)
                 acc, m, l = attend(
                     acc, m, l, q_tile, k_prefix + head * stride_kp[1], v_prefix + head * stride_vp[1],
                     stride_kp, stride_vp, None, None, prefix_row,
@@ -175,7 +173,7 @@ def forward_kernel(
                     DIM, DIM_V, BLOCK_N, FOLD_SCALE,
                 )  # fmt: skip
         if part == 0:
-            mixed_row = tl.load(item + MIXED_ROW).to(tl.int64)
+            mixed_row = tl.load(item + at(FORWARD, "mixed_row")).to(tl.int64)
             acc, m, l = attend(
                 acc, m, l, q_tile, k_head, v_head, stride_k, stride_v, mix_k, mix_v, mixed_row,
                 positions, own_position - mixed_length, mixed_length, 0, window, scale, softcap,
@@ -189,9 +187,9 @@ def forward_kernel(
 
         l = tl.where(l > 0, l, 1.0)  # a row that sees nothing: 0, with lse -inf
         o = acc / l[:, None]
-        near, of_group, stored = rows_of(item + BLOCK, length, GROUP, BLOCK_M)
+        near, of_group, stored = rows_of(item + at(FORWARD, "block"), length, GROUP, BLOCK_M)
         here = tl.where(second_stream_row >= 0, stored, False) if part == 1 else stored
-        stream_row = tl.load(item + STREAM_ROW) if part == 0 else second_stream_row
+        stream_row = tl.load(item + at(FORWARD, "stream_row")) if part == 0 else second_stream_row
         first_row = (stream_row + first_token).to(tl.int64) * heads + head_q  # of contiguous tensors [rows, heads, ..]
         rows = near * heads + of_group
         if SAVE:
@@ -205,17 +203,17 @@ def forward_kernel(
             else:
                 b = tl.load(beta + (head_q + of_group if BETA_PER_HEAD else of_group * 0)).to(tl.float32)[:, None]
                 o = tl.where(second_stream_row >= 0, (1.0 - b) * first_o + b * o, first_o)
-                first_row = (tl.load(item + OUT_ROW) + first_token).to(tl.int64) * heads + head_q
+                first_row = (tl.load(item + at(FORWARD, "out_row")) + first_token).to(tl.int64) * heads + head_q
                 store_rows(out + first_row * DIM_V, rows, (DIM_V, 1), o, stored, DIM_V)
         else:
             store_rows(out + first_row * DIM_V, rows, (DIM_V, 1), o, here, DIM_V)
 
     if WRITE:
         # Of the tile's tokens, those whose first packed row it has.
-        length, write_row = tl.load(item + WRITE_LENGTH), tl.load(item + WRITE_ROW)
+        length, write_row = tl.load(item + at(FORWARD, "write_length")), tl.load(item + at(FORWARD, "write_row"))
         start, stop = tl.cdiv(block * BLOCK_M, GROUP), tl.minimum(tl.cdiv((block + 1) * BLOCK_M, GROUP), length)
-        mixed = tl.load(item + WRITE_MIXED) != 0
-        from_row = tl.where(mixed, write_row, tl.load(item + OWN_ROW))
+        mixed = tl.load(item + at(FORWARD, "write_mixed")) != 0
+        from_row = tl.where(mixed, write_row, tl.load(item + at(FORWARD, "own_row")))
         for i in range(start, stop, WRITE_ROWS):
             written = i + tl.arange(0, WRITE_ROWS)
             there = written < stop

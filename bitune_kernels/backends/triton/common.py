@@ -24,6 +24,15 @@ AFTER = tl.constexpr(schedule.AFTER)
 NONE = tl.constexpr(schedule.NONE)
 
 
+@triton.constexpr_function
+def at(columns, name):
+    """Where a row of a schedule has the number of this name; ``columns`` is a constant of the kernel's own file.
+
+    Triton compares each global constant of a kernel at each launch: one for all names costs 1 us, one for each 18.
+    """
+    return columns.index(name)
+
+
 @triton.jit
 def load_rows(ptr, rows, strides, valid, DIM: tl.constexpr, ALL: tl.constexpr = False):
     """[len(rows), block_dim(DIM)] of rows of a tensor, 0 where not ``valid`` and beyond DIM. ALL: every row is valid.
