@@ -72,7 +72,7 @@ class SegmentLora(_SegmentLayer):
         names = (BIDIR, CAUSAL) if n else (CAUSAL,)
         adapters = self._adapters(names)
         both = adapters if n else (None, *adapters)
-        base = self.base_layer
+        base = self._modules["base_layer"]
         weights = _plain_weights(base, x)
         variants = self.lora_variant and [self.lora_variant[name] for name in names if name in self.lora_variant]
         if variants:
@@ -90,12 +90,14 @@ class SegmentLora(_SegmentLayer):
         return segment_lora_linear(x[n:] if twice else x, *weights, n, *both, twice=twice)
 
     def _adapters(self, names: Sequence[str]) -> list[Adapter]:
-        down, up, dropouts = self.lora_A, self.lora_B, self.lora_dropout  # once: a module's attributes are slow to find
+        parts = self._modules
+        down, up, dropouts = (parts[part]._modules for part in ("lora_A", "lora_B", "lora_dropout"))
         adapters = []
         for name in names:
             b, dropout = up[name], dropouts[name]
             p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
-            adapters.append(Adapter(down[name].weight, b.weight, self.scaling[name], b.bias, p))
+            a, weight, bias = _parameter(down[name], "weight"), _parameter(b, "weight"), _parameter(b, "bias")
+            adapters.append(Adapter(a, weight, self.scaling[name], bias, p))
         return adapters
 
 
@@ -109,11 +111,17 @@ class SegmentIA3(_SegmentLayer):
         return segment_scale(self.base_layer(x), n, bidir, causal)
 
 
+def _parameter(module: nn.Module, name: str) -> torch.Tensor | None:
+    """``module.name``, mostly without nn.Module's search for it, which would be a tenth of the host time of a pass."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
 def _plain_weights(base: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """Weight and bias of ``base``, if it is a frozen linear layer of numbers which x can be multiplied by, or None."""
     if type(base) is not nn.Linear:
         return None
-    weight, bias = base.weight, base.bias
+    weight, bias = _parameter(base, "weight"), _parameter(base, "bias")
     if type(weight) not in (nn.Parameter, torch.Tensor) or weight.requires_grad:
         return None
     if bias is not None and bias.requires_grad:

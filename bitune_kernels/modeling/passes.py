@@ -123,17 +123,18 @@ class Pass:
 
     def split(self, x: torch.Tensor) -> tuple[int, int] | None:
         """(dim, n) where rows [0, n) of ``x`` along dim belong to the adapter "bidir", or None if no row does."""
-        if not self.bidir_rows:
+        bidir_rows = self.bidir_rows
+        if not bidir_rows:
             return None
         # [1, rows, features] or token ids [1, rows]; some families flatten to [rows, features] before a linear
         flat = (x.ndim == 2 and x.is_floating_point()) or x.shape[0] != 1
         dim = 0 if flat else 1
         rows = x.shape[dim]
         if self.chunk is not None and rows == self.chunk[1] - self.chunk[0]:
-            n = 0 if self.doubles else min(max(self.bidir_rows - self.chunk[0], 0), rows)
+            n = 0 if self.doubles else min(max(bidir_rows - self.chunk[0], 0), rows)
             return (dim, n) if n else None
         if rows == self.num_rows:
-            return dim, self.bidir_rows
+            return dim, bidir_rows
         if rows in (self.answer_rows, self.residual_rows):
             return None
         raise RuntimeError(
