@@ -74,10 +74,15 @@ def test_a_wrong_request_is_named_and_the_model_after_its_run(place, tmp_path, m
         (completion, {"prompt": "x", "stop": []}, "stop: expected a text or a list of texts, got []"),
         (completion, {"prompt": ["x", "y"]}, "prompt must be a string."),
         (chat, say | {"model": "gpt-9"}, "Server is pinned to 'answers'; requested 'gpt-9'."),
+        (chat, say | {"n": 2}, "n: expected 1, all that is served, got 2"),
+        (chat, say | {"response_format": {"type": "json_object"}}, 'response_format: expected {"type": "text"}, all'),
+        (completion, {"prompt": "x", "logprobs": 5}, "logprobs: expected false, all that is served, got 5"),
+        ("/v1/responses", {"input": "x", "previous_response_id": "r"}, "previous_response_id: expected none, all"),
         (chat, [], "expected a request of OpenAI's API, RequestValidationError: "),
     ):
         answer = apps[0].post(path, json=body)
         assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(message), answer.text
+    assert apps[0].post(chat, json=say | {"n": 1, "logprobs": None, "tool_choice": "auto"}).status_code == 200
     answer = apps[0].post("/v1/responses", json={"input": "x", "max_output_tokens": 2}).json()
     assert answer["object"] == "response" and answer["usage"]["output_tokens"] <= 2
     refused = apps[1].post(chat, json=say)

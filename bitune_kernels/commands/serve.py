@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -17,6 +18,27 @@ from .load import (
 )
 
 GRACE = 3  # seconds that answers in the making get when the server is to stop
+
+# What transformers' server logs and reads over, with the values that ask for nothing else than it gives.
+PLAIN = {
+    "n": (None, 1),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "logprobs": (None, False),
+    "top_logprobs": (None, 0),
+    "presence_penalty": (None, 0),
+    "response_format": (None, {"type": "text"}),
+    "text": (None, {}, {"format": {"type": "text"}}),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "tool_choice": (None, "none", "auto"),
+    "prediction": (None,),
+    "audio": (None,),
+    "modalities": (None, ["text"]),
+    "web_search_options": (None,),
+    "previous_response_id": (None,),
+    "background": (None, False),
+}
 
 
 def add(commands) -> None:
@@ -97,7 +119,23 @@ def _run(given) -> None:
         def get_manager(self, model_id, use_cb=False):
             return answers
 
-    class Responses(response.ResponseHandler):
+    class Plain:
+        """Before a handler of transformers: refuses what that would read over."""
+
+        async def handle_request(self, body, request_id):
+            for field, values in PLAIN.items():
+                if body.get(field) not in values:
+                    expected = " or ".join(json.dumps(value) for value in values if value is not None) or "none"
+                    raise ValueError(f"{field}: expected {expected}, all that is served, got {json.dumps(body[field])}")
+            return await super().handle_request(body, request_id)
+
+    class Chats(Plain, chat_completion.ChatCompletionHandler):
+        pass
+
+    class Completions(Plain, completion.CompletionHandler):
+        pass
+
+    class Responses(Plain, response.ResponseHandler):
         """Streams where it is asked to, as OpenAI's does; transformers' streams unless it is told not to."""
 
         async def handle_request(self, body, request_id):
@@ -111,8 +149,8 @@ def _run(given) -> None:
     models.force_model = name  # what a request may ask for; as an argument it would be loaded from the hub
     app = server.build_server(
         models,
-        chat_completion.ChatCompletionHandler(models, state),
-        completion_handler=completion.CompletionHandler(models, state),
+        Chats(models, state),
+        completion_handler=Completions(models, state),
         response_handler=Responses(models, state),
         transcription_handler=Refused(),
         systemone_handler=Refused(),

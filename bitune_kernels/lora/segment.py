@@ -151,36 +151,42 @@ class _SegmentLora(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # h is saved as a constant, so a second derivative would be wrong in silence
     def backward(ctx, dy_):
-        n, first, dtype = ctx.n, ctx.first, ctx.dtype
+        n, first, dtype, needed = ctx.n, ctx.first, ctx.dtype, ctx.needs_input_grad
         x_, weight, *saved = ctx.saved_tensors
         with without_autocast(dy_):
             dy, x = _cast(dtype, dy_), _cast(dtype, x_)
             dx = None
-            if ctx.needs_input_grad[0]:
+            if needed[0]:
                 both = dy
                 if first < n:
                     both = dy[n:].clone()
                     both[:n] += dy[:n]
-                dx = torch.zeros_like(x) if weight is None else both @ weight.to(dtype)
+                dx = torch.zeros_like(x) if weight is None else both @ _cast(dtype, weight)
             grads = []
             for i, (rows, own) in enumerate(((slice(0, n), slice(0, n)), (slice(n, None), slice(first, None)))):
-                a, b, h, mask = saved[4 * i : 4 * i + 4]
-                if a is None:
+                a_, b_, h, mask = saved[4 * i : 4 * i + 4]
+                if a_ is None:
                     grads += [None] * 5
                     continue
-                need_a, need_b, _, need_bias, _ = ctx.needs_input_grad[5 * i + 6 : 5 * i + 11]
+                need_a, need_b, _, need_bias, _ = needed[5 * i + 6 : 5 * i + 11]
                 scale, keep = ctx.scales[i], ctx.keeps[i]
-                dh = (dy[rows] @ b.to(dtype)) * scale
-                da = (dh.T @ _drop(x[own], mask, keep)).to(a.dtype) if need_a else None
+                a, b, d = _cast(dtype, a_), _cast(dtype, b_), dy[rows]
+                da = db = dbias = None
+                # beta=0: the product times scale in one launch, whatever the first tensor holds
+                dh = torch.addmm(h, d, b, beta=0, alpha=scale)
+                if need_a:
+                    da = _cast(a_.dtype, dh.T @ _drop(x[own], mask, keep))
+                if need_b:
+                    db = _cast(b_.dtype, torch.addmm(b, d.T, h, beta=0, alpha=scale))
+                if need_bias:
+                    dbias = (d.sum(0) * scale).to(b_.dtype)
                 if dx is not None and mask is None:
-                    dx[own].addmm_(dh, a.to(dtype))
+                    dx[own].addmm_(dh, a)
                 elif dx is not None:
-                    dx[own] += _drop(dh @ a.to(dtype), mask, keep)
-                db = ((dy[rows].T @ h) * scale).to(b.dtype) if need_b else None
-                dbias = (dy[rows].sum(0) * scale).to(b.dtype) if need_bias else None
+                    dx[own] += _drop(dh @ a, mask, keep)
                 grads += [da, db, None, dbias, None]
-        dproduct = dy_ if ctx.needs_input_grad[1] else None
-        return None if dx is None else dx.to(x_.dtype), dproduct, None, None, None, None, *grads
+        dproduct = dy_ if needed[1] else None
+        return _cast(x_.dtype, dx), dproduct, None, None, None, None, *grads
 
 
 def _segment_lora_of(x, product, weight, bias, n, twice, bidir, causal):
