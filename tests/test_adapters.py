@@ -99,11 +99,16 @@ def data(dtype):
     return [torch.randn(ROWS, width, generator=generator, dtype=torch.float64).to(dtype) for width in (IN, OUT)]
 
 
-def count_products(layers) -> list:
-    """Grows with every call of a base layer."""
-    calls = []
-    for layer in layers:
-        layer.register_forward_pre_hook(lambda *_: calls.append(1))
+def count_products(layers, monkeypatch) -> list:
+    """Grows with every call of a base layer. Not by hooks, for which one would be called that isn't without them."""
+    calls, layers = [], set(layers)
+    for kind in {type(layer) for layer in layers}:
+
+        def forward(self, x, plain=kind.forward):
+            calls.extend([1] if self in layers else [])
+            return plain(self, x)
+
+        monkeypatch.setattr(kind, "forward", forward)
     return calls
 
 
@@ -118,7 +123,7 @@ def test_every_tuner_equals_its_layer_on_each_block(name, base, dtypes, monkeypa
     wide = adapted(base, peft_config, dtype, adapter_dtype).double()
     expected, low = outputs(one_by_one, wide, x.double(), dy), outputs(one_by_one, model, x, dy)
     route_rows(model, ())
-    calls = count_products([model.base_model.model.layer.base_layer])
+    calls = count_products([model.base_model.model.layer.base_layer], monkeypatch)
     found = outputs(lambda m, x: in_a_pass(m, x, monkeypatch), model, x, dy)
     # DoRA's dropout stands in front of its base product too, and PEFT's formula for Conv1D runs per block
     assert len(calls) <= (2 if "dora" in name and (base is conv1d or "dropout" in name) else 1)
@@ -135,6 +140,23 @@ def test_dropout_that_is_switched_off_alone_is_off():
         if isinstance(module, nn.Dropout):
             module.eval()
     torch.testing.assert_close(model(input_ids=ids, attention_mask=mask, labels=labels).loss, expected)
+
+
+@pytest.mark.parametrize("tuner", [lora(), lora(use_dora=True)], ids=["lora", "dora"])
+@pytest.mark.parametrize("part", ["base_layer", "lora_A.bidir", "lora_B.causal", "lora_dropout.causal"])
+@pytest.mark.parametrize("way", ["hook", "pre-hook", "forward"])
+def test_what_hangs_on_a_part_of_a_layer_is_run(way, part, tuner):
+    model = bitune_model(peft=tuner)
+    module = model.get_base_model().model.layers[1].mlp.up_proj.get_submodule(part)
+    if way == "hook":
+        module.register_forward_hook(lambda module, args, output: 2 * output)
+    elif way == "pre-hook":
+        module.register_forward_pre_hook(lambda module, args: 2 * args[0])
+    else:
+        module.forward = lambda x, plain=module.forward: 2 * plain(x)
+    found, expected = step(model), step(model, use_fused=False)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-3, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def quantized(kind: str, folder) -> nn.Module:
@@ -187,14 +209,14 @@ def step(model, **schedule):
         ("torchao int8", "dora"),
     ],
 )
-def test_a_quantized_base_equals_itself_dequantized(kind, tuner, tmp_path):
+def test_a_quantized_base_equals_itself_dequantized(kind, tuner, tmp_path, monkeypatch):
     """Within twice the noise of the quantized products in three passes through PEFT's own layers."""
     peft_config = lora(target_modules=["k_proj", "v_proj", "o_proj", "down_proj"], use_dora=tuner == "dora")
     truth = bitune_model(base=dequantized(quantized(kind, tmp_path)), peft=peft_config)
     model = bitune_model(base=quantized(kind, tmp_path), peft=peft_config)
     expected = step(truth, backend="reference")
     low = step(model, use_fused=False)
-    calls = count_products([m.base_layer for m in model.modules() if hasattr(m, "base_layer")])
+    calls = count_products([m.base_layer for m in model.modules() if hasattr(m, "base_layer")], monkeypatch)
     found = step(model)
     assert len(calls) == 12 if tuner == "lora" else 12 <= len(calls) <= 24
     assert found.keys() == expected.keys()

@@ -71,6 +71,8 @@ class SegmentLora(_SegmentLayer):
     def _rows(self, x, n):
         names = (BIDIR, CAUSAL) if n else (CAUSAL,)
         adapters = self._adapters(names)
+        if adapters is None:
+            return by_blocks(self, super(_SegmentLayer, self).forward, x, n)
         both = adapters if n else (None, *adapters)
         base = self._modules["base_layer"]
         weights = _plain_weights(base, x)
@@ -89,15 +91,18 @@ class SegmentLora(_SegmentLayer):
         twice = n > 0 and current().repeats(base)
         return segment_lora_linear(x[n:] if twice else x, *weights, n, *both, twice=twice)
 
-    def _adapters(self, names: Sequence[str]) -> list[Adapter]:
+    def _adapters(self, names: Sequence[str]) -> list[Adapter] | None:
+        """Those of these names, or None where a call of their modules does more than their tensors say."""
         parts = self._modules
         down, up, dropouts = (parts[part]._modules for part in ("lora_A", "lora_B", "lora_dropout"))
         adapters = []
         for name in names:
-            b, dropout = up[name], dropouts[name]
+            a, b, dropout = down[name], up[name], dropouts[name]
+            if _is_hooked(a) or _is_hooked(b) or _is_hooked(dropout):
+                return None
             p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
-            a, weight, bias = _parameter(down[name], "weight"), _parameter(b, "weight"), _parameter(b, "bias")
-            adapters.append(Adapter(a, weight, self.scaling[name], bias, p))
+            weights = _parameter(a, "weight"), _parameter(b, "weight")
+            adapters.append(Adapter(*weights, self.scaling[name], _parameter(b, "bias"), p))
         return adapters
 
 
@@ -117,9 +122,16 @@ def _parameter(module: nn.Module, name: str) -> torch.Tensor | None:
     return parameters[name] if name in parameters else getattr(module, name)
 
 
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether a call of ``module`` does more than its class: somebody's hooks, or a forward of its own."""
+    own = module.__dict__
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return bool(hooks) or "forward" in own
+
+
 def _plain_weights(base: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """Weight and bias of ``base``, if it is a frozen linear layer of numbers which x can be multiplied by, or None."""
-    if type(base) is not nn.Linear:
+    if type(base) is not nn.Linear or _is_hooked(base):
         return None
     weight, bias = _parameter(base, "weight"), _parameter(base, "bias")
     if type(weight) not in (nn.Parameter, torch.Tensor) or weight.requires_grad:
