@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from bitune_kernels.modeling import row_chunks
@@ -32,11 +33,13 @@ def chunks(monkeypatch):
 
 
 def rows_seen(model) -> list[int]:
-    """Filled by calls with the rows that the modules inside of MLPs got."""
+    """Filled by calls with the rows that the modules inside of MLPs got, those with adapters as wholes."""
     rows = []
     for mlp in model._hooks.structure.mlps:
-        for m in mlp.modules():
-            if m is not mlp and not any(True for _ in m.children()):
+        tuners = [m for m in mlp.modules() if isinstance(m, BaseTunerLayer)]
+        parts = {part for tuner in tuners for part in tuner.modules()}
+        for m in [*tuners, *(m for m in mlp.modules() if m not in parts)]:
+            if m is not mlp and (m in tuners or not any(True for _ in m.children())):
                 m.register_forward_pre_hook(lambda m, args: rows.append(args[0].shape[:-1].numel()))
     return rows
 
@@ -88,6 +91,22 @@ def test_generate_makes_the_tokens_of_three_passes(merged):
     else:
         found = model.generate(ids, **options)
     assert max(rows) <= ROWS and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["hook", "pre-hook"])
+def test_hooks_of_others_see_all_rows(kind):
+    base = base_model()
+    mlp, halve = base.model.layers[0].mlp, lambda module, args, *output: (output or args)[0] / 2
+    if kind == "hook":  # runs before ours
+        mlp.register_forward_hook(halve)
+    model = bitune_model(base=base).eval()
+    if kind == "pre-hook":
+        mlp.register_forward_pre_hook(halve)
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        found = model(ids).logits
+        with model.use_schedule(use_fused=False):
+            torch.testing.assert_close(found, model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_training_is_left_alone():

@@ -1,7 +1,8 @@
 """The MLPs of a long prompt, a few thousand rows at a time: their intermediate tensors would set the peak of memory.
 
 Inference alone: training keeps the activations of all rows anyway. A compiled layer is left whole, since it would be
-compiled again for every number of chunks, and fuses what lies between an MLP's products.
+compiled again for every number of chunks, and fuses what lies between an MLP's products. So is an MLP with somebody's
+hooks, which would see the last rows alone.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ def _before(module, args):
         return None
     p = current()
     if p is None or not p.packed or args[0].shape[1] <= 2 * ROWS:
+        return None
+    if len(module._forward_pre_hooks) > 1 or len(module._forward_hooks) > 1:  # others beside these two
         return None
     (x,) = args
     *chunks, last = x.tensor_split(-(-x.shape[1] // ROWS), dim=1)
