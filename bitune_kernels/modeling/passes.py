@@ -113,7 +113,7 @@ class Pass:
 
     def repeats(self, module: nn.Module) -> bool:
         """Whether the input of ``module`` has the same prompt rows for both streams."""
-        return self.doubles and module in self.structure.direct
+        return self.doubles and id(module) in self.structure.direct
 
     def owns(self, mask: torch.Tensor | None) -> bool:
         """Whether ``mask`` is this pass's own, or the view of it that reentrant checkpointing detaches."""

@@ -75,8 +75,9 @@ class Structure:
     adapted: list[nn.Module] = field(default_factory=list)
 
     def __post_init__(self):
-        self.direct = set().union(*(p.direct for p in self.projections))
-        # by address, since a compiled layer takes the number of another one from a dictionary of modules
+        # by address, since a compiled layer takes the number of another one from a dictionary of modules, and the
+        # weights of one that was replaced from a set
+        self.direct = {id(m) for p in self.projections for m in p.direct}
         self._index = {id(m): i for i, m in enumerate(self.attentions)}
 
     def __reduce__(self):
