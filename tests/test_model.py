@@ -281,6 +281,28 @@ def test_weights_that_no_adapter_has_are_refused(tmp_path):
         BituneModel.from_pretrained(base_model(), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("variant", dict(variant="shared_weights")),
+        ("mixing", dict(mixing="relu")),
+        ("skip_bidir", dict(skip_bidir=1)),
+        ("lora_alpha", dict(peft=lora(lora_alpha=16))),
+        ("use_rslora", dict(peft=lora(use_rslora=True))),
+        ("alpha_pattern", dict(peft=lora(alpha_pattern={"q_proj": 1}))),
+    ],
+)
+def test_weights_of_a_model_made_in_another_way_are_refused(field, changes, tmp_path):
+    bitune_model(seed=1).save_pretrained(tmp_path)
+    model = bitune_model(**changes)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"expected weights of a model with {field}=.*, got "):
+        model.load_adapter(tmp_path, "causal")
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    same = bitune_model(loss="sample", turns="recompute")
+    same.load_adapter(tmp_path, "causal")
+
+
 def test_a_tensor_that_all_layers_share_is_missed(tmp_path):
     model = bitune_model(peft=VBLoRAConfig(target_modules=["q_proj", "v_proj"], vector_length=8, num_vectors=16))
     model.save_pretrained(tmp_path)
@@ -594,6 +616,14 @@ def test_the_adapters_of_the_streams_are_all_there_are():
             model.delete_adapter(name)
     with pytest.raises(ValueError, match="adapter_name: expected those of the streams and no other, got 'other'"):
         model.add_adapter("other", lora(target_modules=["q_proj"]))
+    model.base_model.set_adapter("bidir")
+    with pytest.raises(ValueError, match=r"adapters: expected 'causal' to be active .* got \['bidir'\]"):
+        model.generate(ids)
+    model.set_adapter("causal")
+    model.disable_adapter_layers()
+    with pytest.raises(ValueError, match=r"adapters: expected 'causal' to be active .* got disabled ones"):
+        model(input_ids=ids, attention_mask=mask, labels=labels)
+    model.enable_adapter_layers()
     assert torch.equal(model(input_ids=ids, attention_mask=mask, labels=labels).loss, expected)
 
 

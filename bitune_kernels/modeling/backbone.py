@@ -16,7 +16,7 @@ import torch
 from ..config import BituneConfig
 from ..mixing import MixingCoefficients
 from ..plan import SegmentPlan
-from .adapters import CausalMerge
+from .adapters import CAUSAL, CausalMerge
 from .doubling import DoublingHooks
 from .generate import Generation, check_cache
 from .labels import check_inputs
@@ -273,6 +273,13 @@ class BackboneHooks:
         if self.config.separate_adapters and any(getattr(m, "merged", False) for m in self.structure.adapted):
             raise ValueError(
                 "adapters: expected unmerged ones to run both streams (call unmerge_adapter()), got merged weights"
+            )
+        one = self.structure.adapted[0]  # PEFT switches all of them
+        if one.disable_adapters or one.active_adapters != [CAUSAL]:
+            raise ValueError(
+                f"adapters: expected {CAUSAL!r} to be active (set_adapter({CAUSAL!r}), enable_adapter_layers(); "
+                "disable_adapter() makes the model the base model), got "
+                f"{'disabled ones' if one.disable_adapters else one.active_adapters}"
             )
         embedding = self.structure.backbone.get_input_embeddings()
         noise = getattr(embedding, "neftune_noise_alpha", None)

@@ -127,6 +127,19 @@ def _restore(base_model, model, modules, frozen) -> None:
         parameter.requires_grad_(requires_grad)
 
 
+_SCALES = ("lora_alpha", "alpha_pattern", "use_rslora")  # what weights of LoRA mean, beside their shapes
+
+
+def _refuse_others(folder: str | Path, own: dict, saved: dict) -> None:
+    """Raise ValueError where a folder's weights are of a model with other fields."""
+    for name, value in own.items():
+        if saved.get(name) != value:
+            raise ValueError(
+                f"{folder}: expected weights of a model with {name}={value!r}, as this one is, got "
+                f"{saved.get(name)!r}; BituneModel.from_pretrained makes the model of a folder"
+            )
+
+
 def _refuse_unequal_heads(config: BituneConfig, structure: Structure) -> None:
     of_weights = {"k": (structure.num_heads_kv, "key/value"), "beta": (structure.num_heads_q, "query")}
     for heads, kind in (of_weights[name] for name in of_weights if name in config.mixed):
@@ -494,8 +507,14 @@ class BituneModel(PeftModelForCausalLM):
         """Load one adapter's weights from its own folder, and with "causal" the mixing coefficients beside it.
 
         From a folder of ``save_pretrained`` everything is loaded, as the Trainer asks for the best checkpoint.
+
+        Raises:
+            ValueError: weights of a model that is made in another way: another variant or scale of LoRA, for example.
         """
         if Path(model_id, CONFIG_NAME).is_file():
+            saved = BituneConfig.load(model_id, self.bitune_config.peft).to_dict()
+            own = {x: y for x, y in self.bitune_config.to_dict().items() if x not in ("loss", "turns", "beta_init")}
+            _refuse_others(model_id, own, saved)
             folders = {name: Path(model_id, name) for name in self.peft_config}
             *_, result = (self.load_adapter(path, name, is_trainable, **kwargs) for name, path in folders.items())
             return result
@@ -503,6 +522,8 @@ class BituneModel(PeftModelForCausalLM):
             raise ValueError(f"adapter_name: expected one of {', '.join(self.peft_config)}, got {adapter_name!r}")
         if not Path(model_id).is_dir():  # PEFT would ask the Hub for a repository of that name
             raise FileNotFoundError(f"{model_id}: not found; expected a folder of the adapter {adapter_name!r}")
+        own = {name: getattr(self.peft_config[adapter_name], name, None) for name in _SCALES}
+        _refuse_others(model_id, own, vars(PeftConfig.from_pretrained(str(model_id))))
         kwargs = {"autocast_adapter_dtype": False} | kwargs  # adapters keep the dtype that they have
         with _trainable_kept(self), evaluating(self):
             result = super().load_adapter(str(model_id), adapter_name, is_trainable=is_trainable, **kwargs)
