@@ -114,7 +114,7 @@ def find_turns(
         start = 0
         for begin, end in zip(begins, ends, strict=True) if begins else [(length, length - 1)]:
             turns.append((first + start, end + 1 - start))
-            prompts.append(begin - start)
+            prompts.append((begin if start else min(begin, n)) - start)
             history.append(start)
             start = end + 1
     return turns, prompts, history

@@ -191,6 +191,16 @@ def test_gradients_reach_earlier_turns(backend):
         assert float((parameter.grad * direction).sum()) == pytest.approx(slope, rel=2e-3)
 
 
+@pytest.mark.parametrize("turns", ["recompute", "alternating"])
+def test_a_prompt_is_as_long_as_it_is_said_to_be(turns):
+    ids = torch.arange(3, 15)[None]
+    labels = torch.cat([torch.full((1, 7), -100), ids[:, 7:]], dim=1)
+    model, one = bitune_model(turns=turns).eval(), bitune_model().eval()
+    for n in (3, 7):
+        loss = model(input_ids=ids, labels=labels, prompt_lengths=[n]).loss
+        torch.testing.assert_close(loss, one(input_ids=ids, labels=labels, prompt_lengths=[n]).loss)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_recompute_training_equals_a_sample_per_answer(fused):
     model = bitune_model(turns="recompute", use_fused=fused).train()
@@ -224,6 +234,8 @@ def test_turns_are_found_in_the_labels():
     found = find_turns(labels, [(0, 7), (7, 3)], [2, 1])
     assert found == ([(0, 4), (4, 2), (7, 2)], [2, 1, 1], [0, 4, 0])
     assert find_turns(labels, [(9, 4)], [4]) == ([(9, 4)], [4], [0])
+    # the answer begins where prompt_lengths say so, whatever its first labels
+    assert find_turns(labels, [(0, 7), (9, 4)], [1, 3]) == ([(0, 4), (4, 2), (9, 4)], [1, 1, 3], [0, 4, 0])
     (ids, mask, labels), model = conversations(), bitune_model(turns="alternating", use_fused=False)
     with pytest.raises(ValueError, match="use_fused: expected True with turns='alternating'"):
         model(input_ids=ids, attention_mask=mask, labels=labels)
