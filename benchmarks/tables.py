@@ -1,11 +1,13 @@
 """The tables of docs/measured.md and README.md, from the rows in benchmarks/results/. A test holds the pages to them.
 
-Rows of a changed tree are left out, and those in bfloat16 of a CPU that emulates it. A line is the newest run of its
-shape that has all providers of the table, whose commit it names; ranges are over all runs of that shape.
+Rows of a changed tree are left out, those of other models than ``small``, whole where time is measured, and those in
+bfloat16 of a CPU that emulates it. A line is the newest run of its shape that has all providers of the table, whose
+commit it names; ranges are over all runs of that shape.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -21,8 +23,14 @@ CPUS = {"AMD EPYC": "AVX2", "AMD EPYC, AVX512, bfloat16": "AVX512"}
 def read(benchmark: str) -> list[dict[str, str]]:
     with (RESULTS / f"{benchmark}.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["git_dirty"] == "0"]
-    rows = [row | {"cpu": CPUS.get(row["cpu"], row["cpu"])} for row in rows]
+    rows = [row | {"cpu": row["gpu"] or CPUS.get(row["cpu"], row["cpu"])} for row in rows]
+    rows = [row for row in rows if row.get("model", "small") == "small"]
     return [row for row in rows if (row["cpu"], row.get("dtype")) != ("AVX2", "bfloat16")]
+
+
+def whole(benchmark: str) -> list[dict[str, str]]:
+    """``read`` without the rows of a model that was cut to its first layers."""
+    return [row for row in read(benchmark) if row["layers"] == "12"]
 
 
 def runs(rows: Iterable[dict], *shape: str) -> dict[tuple, list[dict[str, dict]]]:
@@ -81,7 +89,7 @@ def in_order(found: dict[tuple, list]) -> list[tuple[tuple, list]]:
 def prefill() -> str:
     needed = ("three-pass", ONE_PASS, PACKED, "lora")
     lines = []
-    for (cpu, dtype, batch, length), found in in_order(runs(read("prefill"), "cpu", "dtype", "batch", "length")):
+    for (cpu, dtype, batch, length), found in in_order(runs(whole("prefill"), "cpu", "dtype", "batch", "length")):
         run = newest(found, needed)
         if run is None:
             continue
@@ -110,7 +118,7 @@ SCHEDULES = {
 
 def updates() -> dict[tuple, dict[str, dict]]:
     """(CPU, dtype, batch, length) -> the newest run of that update of the paper's."""
-    found = in_order(runs((r for r in read("train_step") if r["layers"] == "12"), "cpu", "dtype", "batch", "length"))
+    found = in_order(runs(whole("train_step"), "cpu", "dtype", "batch", "length"))
     chosen = {shape: newest(same, (ONE_PASS, "authors-schedule", PACKED)) for shape, same in found}
     return {shape: run for shape, run in chosen.items() if run is not None}
 
@@ -143,7 +151,7 @@ def linear() -> str:
 
 def request() -> str:
     lines = []
-    shapes = runs(read("generate"), "cpu", "dtype", "batch", "prompt", "new")
+    shapes = runs(whole("generate"), "cpu", "dtype", "batch", "prompt", "new")
     for (cpu, dtype, batch, prompt, new), found in in_order(shapes):
         row = found[-1]["bitune"]
         costs = (number(row, f"cost_of_{part}") for part in ("first", "decoding", "request"))
@@ -153,7 +161,7 @@ def request() -> str:
 
 def choices() -> str:
     lines = []
-    for (prompt, number_of, answer), found in runs(read("choices"), "prompt", "choices", "answer").items():
+    for (prompt, number_of, answer), found in runs(whole("choices"), "prompt", "choices", "answer").items():
         row = found[-1]["one-pass"]
         ratios = (number(row, column) for column in ("speedup_over_one_by_one", "fewer_rows", "cost_in_lora"))
         lines.append([prompt, f"{number_of} x {answer}", *ratios, commit(row)])
@@ -189,7 +197,7 @@ SUMMARY = [("AVX512", "bfloat16"), ("AVX2", "float32")]
 def summary() -> str:
     """Of README.md."""
     lines = []
-    for (cpu, dtype, batch, length), found in in_order(runs(read("prefill"), "cpu", "dtype", "batch", "length")):
+    for (cpu, dtype, batch, length), found in in_order(runs(whole("prefill"), "cpu", "dtype", "batch", "length")):
         run = newest(found, ("three-pass", ONE_PASS, PACKED))
         if run is not None and (cpu, dtype) in SUMMARY:
             one = run[ONE_PASS]
@@ -224,7 +232,9 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    options = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    argparse.ArgumentParser(**options).parse_args(argv)
     for name, table in TABLES.items():
         print(f"{name}\n\n{table()}\n")
 
