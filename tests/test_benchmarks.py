@@ -861,6 +861,12 @@ def test_a_step_of_instruction_optimization(tmp_path, capsys, monkeypatch):
     assert bilevel.main(command) == 1 and len(rows_of(tmp_path / "bilevel.csv")) == len(rows)
 
 
+def test_a_folder_that_cannot_be_made_ends_a_benchmark_before_it_measures(monkeypatch):
+    monkeypatch.setattr(lora_linear, "measure", lambda *args: pytest.fail("measured"))
+    with pytest.raises(SystemExit, match=r"^lora\.py: error: NotADirectoryError: "):
+        lora_linear.main(["--out", f"{__file__}/rows"])
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [

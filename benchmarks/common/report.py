@@ -227,6 +227,7 @@ class Results:
 
     def __init__(self, path: Path, fields: Sequence[str]):
         self.path, self.fields, self.rows = path, list(fields), []
+        path.parent.mkdir(parents=True, exist_ok=True)  # an error here, not behind the first measurement
         if path.is_file():
             with path.open(newline="") as file:
                 found = next(csv.reader(file), None)
@@ -234,7 +235,6 @@ class Results:
                 raise ValueError(f"{path}: has other columns than this version writes; move it away")
 
     def append(self, rows: Sequence[dict]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         new = not self.path.is_file() or self.path.stat().st_size == 0
         with self.path.open("a", newline="") as file:
             writer = csv.DictWriter(file, self.fields)
