@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 
 from ._version import __version__
 from .commands import chat, evaluate, export, generate, plot, serve, train
@@ -38,6 +39,8 @@ def _env(given) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0, 2 after an error in what was asked for, which goes to stderr in one line, or 130 after Ctrl-C."""
+    # what PEFT asks transformers for under an old name is nothing that a user can change
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     parser = _Parser(prog="bitune", description=__doc__)
     parser.add_argument("--version", action="version", version=f"bitune_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)

@@ -26,6 +26,8 @@ def _run(given) -> None:
     output = Path(given.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir()) or output.samefile(".")):
         raise ValueError(f"--output: expected a new or empty folder, other than the current one, got {output}")
+    if any(p.is_file() for p in output.parents):
+        raise ValueError(f"--output: expected a new or empty folder, got {output}, which is below a file")
     tokenizer = load_tokenizer(given)
     model = load_model(given)
 

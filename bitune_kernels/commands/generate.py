@@ -102,7 +102,7 @@ def _read(given) -> list[tuple[str, str | list]]:
             raise ValueError("--prompt: expected --prompt, --file or a text on stdin, got none")
         return [("stdin", sys.stdin.read().removesuffix("\n"))]
     if not Path(given.file).is_file():
-        raise FileNotFoundError(f"--file: expected a file of JSON lines, got {given.file}, which does not exist")
+        raise FileNotFoundError(f"--file: expected a file of JSON lines, got {given.file}, which is no file")
     prompts = []
     # not splitlines(), which also splits at separators inside of a text
     for i, line in enumerate(Path(given.file).read_text(encoding="utf-8-sig").split("\n"), start=1):

@@ -65,7 +65,9 @@ def add_answer_options(parser) -> None:
         type=number(float, lambda x: 0 < x <= 1, "a number in (0, 1]"),
         help="sample from the likeliest tokens of this probability",
     )
-    parser.add_argument("--seed", type=number(int, lambda x: x >= 0, "a whole number"), help="of the samples")
+    parser.add_argument(
+        "--seed", type=number(int, lambda x: 0 <= x < 2**32, "a whole number below 2^32"), help="of the samples"
+    )
 
 
 def check_answer_options(given) -> None:

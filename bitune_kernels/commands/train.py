@@ -60,7 +60,7 @@ def _run(given) -> None:
     recipe = load_recipe(given.recipe, changes)
     for name, data in (("data", recipe.data), ("eval_data", recipe.eval_data)):
         if data is not None and data.endswith((".json", ".jsonl")) and not Path(data).is_file():
-            raise FileNotFoundError(f"{name}: expected a file, got {data}, which does not exist")
+            raise FileNotFoundError(f"{name}: expected a file, got {data}, which is no file")
 
     from ..training.run import train  # transformers takes seconds
 

@@ -66,7 +66,7 @@ def load_rows(data: str, name: str | None = None, split: str = "train", revision
 
     if Path(data).suffix in (".json", ".jsonl"):
         if not Path(data).is_file():
-            raise FileNotFoundError(f"data: expected a file, got {data}, which does not exist")
+            raise FileNotFoundError(f"data: expected a file, got {data}, which is no file")
         try:
             return load_dataset("json", data_files=data, split="train")
         except (DatasetGenerationError, StopIteration, ValueError) as error:  # the last two: a file without rows

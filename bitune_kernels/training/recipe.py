@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from dataclasses import dataclass, fields
 from pathlib import Path
+from string import Formatter
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -95,6 +96,13 @@ class Recipe:
             raise ValueError("data: expected a .json or .jsonl file or an id of the Hub, got nothing")
         if self.eval_data is not None and not self.eval_data.endswith((".json", ".jsonl")):
             raise ValueError(f"eval_data: expected a .json or .jsonl file, got {self.eval_data!r}")
+        if self.eval_data is None and self.eval_steps is not None:
+            raise ValueError(f"eval_steps: expected null without eval_data, got {self.eval_steps}")
+        for name in ("prompt", "completion"):
+            try:
+                list(Formatter().parse(getattr(self, name)))
+            except ValueError as error:
+                raise ValueError(f"{name}: expected a format string over the columns; {error}") from None
         if self.reader is not None and self.reader not in READERS:
             raise ValueError(f"reader: expected one of {', '.join(READERS)}, got {self.reader!r}")
         if self.dtype not in ("float32", "bfloat16", "float16"):
@@ -115,9 +123,11 @@ class Recipe:
         for name in positive + optional:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
-        for name in ("warmup", "clip", "weight_decay", "seed"):
+        for name in ("warmup", "clip", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: expected a number >= 0 and below 2^32, got {self.seed}")
         self.bitune_config(None)
 
     def bitune_config(self, peft) -> BituneConfig:

@@ -206,6 +206,8 @@ def _quantization(recipe: Recipe, dtype: torch.dtype) -> BitsAndBytesConfig | No
 def _check_output(output: Path, run: dict, resume: bool) -> None:
     """Refuse a folder with checkpoints of another run, and of this one unless it is to be resumed."""
     path = output / RUN_NAME
+    if any(p.is_file() for p in (output, *output.parents)):
+        raise ValueError(f"output: expected a folder, got {output}, which is a file or below one")
     if (output / FINAL).exists():
         raise ValueError(f"output: expected an unfinished run or a new folder, got {output}, which has a final model")
     if not resume:
