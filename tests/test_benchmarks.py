@@ -927,7 +927,9 @@ def test_the_tasks_are_what_they_say():
     assert set(text.ids.unique().tolist()) <= {*range(4), *quality_tasks.SYMBOLS, *names}
 
 
-def test_quality_is_resumed_and_repeats_itself(little, tmp_path, capsys):
+def test_quality_is_resumed_and_repeats_itself(little, tmp_path, monkeypatch, capsys):
+    facts = quality.provenance("cpu") | {"git_sha": "a commit", "git_dirty": 0}  # whatever is changed in this tree
+    monkeypatch.setattr(quality, "provenance", lambda device: facts)
     command = ["--methods", "LoRA r8", "dual", "--seeds", "2", "--cache", str(tmp_path / "cache"), "--workers", "1"]
     command += ["--out", str(tmp_path)]
     assert quality.main([*command, "--tasks", "renamed"]) == 0
