@@ -89,6 +89,7 @@ METHODS = {
 # Low-rank adapters whose prompt is read causally alone, and those that read it in both directions.
 CAUSAL = ["LoRA r8", "LoRA r10", "LoRA r16", "DoRA r8", "Only Causal"]
 BOTH = ["Bitune", "theta_init 0.1", "theta_init 0.001", "dynamic mixing", "No Mixing", "Naive Bidir", "Shared Weights"]
+BOTH += ["Bitune DoRA", "anti-causal"]
 BOTH += ["single stream", "single stream r16", "dual", "dual beta 0.1", "dual beta 0.9", "dual per head"]
 MAIN = ["LoRA r8", "LoRA r16", "Bitune", "No Mixing", "Naive Bidir", "Only Causal", "single stream", "dual"]
 FIELDS = ("task", "method", "seed", "base", "settings", "parameters", "accuracy", "skills_before", "skills_after")
