@@ -242,6 +242,10 @@ def test_the_measured_tables_are_those_of_the_rows(results):
             name = "three-pass" if batch == "1" else provider
             ratios += [tables.faster(r, name) for r in same if {tables.ONE_PASS, name} <= r.keys()]
         assert f"{min(ratios):.1f} to {max(ratios):.1f} times faster than three {words}" in state, (name, ratios)
+    chosen = [tables.newest(same, ("three-pass", tables.ONE_PASS, tables.PACKED, "lora")) for same in found.values()]
+    units = ("cost_in_lora_passes", "cost_in_lora_packed_passes")
+    costs = [float(run[tables.ONE_PASS][unit]) for run in chosen if run for unit in units]
+    assert f"A prefill still takes {min(costs):.1f} to {max(costs):.1f} times as long as plain LoRA's" in state
     steps = [f"{tables.faster(run, 'authors-schedule'):.2f} ({shape[1]})" for shape, run in tables.updates().items()]
     assert f"a training step {' or '.join(steps)} times faster than the authors'" in state
 
