@@ -17,9 +17,14 @@ MIXING_NAME = "bitune_mixing.safetensors"
 
 def read_mixing(folder: str | Path) -> dict[str, torch.Tensor]:
     """What ``MixingCoefficients.save`` wrote into ``folder``, by the names of the parameters."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    return load_file(existing(folder, MIXING_NAME))
+    path = existing(folder, MIXING_NAME)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected a whole file of safetensors; {error}") from None
 
 
 def mix(causal: torch.Tensor, bidir: torch.Tensor, alpha, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -516,6 +516,23 @@ def test_saved_coefficients_are_read_without_their_model(config, tmp_path):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_files_that_were_cut_off_are_named(place, trained, capsys):
+    options, _ = trained
+    figure = ["plot", "alpha", "--adapter", str(place / "adapter"), "--output", str(place / "alpha.png")]
+    (place / "adapter" / "alpha.csv").write_text("step,layer,alpha_k,alpha_v\n")
+    cases = [
+        ("adapter/causal/adapter_model.safetensors", ["generate", *options, "--prompt", "x"], "--adapter: expected"),
+        ("adapter/bitune_mixing.safetensors", figure, "bitune_mixing.safetensors: expected a whole file"),
+        ("adapter/alpha.csv", figure, "--adapter: expected the table of bitune train in"),
+        ("model/model.safetensors", ["generate", *options, "--prompt", "x"], "--model: expected a causal language"),
+    ]
+    for name, command, message in cases:
+        whole = (place / name).read_bytes()
+        (place / name).write_bytes(b"step\n1\n" if name.endswith("csv") else whole[:100])
+        assert main(command) == 2 and message in capsys.readouterr().err, name
+        (place / name).write_bytes(whole)
+
+
 def test_in_a_terminal(place, trained, capsys):
     options, _ = trained
     command = [*options, "--max-new-tokens", "6"]

@@ -122,9 +122,11 @@ at_least_one = number(int, lambda x: x > 0, "a whole number > 0")
 @contextmanager
 def _blaming(option: str, expected: str):
     """Inside, what a library raises becomes an error of this option."""
+    from safetensors import SafetensorError  # a file that was cut off
+
     try:
         yield
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+    except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{option}: expected {expected}; {' '.join(lines[:2])}") from error
 

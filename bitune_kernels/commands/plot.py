@@ -68,7 +68,10 @@ def _alpha(given) -> None:
     if history.is_file():
         from ..training.alpha import read_alpha_csv
 
-        rows = read_alpha_csv(history)
+        try:
+            rows = read_alpha_csv(history)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"--adapter: expected the table of bitune train in {history}; {error!r}") from None
 
     from ..plots import plot_mixing
 
