@@ -131,6 +131,19 @@ def test_old_gpus_are_refused(monkeypatch):
     assert tiles.unsupported("cuda", torch.float16, 64) is None
 
 
+def test_a_gpu_is_asked_once_for_its_capability(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(str(device)) or (7, 5))
+    tiles._capability.cache_clear()
+    try:
+        for device in ("cuda:0", "cuda:0", "cuda:1", "cuda", "cuda"):  # which one the last means can change
+            assert tiles.unsupported(device, torch.float16, 64).endswith("got 7.5")
+    finally:
+        tiles._capability.cache_clear()
+    assert asked == ["cuda:0", "cuda:1", "cuda", "cuda"]
+
+
 @pytest.fixture
 def hopper(monkeypatch, tmp_path):
     """As if there were an H100, with an empty cache folder."""
@@ -159,6 +172,13 @@ def chosen(kernel="dq", head_dim=128, dtype=torch.bfloat16):
 
 def table(kernel="dq", head_dim=128, element_size=2):
     return tiles.entry(kernel, head_dim, element_size, 90, 227 * KB)
+
+
+def test_a_tile_is_looked_up_once(hopper, monkeypatch):
+    asked, bucket = [], tiles.bucket
+    monkeypatch.setattr(tiles, "bucket", lambda head_dim: asked.append(head_dim) or bucket(head_dim))
+    assert chosen(head_dim=80) == chosen(head_dim=80) == table(head_dim=128)
+    assert asked == [80]
 
 
 def test_tuning_keeps_the_fastest_right_tile_and_choose_reads_it(hopper, monkeypatch, capsys):

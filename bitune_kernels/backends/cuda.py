@@ -148,7 +148,7 @@ def forward(
         two_parts=two_parts,
         goes_on=shared_qkv and stream_mask != "anti_causal",
         device=index,
-        stream=torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0,
+        stream=torch._C._cuda_getCurrentRawStream(index) if q.is_cuda else 0,  # without a Stream around it
     )
     if code:
         raise RuntimeError(f"{text} (error {code})")

@@ -124,20 +124,26 @@ def in_a_row(*vectors: torch.Tensor | None) -> list[torch.Tensor | None]:
 
 def unsupported(device, dtype, head_dim: int) -> str | None:
     """Why the kernels can't run a call, or None."""
-    device_type = "cuda" if device is None else torch.device(device).type
-    if device_type != "cuda" and not interpreted():
-        return f"Triton needs a CUDA device (or TRITON_INTERPRET=1), got {device_type}"
+    device = torch.device("cuda" if device is None else device)
+    if device.type != "cuda" and not interpreted():
+        return f"Triton needs a CUDA device (or TRITON_INTERPRET=1), got {device.type}"
     if dtype not in (None, torch.float16, torch.bfloat16, torch.float32):
         return f"the kernels compute float16, bfloat16 and float32, got {dtype}"
     if dtype == torch.bfloat16 and interpreted():
         return "bfloat16 products are wrong in Triton's interpreter"
     if head_dim > HEAD_DIMS[-1]:
         return f"the kernels hold head dims up to {HEAD_DIMS[-1]}, got {head_dim}"
-    if device_type == "cuda" and torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            return f"needs compute capability 8.0 or newer, got {capability[0]}.{capability[1]}"
+    if device.type == "cuda":
+        ask = _capability.__wrapped__ if device.index is None else _capability  # which one "cuda" means can change
+        major, minor = ask(device) or (8, 0)
+        if major < 8:
+            return f"needs compute capability 8.0 or newer, got {major}.{minor}"
     return None
+
+
+@cache  # every layer asks, and PyTorch takes longer to answer than to check the rest
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 
 def bucket(head_dim: int) -> int:
@@ -162,11 +168,12 @@ def choose(kernel: str, q: torch.Tensor, v: torch.Tensor) -> Tile:
     """The tile of a launch: what ``bitune_kernels.tune`` found on this machine, else the table's."""
     if interpreted():
         return INTERPRETED
-    return _of_device(kernel, bucket(max(q.shape[2], v.shape[2])), q.element_size(), q.device)
+    return _of_device(kernel, max(q.shape[2], v.shape[2]), q.element_size(), q.device)
 
 
 @cache
 def _of_device(kernel: str, head_dim: int, element_size: int, device: torch.device) -> Tile:
+    head_dim = bucket(head_dim)  # inside what is cached: Triton's constexpr functions are slow on the host
     key = tuned_key(torch.cuda.get_device_name(device), kernel, head_dim, element_size)
     return tuned().get(key) or of_device(kernel, head_dim, element_size, device)
 
