@@ -679,9 +679,20 @@ def test_tiles_go_to_the_gpu_without_waiting_for_it(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     plan, options = SegmentPlan.from_lengths([5], [3], device="cpu"), VARIANTS[0] | {"stream_mask": "full"}
     options = {name: x for name, x in options.items() if name != "num_streams"} | {"group_size": 2, "window": None}
+
+    def cached(plan=plan):
+        return schedule.cached(plan, torch.device("cuda"), schedule.backward_q_items, **options, block=16)
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for _ in range(2):
-        schedule.cached(plan, torch.device("cuda"), schedule.backward_q_items, **options, block=16)
+        cached()
     assert copies == [(torch.int32, True, {"non_blocking": True})]
+    # A graph would copy anew in each replay, from memory that is gone.
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert cached() is cached()
+    with pytest.raises(RuntimeError, match="plan: expected a call with these options before its CUDA graph"):
+        cached(SegmentPlan.from_lengths([5], [3], device="cpu"))
+    assert len(copies) == 1
 
 
 def plans(seed):

@@ -88,13 +88,19 @@ def cached(plan: SegmentPlan, device: torch.device, make, **options) -> torch.Te
     """``make(plan, **options)`` as int32 on ``device``, made once per plan.
 
     The device is that of the rows: the plan's own tensors may be on another one, and no kernel notices.
+
+    Raises:
+        RuntimeError: it would be made while a CUDA graph is captured.
     """
     schedules = _SCHEDULES.setdefault(plan, {})
     key = (device, make.__name__, *options.values())
     if key not in schedules:
         items = make(plan, **options).to(torch.int32)
-        if device.type == "cuda":  # a copy from pageable memory would wait for all that the GPU still has to do
-            items = items.pin_memory()
+        if device.type == "cuda":
+            # The graph would copy it anew in each replay, from memory that is given back here, and nothing until then.
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("plan: expected a call with these options before its CUDA graph is captured")
+            items = items.pin_memory()  # a copy from pageable memory would wait for all that the GPU still has to do
         schedules[key] = items.to(device, non_blocking=True)
     return schedules[key]
 
