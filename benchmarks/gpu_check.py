@@ -168,8 +168,8 @@ def report(backend: str, total: int, failures: list[str], what: str) -> int:
     return int(bool(failures))
 
 
-def _text_of(e: Exception) -> str:
-    return f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"
+def _text_of(e: Exception, case: Case, dtype: torch.dtype) -> str:
+    return f"{case.id} {dtype}: {type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"
 
 
 def first(backend: str, device: str, cases: tuple[Case, ...] = SMALL + REPEATED) -> int:
@@ -180,8 +180,8 @@ def first(backend: str, device: str, cases: tuple[Case, ...] = SMALL + REPEATED)
         print(f"{case.id} {dtype}", flush=True)
         try:
             assert_backend_within_budget(backend, case, dtype, device, backward=False)
-        except AssertionError as e:
-            failures.append(_text_of(e))
+        except Exception as e:  # one case that doesn't compile says nothing about the next
+            failures.append(_text_of(e, case, dtype))
             print(failures[-1])
     return report(backend, len(todo), failures, "cases are within the budget")
 
@@ -196,7 +196,7 @@ def operators(backend: str, device: str, cases: tuple[Case, ...] = SMALL) -> int
         try:
             check(case, backend, dtype, device)
         except Exception as e:  # compilers of graphs and kernels raise exceptions of their own
-            failures.append(f"{check.__name__} {case.id} {dtype}: {_text_of(e)}")
+            failures.append(f"{check.__name__} {_text_of(e, case, dtype)}")
             print(failures[-1])
     return report(backend, len(todo), failures, "checks of the operators passed")
 
@@ -253,7 +253,11 @@ def repeats(backend: str, device: str, times: int = 250, cases: tuple[Case, ...]
         try:
             assert_backend_within_budget(backend, case, dtype, device)
         except AssertionError as e:
-            wrong.append(_text_of(e))
+            wrong.append(_text_of(e, case, dtype))
+        except Exception as e:  # as in ``first``, and nothing to repeat
+            failures.append(_text_of(e, case, dtype))
+            print(failures[-1])
+            continue
         # The same tensors again and again: random numbers for new ones would take most of the time.
         run = partial(_outputs_and_gradients, partial(bitune_attention, backend=backend))
         inputs, differing = case.make(dtype, device, requires_grad=True), set()

@@ -285,7 +285,23 @@ def test_the_first_cases_name_what_is_wrong(capsys, monkeypatch):
 
     monkeypatch.setattr(gpu_check, "assert_backend_within_budget", wrong)
     assert gpu_check.first("sdpa", "cpu", SHORT) == 1
-    assert "1 of 2 cases are within the budget; AssertionError: out[0] is nan" in capsys.readouterr().out
+    wanted = f"1 of 2 cases are within the budget; {SHORT[0].id} torch.bfloat16: AssertionError: out[0] is nan"
+    assert wanted in capsys.readouterr().out
+
+
+def test_a_case_that_does_not_compile_does_not_hide_the_others(capsys, monkeypatch):
+    right = gpu_check.assert_backend_within_budget
+
+    def broken(backend, case, dtype, *args, **options):
+        if dtype == torch.float32:
+            raise RuntimeError("out of resource: shared memory\nhint")
+        right(backend, case, dtype, *args, **options)
+
+    monkeypatch.setattr(gpu_check, "assert_backend_within_budget", broken)
+    for stage, times in ((gpu_check.first, {}), (gpu_check.repeats, {"times": 2})):
+        assert stage("sdpa", "cpu", cases=SHORT, **times) == 1
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.startswith("sdpa: 1 of 2 cases") and last.endswith("RuntimeError: out of resource: shared memory")
 
 
 def test_the_operators_are_checked(capsys, monkeypatch):
