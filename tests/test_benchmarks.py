@@ -325,8 +325,10 @@ def test_packed_flash_attention_of_torch_is_called_as_it_is_documented(tmp_path,
     }
 
 
-def test_attention_runs_without_arguments_and_says_what_it_leaves_out(tmp_path, capsys):
+def test_attention_runs_without_arguments_and_says_what_it_leaves_out(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     assert attention.main([*QUICK_ATTENTION, "--modes", "prefill", "--out", str(tmp_path)]) == 0
+    assert torch._dynamo.config.recompile_limit > 8, "as many forms of FlexAttention as three kinds of heads take"
     printed = capsys.readouterr().out
     assert "left out: sdpa-cudnn: cuDNN's attention needs a CUDA device" in printed
     assert "left out: triton: " in printed
