@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -79,7 +80,7 @@ def one_by_one(model, x):
 
 
 def in_a_pass(model, x, monkeypatch):
-    current = SimpleNamespace(packed=True, repeats=lambda module: False, split=lambda x: (0, N), pending=[])
+    current = SimpleNamespace(packed=True, repeats=lambda module: False, split=lambda x: (0, N))
     with monkeypatch.context() as patch:
         patch.setattr(adapters, "current", lambda: current)
         return model(x)
@@ -142,11 +143,20 @@ def test_dropout_that_is_switched_off_alone_is_off():
     torch.testing.assert_close(model(input_ids=ids, attention_mask=mask, labels=labels).loss, expected)
 
 
-@pytest.mark.parametrize("tuner", [lora(), lora(use_dora=True)], ids=["lora", "dora"])
-@pytest.mark.parametrize("part", ["base_layer", "lora_A.bidir", "lora_B.causal", "lora_dropout.causal"])
+@pytest.mark.parametrize(
+    ("tuner", "part"),
+    [
+        *itertools.product(
+            ["lora", "dora"], ["", "base_layer", "lora_A.bidir", "lora_B.causal", "lora_dropout.causal"]
+        ),
+        *[("vera", ""), ("vera", "base_layer"), ("whole modules", "")],
+    ],
+)
 @pytest.mark.parametrize("way", ["hook", "pre-hook", "forward"])
-def test_what_hangs_on_a_part_of_a_layer_is_run(way, part, tuner):
-    model = bitune_model(peft=tuner)
+def test_what_hangs_on_a_layer_or_its_parts_is_run(way, tuner, part):
+    vera = VeraConfig(r=8, target_modules=["up_proj", "down_proj"])
+    peft = {"lora": lora(), "dora": lora(use_dora=True), "vera": vera, "whole modules": None}[tuner]
+    model = bitune_model(peft=peft)
     module = model.get_base_model().model.layers[1].mlp.up_proj.get_submodule(part)
     if way == "hook":
         module.register_forward_hook(lambda module, args, output: 2 * output)

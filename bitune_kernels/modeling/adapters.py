@@ -1,8 +1,8 @@
 """Which adapter serves which rows of a pass.
 
 LoRA, DoRA and IA3 on linear layers run the base layer once over all rows (``lora/segment.py``; LoRA a quantized one
-too). Every other tuner layer (VeRA, LoRA on embeddings, trained copies of whole modules, ...) keeps its own forward,
-which hooks let run once per block of rows with that block's adapter: exact for any tuner.
+too). Every other tuner layer (VeRA, LoRA on embeddings, trained copies of whole modules, ...) runs its own forward
+once per block of rows with that block's adapter: exact for any tuner.
 """
 
 from __future__ import annotations
@@ -41,22 +41,29 @@ def _using(module, adapter: str):
         module._active_adapter = active
 
 
-class _SegmentLayer:
-    """Before a tuner layer of PEFT: in a pass it serves the rows of both streams with their own adapters."""
+class SegmentLayer:
+    """Before a layer of PEFT: in a pass it serves the rows of both streams with their own adapters, one by one."""
 
     def __reduce_ex__(self, protocol):
         # for pickle and copy: the class is made here and has no name, PEFT's has
         _, (segment,), *state = super().__reduce_ex__(protocol)
         return _new_segment, (segment.__bases__[1],), *state
 
+    def forward(self, *args, **kwargs):
+        p = current()
+        block = p.split(args[0]) if p is not None and args else None
+        plain = super().forward
+        return plain(*args, **kwargs) if block is None else by_blocks(self, plain, *block, *args, **kwargs)
+
+
+class SegmentLinear(SegmentLayer):
+    """Before a tuner layer over a linear one, which runs once for both streams."""
+
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         p = current()
-        if p is None or self.disable_adapters or self.merged:
+        if p is None or not p.packed or self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         block = p.split(x)
-        if not p.packed:
-            plain = super().forward
-            return plain(x, *args, **kwargs) if block is None else by_blocks(self, plain, x, block[1])
         y = self._rows(x.reshape(-1, x.shape[-1]), 0 if block is None else block[1])
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -65,14 +72,14 @@ class _SegmentLayer:
         raise NotImplementedError
 
 
-class SegmentLora(_SegmentLayer):
+class SegmentLora(SegmentLinear):
     """Before a LoRA layer of PEFT over a linear one, plain or quantized."""
 
     def _rows(self, x, n):
         names = (BIDIR, CAUSAL) if n else (CAUSAL,)
         adapters = self._adapters(names)
         if adapters is None:
-            return by_blocks(self, super(_SegmentLayer, self).forward, x, n)
+            return by_blocks(self, super(SegmentLayer, self).forward, 0, n, x)
         both = adapters if n else (None, *adapters)
         base = self._modules["base_layer"]
         weights = _plain_weights(base, x)
@@ -80,7 +87,7 @@ class SegmentLora(_SegmentLayer):
         if variants:
             dora = all(type(v) is DoraLinearVariant for v in variants) and not any(a.dropout for a in adapters)
             if not dora or weights is None:
-                return by_blocks(self, super(_SegmentLayer, self).forward, x, n)
+                return by_blocks(self, super(SegmentLayer, self).forward, 0, n, x)
             weight, bias = weights
             y = segment_lora_linear(x, weight, None, n, *both)
             norms = adapted_row_norms(weight, adapters)
@@ -106,7 +113,7 @@ class SegmentLora(_SegmentLayer):
         return adapters
 
 
-class SegmentIA3(_SegmentLayer):
+class SegmentIA3(SegmentLinear):
     """Before an IA3 layer of PEFT over a linear one."""
 
     def _rows(self, x, n):
@@ -143,15 +150,16 @@ def _plain_weights(base: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 @cache
-def _segment_class(layer: type) -> type | None:
-    """The class of a PEFT layer that serves both streams by itself, or None where hooks must make it."""
+def _segment_class(layer: type) -> type:
+    """The class of a layer of PEFT that serves both streams."""
     # bitsandbytes' layers have no linear base class, and exist only where it is installed
     bitsandbytes = issubclass(layer, lora.LoraLayer) and layer.__name__ in ("Linear8bitLt", "Linear4bit")
+    kind = SegmentLayer
     if issubclass(layer, lora.Linear) or bitsandbytes:
-        return type(f"Segment{layer.__name__}", (SegmentLora, layer), {})
-    if issubclass(layer, ia3.Linear):
-        return type(f"Segment{layer.__name__}", (SegmentIA3, layer), {})
-    return None
+        kind = SegmentLora
+    elif issubclass(layer, ia3.Linear):
+        kind = SegmentIA3
+    return type(f"Segment{layer.__name__}", (kind, layer), {})
 
 
 def _new_segment(layer: type) -> nn.Module:
@@ -159,36 +167,14 @@ def _new_segment(layer: type) -> nn.Module:
     return segment.__new__(segment)
 
 
-def by_blocks(module, forward, x: torch.Tensor, n: int) -> torch.Tensor:
-    """``forward``, of a tuner layer, on each block of rows with its own adapter."""
+def by_blocks(module, forward, dim: int, n: int, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    """``forward``, of a tuner layer, on rows [0, n) along ``dim`` with "bidir" and on the others with "causal"."""
     blocks = []
-    for name, rows in ((BIDIR, x[:n]), (CAUSAL, x[n:])):
-        if rows.shape[0]:
+    for name, first, length in ((BIDIR, 0, n), (CAUSAL, n, x.shape[dim] - n)):
+        if length:
             with _using(module, name):
-                blocks.append(forward(rows))
-    return torch.cat(blocks) if len(blocks) > 1 else blocks[0]
-
-
-def _before(module, args):
-    # The first block runs here with its own adapter; the module's own call then gets the rest of the rows.
-    p = current()
-    block = None if p is None or not args else p.split(args[0])
-    if block is None:
-        return None
-    dim, n = block
-    x, *others = args
-    with _using(module, BIDIR):
-        bidir = module.forward(new_strides(x.narrow(dim, 0, n)), *others)
-    p.pending.append((module, dim, bidir))
-    return new_strides(x.narrow(dim, n, x.shape[dim] - n)), *others
-
-
-def _after(module, args, output):
-    p = current()
-    if p is None or not p.pending or p.pending[-1][0] is not module:
-        return None
-    _, dim, bidir = p.pending.pop()
-    return torch.cat([bidir, output], dim=dim)
+                blocks.append(forward(new_strides(x.narrow(dim, first, length)), *args, **kwargs))
+    return torch.cat(blocks, dim) if len(blocks) > 1 else blocks[0]
 
 
 def restrict(config: PeftConfig, model: nn.Module, modules: set[nn.Module]) -> PeftConfig:
@@ -320,12 +306,7 @@ def route_rows(model: nn.Module, attentions: Sequence[nn.Module]) -> list[nn.Mod
             )
         adapted.append(module)
     for module in adapted:
-        segment = _segment_class(type(module))
-        if segment is not None:
-            module.__class__ = segment  # as FSDP does: PEFT chose the layer, and its state and names stay
-        else:
-            module.register_forward_pre_hook(_before)
-            module.register_forward_hook(_after)
+        module.__class__ = _segment_class(type(module))  # as FSDP does: PEFT chose it, and its state and names stay
     return adapted
 
 

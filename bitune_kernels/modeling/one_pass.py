@@ -209,8 +209,7 @@ class TrimHooks:
         self.handles = [
             trim.layer.register_forward_pre_hook(self.enter_layer, with_kwargs=True),
             trim.projections.attention.register_forward_pre_hook(self.enter_attention, with_kwargs=True),
-            # before the hook that splits the rows among the adapters, for which only answer rows must be left
-            leave.register_forward_pre_hook(self.leave_attention, prepend=True),
+            leave.register_forward_pre_hook(self.leave_attention),
         ]
 
     @staticmethod

@@ -97,7 +97,7 @@ class Pass:
     def __init__(self, structure: Structure, device):
         self.structure = structure
         self.mask = torch.zeros(1, 1, 1, 1, device=device)
-        self.pending = []  # what hooks have run of a module's rows, until its own call has run the rest
+        self.pending: torch.Tensor | None = None  # of an MLP: its first chunks, until its own call has run the last
 
     def attend(self, module, query, key, value, scaling, softcap, sinks):
         """The attention of one layer, [batch, heads, rows, head_dim] -> [batch, rows, heads, head_dim]."""
