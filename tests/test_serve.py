@@ -91,6 +91,13 @@ def test_a_wrong_request_is_named_and_the_model_after_its_run(place, tmp_path, m
     assert answer.status_code == 200 and answer.json()["usage"]["total_tokens"] == 3
 
 
+def test_a_port_in_use_is_refused_before_the_model_is_loaded(place, capsys):
+    with socket.create_server(("localhost", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["serve", "--model", str(place / "none"), "--adapter", str(place / "adapter"), "--port", port]) == 2
+    assert f"--host, --port: expected a free port, got localhost:{port}; " in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def server(place):
     port = free_port()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 from pathlib import Path
 
@@ -73,6 +74,10 @@ def _run(given) -> None:
         from transformers.cli.serving.utils import GenerateManager, GenerationState
     except ImportError as error:
         raise ValueError(f"serve: expected transformers[serving], got {error}") from None
+    try:  # here, since the model takes long to load
+        socket.create_server((given.host, given.port)).close()
+    except OSError as error:
+        raise ValueError(f"--host, --port: expected a free port, got {given.host}:{given.port}; {error}") from None
     tokenizer, limit = load_tokenizer(given), max_tokens(given)
     warn_of_chats(given)
     model = load_model(given)
