@@ -77,7 +77,7 @@ class Step:
         if provider == "base":
             y, leaves = linear(self.x, self.weight), [self.x]
         elif provider == "peft":
-            y, leaves = by_blocks(self.layer, self.layer.forward, self.x, self.n), self.leaves
+            y, leaves = by_blocks(self.layer, self.layer.forward, 0, self.n, self.x), self.leaves
         else:
             y, leaves = segment_lora_linear(self.x, self.weight, None, self.n, *self.adapters), self.leaves
         return [y.detach(), *torch.autograd.grad(y, leaves, self.dy)]

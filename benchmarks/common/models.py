@@ -224,7 +224,7 @@ def scope(models: Models, provider: str):
 
 def _peft_rows(module: SegmentLora, x: torch.Tensor, n: int) -> torch.Tensor:
     # What a pass costs without a LoRA layer of its own: PEFT's, once for each adapter's block of rows.
-    return by_blocks(module, partial(lora.Linear.forward, module), x, n)
+    return by_blocks(module, partial(lora.Linear.forward, module), 0, n, x)
 
 
 @contextmanager

@@ -172,8 +172,9 @@ def by_blocks(module, forward, dim: int, n: int, x: torch.Tensor, *args, **kwarg
     blocks = []
     for name, first, length in ((BIDIR, 0, n), (CAUSAL, n, x.shape[dim] - n)):
         if length:
+            rows = x.narrow(dim, first, length)
             with _using(module, name):
-                blocks.append(forward(new_strides(x.narrow(dim, first, length)), *args, **kwargs))
+                blocks.append(forward(new_strides(rows) if dim else rows, *args, **kwargs))
     return torch.cat(blocks, dim) if len(blocks) > 1 else blocks[0]
 
 
