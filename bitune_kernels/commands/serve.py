@@ -21,7 +21,7 @@ from .load import (
 GRACE = 3  # seconds that answers in the making get when the server is to stop
 
 # What transformers' server logs and reads over, with the values that ask for nothing else than it gives.
-PLAIN = {
+SERVED = {
     "n": (None, 1),
     "best_of": (None, 1),
     "echo": (None, False),
@@ -124,23 +124,23 @@ def _run(given) -> None:
         def get_manager(self, model_id, use_cb=False):
             return answers
 
-    class Plain:
+    class Checked:
         """Before a handler of transformers: refuses what that would read over."""
 
         async def handle_request(self, body, request_id):
-            for field, values in PLAIN.items():
+            for field, values in SERVED.items():
                 if body.get(field) not in values:
                     expected = " or ".join(json.dumps(value) for value in values if value is not None) or "none"
                     raise ValueError(f"{field}: expected {expected}, all that is served, got {json.dumps(body[field])}")
             return await super().handle_request(body, request_id)
 
-    class Chats(Plain, chat_completion.ChatCompletionHandler):
+    class Chats(Checked, chat_completion.ChatCompletionHandler):
         pass
 
-    class Completions(Plain, completion.CompletionHandler):
+    class Completions(Checked, completion.CompletionHandler):
         pass
 
-    class Responses(Plain, response.ResponseHandler):
+    class Responses(Checked, response.ResponseHandler):
         """Streams where it is asked to, as OpenAI's does; transformers' streams unless it is told not to."""
 
         async def handle_request(self, body, request_id):

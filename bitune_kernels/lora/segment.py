@@ -40,7 +40,7 @@ class Adapter(NamedTuple):
     dropout: float = 0.0
 
 
-_NO_ADAPTER = Adapter(None, None)  # of no row
+_NO_ADAPTER = Adapter(None, None)  # in the place of one that serves no row
 
 
 def _emulated_dtypes() -> tuple[torch.dtype, ...]:
@@ -179,7 +179,7 @@ class _SegmentLora(torch.autograd.Function):
                 if need_b:
                     db = _cast(b_.dtype, torch.addmm(b, d.T, h, beta=0, alpha=scale))
                 if need_bias:
-                    dbias = (d.sum(0) * scale).to(b_.dtype)
+                    dbias = _cast(b_.dtype, d.sum(0) * scale)
                 if dx is not None and mask is None:
                     dx[own].addmm_(dh, a)
                 elif dx is not None:

@@ -41,7 +41,10 @@ from .tiles import Tile, block_dim
 # The schedules' columns, and how many stand between those of one part and the next.
 Q, Q_COLUMNS = tl.constexpr(schedule.BACKWARD_Q), tl.constexpr(len(schedule.BACKWARD_Q))
 KV, KV_COLUMNS = tl.constexpr(schedule.BACKWARD_KV), tl.constexpr(len(schedule.BACKWARD_KV))
-PER_Q_PART, PER_KV_PART = tl.constexpr(4), tl.constexpr(7)
+PER_Q_PART, PER_KV_PART = (
+    tl.constexpr(columns.index("mask_1") - columns.index("mask_0"))
+    for columns in (schedule.BACKWARD_Q, schedule.BACKWARD_KV)
+)
 
 CAUSAL, ANTI_CAUSAL = tl.constexpr(schedule.CAUSAL), tl.constexpr(schedule.ANTI_CAUSAL)
 MIXED, PREFIX = tl.constexpr(schedule.MIXED), tl.constexpr(schedule.PREFIX)
