@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention.bias import CausalBias
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -132,6 +134,26 @@ def test_backend_against_oracle(case, dtype, backend):
 def test_sdpa_over_a_few_queries_at_a_time(case, monkeypatch):
     monkeypatch.setattr(sdpa, "_ROWS", 5)
     assert_backend_within_budget("sdpa", case, torch.float32)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.softcap is None and not c.sinks], ids=lambda c: c.id)
+def test_sdpa_calls_fused_kernels_of_cuda_as_they_can_run(case, monkeypatch):
+    calls = []
+
+    def recorded(q, k, v, attn_mask, **options):
+        calls.append((attn_mask, q.shape[1] != k.shape[1], q.dtype))
+        return scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(sdpa, "_on_cuda", lambda device: True)
+    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", recorded)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_backend_within_budget("sdpa", case, dtype)
+    # a dense mask for an answer is what a window leaves, or a prompt behind a prefix; grouped heads stay with neither
+    for mask, grouped, dtype in calls:
+        dense = mask is not None and not isinstance(mask, CausalBias)
+        assert not (grouped and (dense or dtype == torch.float32))
+        assert not dense or case.window is not None or case.prefix or case.stream_mask == "anti_causal"
+    assert calls or not any(case.prompts + case.answers)
 
 
 class LargestTensor(TorchDispatchMode):

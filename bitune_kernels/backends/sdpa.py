@@ -10,6 +10,7 @@ from collections.abc import Callable
 from itertools import groupby
 
 import torch
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..autocast import in_own_dtypes
@@ -32,13 +33,19 @@ _ROWS = 1024  # queries that share a mask tensor
 _PROMPT, _ANSWER, _PAST = 1, 2, 3  # places in a run of samples
 
 
-def _attend(q, k, v, scale: float, see: Callable | str | None):
+def _on_cuda(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _attend(q, k, v, scale: float, see: Callable | CausalBias | str | None):
     # Samples of equal lengths: q [B, Lq, Hq, D], k and v [B, Lk, Hkv, D] -> [B, Lq, Hq, Dv]. see: None = everything,
-    # "causal", or (first, end) of queries -> (first, end) of the keys that any of them sees and bool [queries, keys].
+    # "causal", a bias, or (first, end) of queries -> (first, end) of the keys that any of them sees and bool [queries,
+    # keys].
     if not q.shape[1]:
         return q.new_zeros(*q.shape[:3], v.shape[3])
     if not callable(see):
-        return _sdpa(q, k, v, scale, None, causal=see == "causal")
+        causal = isinstance(see, str)
+        return _sdpa(q, k, v, scale, None if causal else see, causal)
     out = []
     for first in range(0, q.shape[1], _ROWS):
         rows = first, min(first + _ROWS, q.shape[1])
@@ -48,6 +55,11 @@ def _attend(q, k, v, scale: float, see: Callable | str | None):
 
 
 def _sdpa(q, k, v, scale: float, mask: torch.Tensor | None, causal: bool = False):
+    group_size = q.shape[2] // k.shape[2]
+    dense = mask is not None and not isinstance(mask, CausalBias)
+    if group_size > 1 and _on_cuda(q.device) and (dense or q.dtype == torch.float32):
+        # PyTorch's fused kernels for these know no grouped heads, and what it falls back to stores all scores.
+        k, v = (x.repeat_interleave(group_size, 2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     o = scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -81,6 +93,8 @@ def _answer_visibility(a: int, before: int, window: int | None, device):
         return None
     if window is None and before == 0:
         return "causal"
+    if window is None and _on_cuda(device):
+        return causal_lower_right(a, before + a)  # no mask for its kernels; elsewhere it would become a whole one
 
     def see(rows):
         low = 0 if window is None else max(0, before + rows[0] - window + 1)
