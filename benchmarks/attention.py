@@ -21,7 +21,7 @@ import torch._functorch.config
 from common.floor import PEAK_FIELDS, measured_peaks, visible_pairs
 from common.memory import memory_of
 from common.models import Machine
-from common.peers import PEERS, SdpaCalls, VarlenCalls, without_varlen
+from common.peers import PEERS, SdpaCalls, VarlenCalls
 from common.report import Results, Table, milliseconds, worst_error
 from common.run import (
     OWN,
@@ -40,7 +40,7 @@ from common.run import (
 )
 
 from bitune_kernels import SegmentPlan, bitune_attention, bitune_prefill, mix_kv
-from bitune_kernels.backends import reference
+from bitune_kernels.backends import flash, reference
 from bitune_kernels.testing.timing import Timing, provenance
 
 EXPLANATION = """\
@@ -434,7 +434,7 @@ def choose_providers(p: argparse.ArgumentParser, args, machine: Machine, heads) 
     reasons |= dict.fromkeys(args.without, "--without")
     kind = machine.device.type
     reasons["sdpa-flash"] = None
-    reasons["varlen"] = without_varlen(machine.device, machine.dtype)
+    reasons["varlen"] = reasons["flash"]
     reasons["sdpa-cudnn"] = None if kind == "cuda" else f"cuDNN's attention needs a CUDA device, got {kind}"
     names = check_names(p, "providers", args.providers or [], reasons)
     if missing := [n for n in names if reasons[n]]:
@@ -444,6 +444,7 @@ def choose_providers(p: argparse.ArgumentParser, args, machine: Machine, heads) 
     other = {
         "sdpa": "its calls are those of sdpa-flash and sdpa-cudnn" if kind == "cuda" else None,
         "sdpa-flash": "sdpa runs the same kernel on a CPU" if kind == "cpu" else None,
+        "flash": None if flash.PACKAGE else "without the package flash-attn its calls are those of varlen",
     }
     order = [*OWN, "sdpa-flash", "sdpa-cudnn", "varlen", "flash", "flex", "sdpa", "reference"]
     why = {n: reasons[n] or other.get(n) or (not_usual(n, machine.device) if n in reasons else None) for n in order}

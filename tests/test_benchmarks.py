@@ -21,10 +21,10 @@ from peft.tuners import lora
 from torch.utils.flop_counter import FlopCounterMode
 
 from bitune_kernels import backends, masks
-from bitune_kernels.backends import sdpa
+from bitune_kernels.backends import flash, sdpa
 from bitune_kernels.modeling import row_chunks
 from bitune_kernels.testing import timing
-from tests.test_peers import varlen_attention
+from tests.test_peers import varlen_attn
 from tests.tiny import base_model, bitune_model
 
 for _needed in ("matplotlib", "tokenizers", "tqdm"):
@@ -301,27 +301,15 @@ def test_attention_leaves_a_table_rows_and_a_plot(dtype, tmp_path, capsys):
 
 
 def test_packed_flash_attention_of_torch_is_called_as_it_is_documented(tmp_path, capsys, monkeypatch):
-    peers = attention.VarlenCalls.__module__
-
-    def varlen_attn(*args, window_size, enable_gqa):
-        assert window_size in ((-1, -1), (-1, 0)) and enable_gqa
-        options = dict(softmax_scale=args[0].shape[-1] ** -0.5, window_size=(-1, -1), softcap=None)
-        return varlen_attention(*args, causal=window_size == (-1, 0), **options)
-
-    cuda = torch.device("cuda")
-    assert attention.without_varlen(cuda, torch.bfloat16) is None
-    assert "float16 or bfloat16, got torch.float32" in attention.without_varlen(cuda, torch.float32)
-    monkeypatch.setattr(f"{peers}.varlen_attn", lambda query: None)
-    assert f"torch {torch.__version__} has no grouped heads" in attention.without_varlen(cuda, torch.bfloat16)
-    monkeypatch.setattr(f"{peers}.varlen_attn", varlen_attn)
     with pytest.raises(SystemExit):
         run("attention", tmp_path, "--providers", "varlen")
-    assert "varlen can't run here: varlen_attn needs a CUDA device, got cpu" in capsys.readouterr().err
-    monkeypatch.setattr(attention, "without_varlen", lambda *args: None)
-    assert run("attention", tmp_path, *ATTENTION, "--providers", "varlen") == 0
+    assert "varlen can't run here: flash-attn needs a CUDA device, got cpu" in capsys.readouterr().err
+    monkeypatch.setattr(flash, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(flash, "unsupported", lambda **call: None)
+    assert run("attention", tmp_path, *ATTENTION, "--providers", "varlen", "flash") == 0
     rows = rows_of(tmp_path / "attention.csv")
-    assert {(r["mode"], r["ragged"], r["best_peer"]) for r in rows} == {
-        (mode, x, "varlen") for mode in attention.MODES for x in "01"
+    assert {(r["mode"], r["ragged"], r["provider"]) for r in rows} == {
+        (mode, x, provider) for mode in attention.MODES for x in "01" for provider in ("varlen", "flash")
     }
 
 

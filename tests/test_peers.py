@@ -48,17 +48,33 @@ def calls(backend, **facts) -> list:
     return chosen
 
 
+def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+    """The same of PyTorch's: a window that ends at 0 is causal."""
+    assert enable_gqa or q.shape[1] == k.shape[1]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    options = dict(softmax_scale=scale, causal=window_size[1] == 0, window_size=window_size, softcap=0.0)
+    return varlen_attention(q, k, v, cu_q, cu_k, max_q, max_k, **options)
+
+
 @pytest.fixture
-def stand_in(monkeypatch):
+def package(monkeypatch):
     module = ModuleType("flash_attn")
     module.flash_attn_varlen_func = varlen_attention
     monkeypatch.setitem(sys.modules, "flash_attn", module)
-    monkeypatch.setattr(flash, "find_spec", lambda name: object())
+    monkeypatch.setattr(flash, "PACKAGE", True)
 
 
-def test_flash_calls_its_kernels_as_they_are_documented(stand_in):
+@pytest.fixture
+def pytorch(monkeypatch):
+    monkeypatch.setattr(flash, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(flash, "PACKAGE", False)
+
+
+@pytest.mark.parametrize("kernels", ["package", "pytorch"])
+def test_flash_calls_its_kernels_as_they_are_documented(kernels, request):
+    request.getfixturevalue(kernels)
     cases = calls(flash, dtype=torch.float16, device="cuda")
-    assert len(cases) > 20
+    assert len(cases) > 20 and any(case.softcap for case in cases) == (kernels == "package")
     for case in cases:
         args, options = case.call()
         found = flash.attention(*args, **options._asdict())
@@ -67,12 +83,15 @@ def test_flash_calls_its_kernels_as_they_are_documented(stand_in):
             assert_within_budget(name, x, expected[name], low[name], torch.float32, f"flash {case.id}")
 
 
-def test_flash_says_why_it_cannot_run(stand_in):
+def test_flash_says_why_it_cannot_run(pytorch):
     for facts, reason in (
         ({"device": "cpu"}, "CUDA device"),
         ({"device": "cuda", "dtype": torch.float32}, "float16 or bfloat16"),
         ({"device": "cuda", "stream_mask": "anti_causal"}, "anti-causal"),
         ({"device": "cuda", "sinks": torch.zeros(1)}, "sinks"),
+        ({"device": "cuda", "head_dim": 264, "head_dim_v": 264}, "up to 256, got 264"),
+        ({"device": "cuda", "head_dim": 60, "head_dim_v": 60}, "multiples of 8, got 60; install flash-attn"),
+        ({"device": "cuda", "softcap": 30.0}, "no softcap; install flash-attn"),
     ):
         with pytest.raises(ValueError, match=reason):
             resolve("flash", **facts)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from bitune_kernels import SegmentPlan, mix_kv
+from bitune_kernels.backends.flash import varlen
 
 SDPA_KERNELS = {"sdpa-flash": SDPBackend.FLASH_ATTENTION, "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION}
 PEERS = (*SDPA_KERNELS, "varlen")
@@ -111,17 +110,6 @@ class _Group:
         return x[rows].unflatten(0, (self.size, -1))
 
 
-def without_varlen(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why ``VarlenCalls`` can't run here, or None."""
-    if device.type != "cuda":
-        return f"varlen_attn needs a CUDA device, got {device.type}"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"varlen_attn needs float16 or bfloat16, got {dtype}"
-    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
-        return f"varlen_attn of torch {torch.__version__} has no grouped heads"
-    return None
-
-
 class VarlenCalls:
     """PyTorch's own packed FlashAttention: the whole batch in each call, whatever the lengths."""
 
@@ -144,7 +132,7 @@ class VarlenCalls:
         calls = (bidir, prompts, (-1, -1)), (causal, prompts, (-1, 0)), ((q[start:], *joined), answers, (-1, 0))
         out_rows = slice(0, N), slice(N, 2 * N), slice(2 * N, None)
         return [
-            (rows, varlen_attn(*tensors, *lengths, window_size=window, enable_gqa=True))
+            (rows, varlen(*tensors, *lengths, window_size=window))
             for rows, (tensors, lengths, window) in zip(out_rows, calls, strict=True)
         ]
 

@@ -1,15 +1,24 @@
-"""flash-attn's varlen kernels (an optional peer): one launch per prompt stream, one mix, one launch for the answer."""
+"""FlashAttention's varlen kernels (a peer): one launch per prompt stream, one mix, one launch for the answer.
+
+They come from the package flash-attn, or where that is not installed from the copy in PyTorch.
+"""
 
 from __future__ import annotations
 
+import inspect
 from importlib.util import find_spec
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
 
 from ..autocast import in_own_dtypes
 from ..mixing import mix, mix_prompts
 from ..plan import SegmentPlan
 from . import Options
+
+PACKAGE = find_spec("flash_attn") is not None
+# The first version of PyTorch's function takes grouped heads without being told, as the kernels below it do.
+_GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def unsupported(
@@ -18,20 +27,26 @@ def unsupported(
     dtype=None,
     head_dim=None,
     head_dim_v=None,
+    softcap=None,
     sinks=None,
     stream_mask="full",
     prefix=None,
     **call,
 ) -> str | None:
     """Why this backend can't run a call, or None."""
-    if find_spec("flash_attn") is None:
-        return "the package flash-attn is not installed"
     if device is not None and torch.device(device).type != "cuda":
         return f"flash-attn needs a CUDA device, got {torch.device(device).type}"
     if dtype not in (None, torch.float16, torch.bfloat16):
         return f"flash-attn needs float16 or bfloat16, got {dtype}"
     if head_dim_v not in (None, head_dim):
         return f"flash-attn needs values as wide as keys, got {head_dim_v} and {head_dim}"
+    if head_dim is not None and head_dim > 256:
+        return f"flash-attn needs head dims up to 256, got {head_dim}"
+    if not PACKAGE:
+        if head_dim is not None and head_dim % 8:
+            return f"PyTorch's flash-attn needs head dims that are multiples of 8, got {head_dim}; install flash-attn"
+        if softcap is not None:
+            return "PyTorch's flash-attn has no softcap; install flash-attn"
     if stream_mask == "anti_causal":
         return "flash-attn has no anti-causal mask"
     if sinks is not None:
@@ -49,28 +64,26 @@ def _joined(first, first_lengths, second, second_lengths):
     return torch.cat([rows for pair in pairs for rows in pair])
 
 
+def varlen(q, k, v, cu_q, cu_k, max_q: int, max_k: int, *, softmax_scale=None, window_size=(-1, -1)):
+    """PyTorch's ``varlen_attn``, with grouped heads."""
+    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=softmax_scale, window_size=window_size, **_GROUPED)
+
+
 @in_own_dtypes
 def attention(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, **options):
     """``bitune_kernels.ops.bitune_attention`` for calls without sinks, prefix and the anti-causal mask."""
-    from flash_attn import flash_attn_varlen_func
-
     o = Options(**options)
     softmax_scale, window = o.softmax_scale, o.window
 
     def attend(q, k, v, cu_q, cu_k, max_q, max_k, causal):
-        return flash_attn_varlen_func(
-            q,
-            k,
-            v,
-            cu_q,
-            cu_k,
-            max_q,
-            max_k,
-            softmax_scale=softmax_scale,
-            causal=causal,
-            window_size=(-1, -1) if window is None else (window - 1, window - 1),
-            softcap=o.softcap or 0.0,
-        )
+        left = -1 if window is None else window - 1
+        window_size = left, 0 if causal else left
+        if not PACKAGE:
+            return varlen(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=softmax_scale, window_size=window_size)
+        from flash_attn import flash_attn_varlen_func
+
+        named = dict(softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=o.softcap or 0.0)
+        return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, **named)
 
     if softmax_scale <= 0:  # its kernels scale what they masked: -inf times this is no longer -inf
         q, softmax_scale = (-q, -softmax_scale) if softmax_scale else (q * 0, 1.0)
