@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from bitune_kernels import SegmentPlan
 from bitune_kernels.backends import flash, flex, resolve
 from bitune_kernels.masks import visible_to_answer
 from bitune_kernels.ops import bitune_attention
@@ -51,6 +52,8 @@ def calls(backend, **facts) -> list:
 def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
     """The same of PyTorch's: a window that ends at 0 is causal."""
     assert enable_gqa or q.shape[1] == k.shape[1]
+    for x in (q, k, v):
+        assert x.stride(2) == 1 and not any(place % 16 for place in (x.data_ptr(), *(4 * s for s in x.stride()[:2])))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     options = dict(softmax_scale=scale, causal=window_size[1] == 0, window_size=window_size, softcap=0.0)
     return varlen_attention(q, k, v, cu_q, cu_k, max_q, max_k, **options)
@@ -81,6 +84,16 @@ def test_flash_calls_its_kernels_as_they_are_documented(kernels, request):
         expected, low = oracle(case, torch.float32, backward=False), low_precision(case, torch.float32, backward=False)
         for name, x in zip(("out", "k_mixed", "v_mixed"), found, strict=True):
             assert_within_budget(name, x, expected[name], low[name], torch.float32, f"flash {case.id}")
+
+
+@pytest.mark.parametrize("cut", [lambda x: x[..., 1:], lambda x: x[..., :-1], lambda x: x.mT.contiguous().mT[..., 1:]])
+def test_flash_gives_pytorchs_kernels_what_they_can_load(cut, pytorch):
+    plan = SegmentPlan.from_lengths([3, 2], [2, 1])
+    wide = [torch.randn(plan.num_rows, heads, 17) for heads in (4, 2, 2)]
+    q, k, v = (cut(x) for x in wide)
+    found = flash.attention(q, k, v, torch.tensor(0.3), torch.tensor(0.6), plan, softmax_scale=0.2)[0]
+    expected = bitune_attention(q, k, v, 0.3, 0.6, plan, softmax_scale=0.2, backend="reference")[0]
+    torch.testing.assert_close(found, expected)
 
 
 def test_flash_says_why_it_cannot_run(pytorch):

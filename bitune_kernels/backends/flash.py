@@ -64,6 +64,12 @@ def _joined(first, first_lengths, second, second_lengths):
     return torch.cat([rows for pair in pairs for rows in pair])
 
 
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    # The kernels load 16 bytes at a time, and don't check where.
+    places = x.data_ptr(), *(stride * x.itemsize for stride in x.stride()[:2])
+    return x if x.stride(2) == 1 and not any(place % 16 for place in places) else x.contiguous()
+
+
 def varlen(q, k, v, cu_q, cu_k, max_q: int, max_k: int, *, softmax_scale=None, window_size=(-1, -1)):
     """PyTorch's ``varlen_attn``, with grouped heads."""
     return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=softmax_scale, window_size=window_size, **_GROUPED)
@@ -76,6 +82,7 @@ def attention(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, **options):
     softmax_scale, window = o.softmax_scale, o.window
 
     def attend(q, k, v, cu_q, cu_k, max_q, max_k, causal):
+        q, k, v = (_aligned(x) for x in (q, k, v))
         left = -1 if window is None else window - 1
         window_size = left, 0 if causal else left
         if not PACKAGE:
