@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 
@@ -38,7 +39,7 @@ def _env(given) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 0, 2 after an error in what was asked for, which goes to stderr in one line, or 130 after Ctrl-C."""
+    """Returns 0, 1 if nobody reads on, 130 after Ctrl-C, or 2 after an error, which goes to stderr in one line."""
     # what PEFT asks transformers for under an old name is nothing that a user can change
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     parser = _Parser(prog="bitune", description=__doc__)
@@ -52,6 +53,10 @@ def main(arguments: list[str] | None = None) -> int:
         if given.fields and given.command not in ("train", "evaluate"):
             raise ValueError(f"{given.fields[0]}: expected an option of bitune {given.command}, got an unknown one")
         given.run(given)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads, `head` for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the exit
+        return 1
     except (OSError, ValueError, TypeError, FloatingPointError) as error:
         print("bitune:", " ".join(str(error).split()), file=sys.stderr)
         return 2

@@ -547,6 +547,14 @@ def test_in_a_terminal(place, trained, capsys):
     assert refused.stderr == "bitune: --top-p: expected a number in (0, 1], got '2'\n"
 
 
+def test_nothing_is_said_when_nobody_reads_on():
+    reading, writing = os.pipe()
+    os.close(reading)
+    found = subprocess.run([sys.executable, "-m", "bitune_kernels.cli", "env"], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (found.returncode, found.stderr) == (1, b"")
+
+
 def test_an_exported_model_decodes_a_mixed_cache(place, trained, monkeypatch, capsys):
     options, model = trained
     assert main(["export", *options, "--output", str(place / "exported")]) == 0
