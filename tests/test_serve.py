@@ -148,10 +148,13 @@ def test_fifty_clients_some_of_whom_hang_up(place, server):
     def ask(i):
         options = dict(model="adapter", messages=messages(i), max_tokens=TOKENS, temperature=0)
         if i % 3 == 0:
-            return client.chat.completions.create(**options).choices[0].message.content.split()
+            answer = client.chat.completions.create(**options)
+            assert answer.model == "adapter"
+            return answer.choices[0].message.content.split()
         stream = client.chat.completions.create(**options, stream=True)
         parts = []
         for chunk in stream:
+            assert chunk.model == "adapter"
             parts.append(chunk.choices[0].delta.content or "")
             if i % 3 == 1:  # hangs up in the middle of its answer
                 stream.close()
