@@ -183,6 +183,14 @@ REFUSED = (
         ),
         r"a mixed cache has .*got a cache of \[\(1, 8\), \(1, 8\)\]",
     ),
+    (  # a state-space layer beside each attention
+        Family(
+            "falcon_h1",
+            GQA | dict(head_dim=8, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1),
+            targets=("q_proj", "v_proj"),
+        ),
+        "something beside its attention looks from one token to others",
+    ),
     (Family("mixtral_experts", GQA | dict(num_local_experts=4), "mixtral"), "expert parameters"),
     (Family("qwen3_moe_experts", QWEN3_MOE, "qwen3_moe"), "expert parameters"),
 )

@@ -300,8 +300,9 @@ def test_refused_and_left_as_it_was(family, reason):
     modules = dict(model.named_modules())
     trainable = [p.requires_grad for p in model.parameters()]
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
-    with pytest.raises(ValueError, match=reason):
-        get_bitune_model(model, BituneConfig(peft=lora(family)))
+    for use_fused in (True, False):
+        with pytest.raises(ValueError, match=reason):
+            get_bitune_model(model, BituneConfig(peft=lora(family), use_fused=use_fused))
     assert dict(model.named_modules()) == modules
     assert [p.requires_grad for p in model.parameters()] == trainable
     assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == hooks

@@ -27,6 +27,7 @@ class _Probe:
         self.maps = {}  # module -> x and output, of modules that were called with x alone
         self.local_sizes = {}
         self.keep = []  # tensors whose id is remembered must stay alive
+        self.mixes = True  # else attention keeps tokens apart, and its output is 0
 
     def attention(self, module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
         for name, x in kwargs.items():
@@ -43,7 +44,10 @@ class _Probe:
         self.before.append(("attention", module))
         group_size = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(group_size, dim=1) for x in (key, value))
-        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        if self.mixes:
+            out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        else:  # not a number where one of the three isn't
+            out = 0 * (value + query.mean(-1, keepdim=True) + key.mean(-1, keepdim=True))
         return out.transpose(1, 2).contiguous(), None
 
     def mask(self, *args, local_size=None, mask_function=None, device=None, **kwargs):
@@ -174,8 +178,10 @@ def find_structure(model: nn.Module) -> Structure:
         mlps=_find_mlps(layers, attentions, probe),
         unused_bidir=_unused(model, layer, last, probe),
     )
-    with _probing(backbone, configs):
+    with _probing(backbone, configs) as probe:
         _check_cached(name, structure, ids)
+        probe.mixes = False
+        _check_tokens_apart(name, backbone, ids)
     return structure
 
 
@@ -199,6 +205,25 @@ def _check_cached(name: str, structure: Structure, ids: torch.Tensor) -> None:
                 f"base_model: {name} can't be used: a mixed cache has keys and values of {expected} heads and sizes, "
                 f"got a cache of {found} in layer {layer}"
             )
+
+
+def _check_tokens_apart(name: str, backbone: nn.Module, ids: torch.Tensor) -> None:
+    """Refuse a family in which something beside attention looks from token to token, as state-space layers do.
+
+    It would look from one sample or stream into the next in one pass, and start anew at the answer in three.
+    """
+    middle = ids.new_tensor([_PROBE_TOKENS // 2])
+    embedding = backbone.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda module, args, x: x.index_fill(1, middle, torch.nan))
+    try:
+        rows = backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
+    finally:
+        handle.remove()
+    if int(rows.isnan().any(-1).sum()) > 1:
+        raise ValueError(
+            f"base_model: {name} can't be used: something beside its attention looks from one token to others (a "
+            "state-space layer or a convolution, for example)"
+        )
 
 
 def _layer_of(name: str, modules: dict[str, nn.Module]) -> nn.Module | None:
