@@ -191,6 +191,10 @@ REFUSED = (
         ),
         "something beside its attention looks from one token to others",
     ),
+    (  # its positions begin behind the id of padding
+        Family("roberta", dict(is_decoder=True), targets=("query", "value")),
+        "its positions don't count 0, 1, 2, ... from the first token",
+    ),
     (Family("mixtral_experts", GQA | dict(num_local_experts=4), "mixtral"), "expert parameters"),
     (Family("qwen3_moe_experts", QWEN3_MOE, "qwen3_moe"), "expert parameters"),
 )

@@ -179,10 +179,21 @@ def find_structure(model: nn.Module) -> Structure:
         unused_bidir=_unused(model, layer, last, probe),
     )
     with _probing(backbone, configs) as probe:
+        _check_positions(name, backbone, ids, out.last_hidden_state)
         _check_cached(name, structure, ids)
         probe.mixes = False
         _check_tokens_apart(name, backbone, ids)
     return structure
+
+
+def _check_positions(name: str, backbone: nn.Module, ids: torch.Tensor, expected: torch.Tensor) -> None:
+    """Refuse a family whose positions begin elsewhere than at 0, where no position_ids say so."""
+    positions = torch.arange(_PROBE_TOKENS, device=ids.device)[None]
+    found = backbone(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    if float((found - expected).float().norm()) > 0.01 * float(expected.float().norm()):
+        raise ValueError(
+            f"base_model: {name} can't be used: its positions don't count 0, 1, 2, ... from the first token"
+        )
 
 
 def _check_cached(name: str, structure: Structure, ids: torch.Tensor) -> None:
