@@ -16,7 +16,7 @@ from peft import IA3Config, LilyConfig, LoraConfig, PromptTuningConfig, VBLoRACo
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaForSequenceClassification
 
 from bitune_kernels import BituneConfig, BituneModel, get_bitune_model
 from bitune_kernels.modeling import adapters, encode, one_pass, score_choices, stream_distance
@@ -711,6 +711,10 @@ def dispatched(base):
         (lambda base: get_bitune_model(base, BituneConfig(peft=lora(target_modules=["nonexistent"]))), "nonexistent"),
         (lambda base: get_bitune_model(base, BituneConfig(peft=lora(), backend="flash")), "flash"),
         (lambda base: get_bitune_model(base.model, BituneConfig(peft=lora())), "causal LM"),
+        (
+            lambda base: get_bitune_model(LlamaForSequenceClassification(base.config), BituneConfig(peft=lora())),
+            "expected a transformers causal LM .*, got LlamaForSequenceClassification",
+        ),
         (lambda base: get_bitune_model(dispatched(base), BituneConfig(peft=lora())), "device_map over 0, disk"),
     ],
 )

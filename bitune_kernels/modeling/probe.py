@@ -125,7 +125,7 @@ def find_structure(model: nn.Module) -> Structure:
     """
     name = type(model).__name__
     backbone = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if backbone is None or backbone is model or not hasattr(model, "get_output_embeddings"):
+    if backbone is None or backbone is model or not hasattr(model, "prepare_inputs_for_generation"):
         raise ValueError(f"base_model: expected a transformers causal LM with a decoder backbone, got {name}")
     configs = list({id(m.config): m.config for m in [model, *backbone.modules()] if hasattr(m, "config")}.values())
     device = next(backbone.parameters()).device
