@@ -342,6 +342,11 @@ TUNERS = (
         peft.IA3Config(target_modules=["k_proj", "v_proj", "dense", "fc2"], feedforward_modules=["fc2"]),
     ),
     Case("rslora_bias", LLAMA, lora(LLAMA, use_rslora=True, lora_bias=True)),
+    Case(  # its matrices are no linear layers
+        "block_diagonal",
+        LLAMA,
+        lora(LLAMA, use_bdlora=peft.BdLoraConfig(target_modules_bd_b=["o_proj"], nblocks=2, match_strict=False)),
+    ),
     Case("vera", LLAMA, peft.VeraConfig(r=8, target_modules=["q_proj", "o_proj", "down_proj"])),
     Case("loha", LLAMA, peft.LoHaConfig(r=4, alpha=4, target_modules=[*ATTENTION, "gate_proj", "down_proj"])),
     Case("embedding", LLAMA, lora(LLAMA, target_modules=["embed_tokens", *ATTENTION])),

@@ -77,16 +77,15 @@ class SegmentLora(SegmentLinear):
 
     def _rows(self, x, n):
         names = (BIDIR, CAUSAL) if n else (CAUSAL,)
-        adapters = self._adapters(names)
+        variants = self.lora_variant and [self.lora_variant[name] for name in names if name in self.lora_variant]
+        adapters = None if any(type(v) is not DoraLinearVariant for v in variants) else self._adapters(names)
         if adapters is None:
             return by_blocks(self, super(SegmentLayer, self).forward, 0, n, x)
         both = adapters if n else (None, *adapters)
         base = self._modules["base_layer"]
         weights = _plain_weights(base, x)
-        variants = self.lora_variant and [self.lora_variant[name] for name in names if name in self.lora_variant]
         if variants:
-            dora = all(type(v) is DoraLinearVariant for v in variants) and not any(a.dropout for a in adapters)
-            if not dora or weights is None:
+            if weights is None or any(a.dropout for a in adapters):
                 return by_blocks(self, super(SegmentLayer, self).forward, 0, n, x)
             weight, bias = weights
             y = segment_lora_linear(x, weight, None, n, *both)
