@@ -320,6 +320,19 @@ def dpo_trainer(model, folder):
     )
 
 
+def kto_trainer(model, folder):
+    from trl import KTOConfig, KTOTrainer
+
+    rows = [{"prompt": p + " ", "completion": a, "label": i % 2 == 0} for i, (p, a) in enumerate(TEXTS)]
+    return KTOTrainer(
+        model=model,
+        ref_model=base_model(),
+        args=arguments(KTOConfig, folder),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
+    )
+
+
 def grpo_trainer(model, folder):
     from trl import GRPOConfig, GRPOTrainer
 
@@ -332,7 +345,7 @@ def grpo_trainer(model, folder):
     )
 
 
-@pytest.mark.parametrize("make", [dpo_trainer, grpo_trainer])
+@pytest.mark.parametrize("make", [dpo_trainer, kto_trainer, grpo_trainer])
 def test_trls_trainers_by_log_probabilities_equal_the_three_pass_schedule(make, tmp_path):
     curves = []
     for fused in (True, False):
