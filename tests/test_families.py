@@ -310,6 +310,22 @@ def test_refused_and_left_as_it_was(family, reason):
         assert torch.equal(model(ids).logits, before)
 
 
+def test_images_that_see_themselves_are_refused():
+    import transformers
+
+    text = BY_ID["gemma3_text"].build().config.to_dict()
+    vision = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8)
+    sizes = dict(text_config=text, vision_config=vision | dict(patch_size=4), mm_tokens_per_image=1)
+    base = transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(**sizes))
+    model = get_bitune_model(base, BituneConfig(peft=lora(LLAMA, target_modules=r".*language_model.*\.q_proj")))
+    ids, types = torch.arange(1, 9)[None], torch.zeros(1, 8, dtype=torch.long)
+    labels = torch.where(ids > 5, ids, -100)
+    model(input_ids=ids, labels=labels, token_type_ids=types)  # its training asks for them
+    types[0, 2:4] = 1
+    with pytest.raises(ValueError, match=r"^token_type_ids: expected no further input per token"):
+        model(input_ids=ids, labels=labels, token_type_ids=types)
+
+
 @pytest.mark.parametrize("name", ["gemma3_text", "exaone4"])
 def test_norms_of_heads_in_front_of_the_tokens_are_refused(name):
     adapters = lora(BY_ID[name], modules_to_save=["q_norm"])

@@ -350,6 +350,10 @@ class BituneModel(PeftModelForCausalLM):
         if kwargs.get("shift_labels") is not None:
             raise ValueError("shift_labels: expected None (labels are shifted by the model), got a tensor")
         packed = {name: common.pop(name) for name in PACKED if name in common}
+        for name, x in kwargs.items():  # a causal LM around the backbone may make a mask of them
+            per_token = isinstance(x, torch.Tensor) and x.shape == tokens.shape[:2]
+            if per_token and name not in ("position_ids", *PACKED) and bool(x.any()):
+                raise ValueError(f"{name}: expected no further input per token with Bitune, got {list(x.shape)}")
         plan = plan_batch(
             tokens,
             labels,
