@@ -16,7 +16,6 @@ from functools import partial
 
 import matplotlib.figure
 import torch
-import torch._dynamo.config
 import torch._functorch.config
 from common.floor import PEAK_FIELDS, measured_peaks, visible_pairs
 from common.memory import memory_of
@@ -526,8 +525,6 @@ def main(argv: list[str] | None = None) -> int:
     args, machine, shapes, notes = parse(argv)
     # FlexAttention's compiled backward would free the graph that is kept for timing.
     torch._functorch.config.donated_buffer = False
-    # It is compiled for each kind of heads, with and without gradients, and runs uncompiled beyond this many: 8 before.
-    torch._dynamo.config.recompile_limit = 64
     facts = provenance(machine.device) | {
         "benchmark": "attention",
         "dtype": machine.dtype_name,

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch._dynamo.config
 from tqdm import tqdm
 
 from bitune_kernels import backends
@@ -433,6 +434,9 @@ def measure(
     Returns:
         whether nothing failed (``_check``), and ``args.minutes`` left out no more than half of the shapes.
     """
+    # FlexAttention is compiled for each kind of heads and masks, for single rows and samples, with and without
+    # gradients, and runs in no more forms than this: 8 before.
+    torch._dynamo.config.recompile_limit = 64
     table = whole_model(args.providers, setup.device) if table is None else table
     print(table.head())
     deadline = None if args.minutes is None else start + 60 * args.minutes

@@ -32,11 +32,13 @@ def unsupported(*, device=None, dtype=None, sinks=None, prefix=None, requires_gr
 def _compiled():
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)
+    # whole, or an error: what doesn't compile would hold every pair of rows in memory
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def _softcap(softcap: float, device):
-    cap = torch.tensor(softcap, device=device)  # a tensor, since a graph with dynamic shapes takes no other float
+    # a tensor, since a graph with dynamic shapes takes no other float; filled, since a copy would wait for the GPU
+    cap = torch.full((), softcap, device=device)
     return lambda score, b, h, i, j: cap * torch.tanh(score / cap)
 
 
@@ -48,7 +50,8 @@ def _compiled_block_mask():
 
 
 def _labels(prompts: tuple[int, ...], answers: tuple[int, ...], segments: tuple[int, ...], device):
-    # segment, sample and position of each row, for prompt rows (segments 0-2) and answer rows (segment 3)
+    # segment, sample and position of each row, for prompt rows (segments 0-2) and answer rows (segment 3): a vector
+    # each, since labels[:, i] reads i, which no graph can
     index = torch.arange(len(prompts))
     parts = []
     for s in segments:
@@ -59,13 +62,13 @@ def _labels(prompts: tuple[int, ...], answers: tuple[int, ...], segments: tuple[
         if s == 3:
             position = position + torch.tensor(prompts)[sample]
         parts.append(torch.stack([torch.full_like(sample, s), sample, position]))
-    return torch.cat(parts, dim=1).to(device)
+    return torch.cat(parts, dim=1).to(device).unbind()
 
 
 @cache
-def _see(stream_mask: str, window: int | None):
+def _see(stream_mask: str):
     # Segments of queries: 0 bidir, 1 causal, 3 answer; of keys: 0 bidir, 1 causal, 2 mixed, 3 answer.
-    def visible(query, key):
+    def visible(query, key, window):
         (qs, qb, i), (ks, kb, j) = query, key
         bidir = {"full": qs == 0, "causal": (qs == 0) & (j <= i), "anti_causal": (qs == 0) & (j >= i)}[stream_mask]
         see = (qb == kb) & (
@@ -82,10 +85,16 @@ def _block_mask(prompts, answers, query_segments, key_segments, stream_mask: str
 
     # compiled it doesn't hold every pair of rows in memory; on a CPU that takes longer than it saves
     create = _compiled_block_mask() if device.type == "cuda" else create_block_mask
-    queries, keys = (_labels(prompts, answers, segments, device) for segments in (query_segments, key_segments))
-    visible = _see(stream_mask, window)
-    sizes = queries.shape[1], keys.shape[1]
-    return create(lambda b, h, i, j: visible(queries[:, i], keys[:, j]), None, None, *sizes, device=device)
+    visible = _see(stream_mask)
+    with torch.inference_mode(False):  # a later call may train, and autograd saves no inference tensors
+        queries, keys = (_labels(prompts, answers, segments, device) for segments in (query_segments, key_segments))
+        if window is not None:
+            window = torch.full((), window, device=device)  # as the softcap
+
+        def see(b, h, i, j):
+            return visible([x[i] for x in queries], [x[j] for x in keys], window)
+
+        return create(see, None, None, len(queries[0]), len(keys[0]), device=device)
 
 
 @in_own_dtypes
