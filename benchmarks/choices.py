@@ -59,8 +59,8 @@ class Question:
         scores = []
         for row, choice in zip(logits[:, len(self.prompt) - 1 :].float(), choices, strict=True):
             each = row[: len(choice)].log_softmax(-1)
-            scores.append(each.gather(1, torch.tensor(choice, device=self.device)[:, None]).sum().cpu())
-        return torch.stack(scores)
+            scores.append(each.gather(1, torch.tensor(choice, device=self.device)[:, None]).sum())
+        return torch.stack(scores).cpu()
 
     def check(self, provider: str) -> None:
         with self.model.use_schedule(use_fused=False):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bitune_kernels import BituneConfig, BituneModel, get_bitune_model
+from bitune_kernels import BituneConfig, BituneModel, SegmentPlan, get_bitune_model
+from bitune_kernels.modeling.loss import loss_per_sample
 from tests.families import BY_ID
 from tests.test_trainers import hf_trainer, losses, sft_trainer
 from tests.tiny import VOCAB, base_model, bitune_model, lora, ragged_batch
@@ -182,3 +186,11 @@ def test_chunks_are_asked_for_where_a_model_is_loaded(tmp_path):
     for rows in (None, 5):
         loaded = BituneModel.from_pretrained(base_model(), tmp_path, loss_chunk_rows=rows)
         assert loaded.bitune_config.loss_chunk_rows == rows
+
+
+def test_the_mean_over_samples_reads_no_value():
+    # it would make the host wait for a GPU's whole forward; fake tensors have none
+    causal_lm = SimpleNamespace(loss_function=None)
+    with FakeTensorMode(), loss_per_sample(causal_lm, SegmentPlan.from_lengths([3, 2], [4, 5]), True):
+        labels = torch.zeros(1, 9, dtype=torch.int64)
+        assert causal_lm.loss_function(torch.zeros(1, 9, VOCAB), labels, VOCAB).shape == ()

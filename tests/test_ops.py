@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.bias import CausalBias
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -327,6 +328,17 @@ def test_window_beyond_every_integer_of_a_tensor(backend):
     inputs = Case(prompts=(5,), answers=(3,), heads=(1, 1)).make()
     out, _, _ = bitune_attention(**inputs | {"window": 2**70}, backend=backend)
     assert torch.equal(out, bitune_attention(**inputs | {"window": 8}, backend=backend)[0])
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 4, "prefix": (3, 0)}, {"num_streams": 1, "shared_qkv": True}], ids=str
+)
+def test_no_value_is_read(options, backend):
+    # each would make the host wait for a GPU, in every layer; fake tensors have none
+    with FakeTensorMode():
+        args, rest = Case(prompts=(9, 5), answers=(3, 6), **options).call(torch.bfloat16)
+        backends.load(backend).attention(*args, **rest._asdict())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)

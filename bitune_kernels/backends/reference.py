@@ -14,6 +14,8 @@ as a key/value cache would hold them.
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 
 from ..autocast import in_own_dtypes
@@ -81,8 +83,10 @@ def attention(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, *, upcast: bool = Tr
     def rows_of(sample: int, cumulative: list[int]) -> slice:
         return slice(cumulative[sample], cumulative[sample + 1])
 
-    cu_prompt, cu_answer = plan.cu_prompt.tolist(), plan.cu_answer.tolist()
-    cu_prefix = [0] * (plan.batch_size + 1) if prefix is None else plan.cu_prefix.tolist()
+    # not the plan's tensors: reading them would wait for a GPU, once per layer
+    cu_prompt, cu_answer, cu_prefix = (
+        [0, *accumulate(lengths)] for lengths in (plan.prompt_lengths, plan.answer_lengths, plan.past_lengths)
+    )
     k_prefix, v_prefix = (k[:0], v[:0]) if prefix is None else prefix
     bidir, causal, answer = [], [], []
     for b in range(plan.batch_size):

@@ -309,7 +309,7 @@ class BackboneHooks:
         if positions is not None:
             found = positions.flatten()[plan.token_index]
             expected = plan.positions[-plan.num_prompt - plan.num_answer :]
-            if not torch.equal(found.cpu(), expected.cpu()):
+            if not torch.equal(found, expected):
                 raise ValueError(
                     "position_ids: expected 0, 1, 2, ... from the first real token of each row (several samples in one "
                     "row need labels or prompt_lengths), got others"

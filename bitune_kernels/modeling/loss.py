@@ -97,8 +97,8 @@ def loss_per_sample(causal_lm: nn.Module, plan: SegmentPlan, enabled: bool):
         # logits [1, A, vocab], labels int64 [1, A]: the first label of a sample is -100, so no row predicts another's
         labels = nn.functional.pad(labels[0, 1:], (0, 1), value=-100).to(logits.device)
         tokens = nn.functional.cross_entropy(logits.float().view(-1, vocab_size), labels, reduction="none")
-        lengths = torch.tensor(plan.answer_lengths, device=logits.device)
-        sample = torch.arange(len(lengths), device=logits.device).repeat_interleave(lengths)
+        lengths = plan.cu_answer.diff().to(logits.device)  # there already: a copy, or a size unknown, would wait for it
+        sample = torch.arange(len(lengths), device=logits.device).repeat_interleave(lengths, output_size=len(tokens))
         sums = tokens.new_zeros(len(lengths)).index_add(0, sample, tokens)
         counts = tokens.new_zeros(len(lengths)).index_add(0, sample, (labels != -100).float())
         return (sums / counts.clamp(min=1)).sum() / counts.count_nonzero().clamp(min=1)
