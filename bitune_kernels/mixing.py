@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +10,6 @@ from torch import nn
 
 from .autocast import without_autocast
 from .config import GRANULARITIES, MIXINGS, BituneConfig, existing
-from .plan import SegmentPlan
 
 MIXING_NAME = "bitune_mixing.safetensors"
 
@@ -39,10 +38,9 @@ def mix(causal: torch.Tensor, bidir: torch.Tensor, alpha, dtype: torch.dtype | N
     return torch.lerp(causal.to(dtype), bidir.to(dtype), alpha).to(causal.dtype)
 
 
-def mix_prompts(x: torch.Tensor, alpha, plan: SegmentPlan) -> torch.Tensor:
-    """Keys or values [T, heads, dim] -> the prompts' [N, heads, dim] as answers see them: mixed, or one stream's."""
-    n, start = plan.num_prompt, plan.answer_start
-    return x[:n] if plan.num_streams == 1 else mix(x[n:start], x[:n], alpha)
+def mix_prompts(streams: Sequence[torch.Tensor], alpha) -> torch.Tensor:
+    """Keys or values of the prompts, [N, heads, dim] of each stream -> as answers see them: mixed, or one stream's."""
+    return streams[0] if len(streams) == 1 else mix(streams[1], streams[0], alpha)
 
 
 class MixingCoefficients(nn.Module):

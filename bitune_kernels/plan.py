@@ -401,6 +401,14 @@ class SegmentPlan:
         """The first answer row."""
         return self.num_streams * self.num_prompt
 
+    def segments(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[num_rows or num_answer, ...] -> the prompts of each stream, if they are there, then the answers.
+
+        By split(), whose backward is one copy; slices would each fill a gradient of all rows.
+        """
+        prompts = [self.num_prompt] * self.num_streams if rows.shape[0] == self.num_rows else []
+        return rows.split([*prompts, self.num_answer])
+
     @cached_property
     def row_index(self) -> torch.Tensor:
         """int64 [T]: the flattened token of each packed row."""

@@ -218,3 +218,13 @@ BAD_CU = [
 def test_bad_cu_seqlens_are_refused(change, error, message):
     with pytest.raises(error, match=f"^{message}"):
         SegmentPlan.from_cu_seqlens(**{"cu_prompt": GOOD_CU, "cu_answer": GOOD_CU, "cu_prefix": GOOD_CU} | change)
+
+
+@pytest.mark.parametrize(("streams", "sizes"), [(1, [5, 4]), (2, [5, 5, 4])])
+def test_segments(streams, sizes):
+    plan = SegmentPlan.from_lengths([3, 2], [1, 3], num_streams=streams)
+    rows = torch.arange(plan.num_rows)
+    assert [len(x) for x in plan.segments(rows)] == sizes and torch.equal(torch.cat(plan.segments(rows)), rows)
+    assert [x.tolist() for x in plan.segments(rows[-4:])] == [rows[-4:].tolist()]  # queries of the answers alone
+    empty = SegmentPlan.from_lengths([0], [2], num_streams=streams)
+    assert [len(x) for x in empty.segments(torch.arange(2))] == [0] * streams + [2]

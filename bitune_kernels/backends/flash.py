@@ -94,21 +94,20 @@ def attention(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, **options):
 
     if softmax_scale <= 0:  # its kernels scale what they masked: -inf times this is no longer -inf
         q, softmax_scale = (-q, -softmax_scale) if softmax_scale else (q * 0, 1.0)
-    N, S, cu = plan.num_prompt, plan.answer_start, plan.cu_prompt
-    q_prompt, q_answer = q.split([q.shape[0] - plan.num_answer, plan.num_answer])
-    k_mixed, v_mixed = mix_prompts(k, alpha_k, plan), mix_prompts(v, alpha_v, plan)
+    (*q_prompts, q_answer), (*k_prompts, k_answer), (*v_prompts, v_answer) = (plan.segments(x) for x in (q, k, v))
+    k_mixed, v_mixed = mix_prompts(k_prompts, alpha_k), mix_prompts(v_prompts, alpha_v)
 
     out = []
-    if q_prompt.shape[0]:
-        lengths = (cu, cu, plan.max_prompt, plan.max_prompt)
-        out.append(attend(q_prompt[:N], k[:N], v[:N], *lengths, o.stream_mask == "causal"))
+    if q_prompts and plan.num_prompt:
+        lengths = (plan.cu_prompt, plan.cu_prompt, plan.max_prompt, plan.max_prompt)
+        out.append(attend(q_prompts[0], k_prompts[0], v_prompts[0], *lengths, o.stream_mask == "causal"))
         if plan.num_streams == 2 or o.shared_qkv:
-            out.append(attend(q_prompt[-N:], k[S - N : S], v[S - N : S], *lengths, True))
+            out.append(attend(q_prompts[-1], k_prompts[-1], v_prompts[-1], *lengths, True))
         if o.beta is not None:
             out = [mix(out[1], out[0], o.beta)]
-    if q_answer.shape[0]:
-        keys = _joined(k_mixed, plan.prompt_lengths, k[S:], plan.answer_lengths)
-        values = _joined(v_mixed, plan.prompt_lengths, v[S:], plan.answer_lengths)
+    if plan.num_answer:
+        keys = _joined(k_mixed, plan.prompt_lengths, k_answer, plan.answer_lengths)
+        values = _joined(v_mixed, plan.prompt_lengths, v_answer, plan.answer_lengths)
         longest = max(n + a for n, a in zip(plan.prompt_lengths, plan.answer_lengths, strict=True))
         cu_keys = plan.cu_prompt + plan.cu_answer
         # causal is aligned to the end of the keys, which is where the answer's own stand

@@ -102,7 +102,7 @@ def attention(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, **options):
     """``bitune_kernels.ops.bitune_attention`` for calls without sinks and prefix."""
     o, N, S, A = Options(**options), plan.num_prompt, plan.answer_start, plan.num_answer
     prompts = q.shape[0] > A
-    k_mixed, v_mixed = mix_prompts(k, alpha_k, plan), mix_prompts(v, alpha_v, plan)
+    k_mixed, v_mixed = (mix_prompts(plan.segments(x)[:-1], alpha) for x, alpha in ((k, alpha_k), (v, alpha_v)))
     if plan.num_streams == 2:
         keys, values, key_segments = (
             torch.cat([k[:S], k_mixed, k[S:]]),

@@ -108,11 +108,11 @@ def _answer_visibility(a: int, before: int, window: int | None, device):
 def attention(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, **options):
     """``bitune_kernels.ops.bitune_attention`` for calls without softcap and sinks."""
     o = Options(**options)
-    N, A, S, softmax_scale, prefix = plan.num_prompt, plan.num_answer, plan.answer_start, o.softmax_scale, o.prefix
+    softmax_scale, prefix = o.softmax_scale, o.prefix
     if softmax_scale <= 0:  # PyTorch's causal kernels scale what they masked: -inf times this is no longer -inf
         q, softmax_scale = (-q, -softmax_scale) if softmax_scale else (q * 0, 1.0)
-    q_answer, q_prompt = q[q.shape[0] - A :], q[: q.shape[0] - A]
-    k_mixed, v_mixed = mix_prompts(k, alpha_k, plan), mix_prompts(v, alpha_v, plan)
+    (*q_prompts, q_answer), (*k_prompts, k_answer), (*v_prompts, v_answer) = (plan.segments(x) for x in (q, k, v))
+    k_mixed, v_mixed = mix_prompts(k_prompts, alpha_k), mix_prompts(v_prompts, alpha_v)
 
     lengths = zip(plan.prompt_lengths, plan.answer_lengths, plan.past_lengths, strict=True)
     # Neighbours of equal lengths share one call: (samples, prompt, answer, past) of each run.
@@ -129,21 +129,22 @@ def attention(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, **options):
             return k, v
         return torch.cat([prefixes[0][r], k], 1), torch.cat([prefixes[1][r], v], 1)
 
-    def stream(mask, rows):  # the prompts' attention in one stream
+    def stream(mask, i):  # the prompts' attention in one stream
         out = []
-        for r, (qs, ks, vs) in enumerate(zip(*(split(x[rows], _PROMPT) for x in (q_prompt, k, v)), strict=True)):
+        rows = zip(*(split(x[i], _PROMPT) for x in (q_prompts, k_prompts, v_prompts)), strict=True)
+        for r, (qs, ks, vs) in enumerate(rows):
             see = _prompt_visibility(mask, runs[r][_PROMPT], runs[r][_PAST], o.window, q.device)
             out.append(_attend(qs, *seen(r, ks, vs), softmax_scale, see).flatten(0, 1))
         return out
 
     out = []
-    if q_prompt.shape[0] or (N == 0 and q.shape[0] == plan.num_rows):
-        bidir = stream(o.stream_mask, slice(0, N))
-        causal = stream("causal", slice(S - N, S)) if plan.num_streams == 2 or o.shared_qkv else []
+    if q_prompts:
+        bidir = stream(o.stream_mask, 0)
+        causal = stream("causal", -1) if plan.num_streams == 2 or o.shared_qkv else []
         if o.beta is not None:
             bidir, causal = [mix(c, b, o.beta) for c, b in zip(causal, bidir, strict=True)], []
         out = [*bidir, *causal]
-    rows = zip(*(split(x, _ANSWER) for x in (q_answer, k[S:], v[S:])), strict=True)
+    rows = zip(*(split(x, _ANSWER) for x in (q_answer, k_answer, v_answer)), strict=True)
     mixed = tuple(zip(split(k_mixed, _PROMPT), split(v_mixed, _PROMPT), strict=True))
     for r, (qs, ks, vs) in enumerate(rows):
         _, prompt, answer, before = runs[r]

@@ -153,7 +153,7 @@ class OnePass(Pass):
         # With weights of their own for each sample, keys and values are mixed here. The prompts, and the answers over
         # the mix as their past, are then two calls.
         start = plan.answer_start
-        mixed = mix_prompts(k, alpha_k, plan), mix_prompts(v, alpha_v, plan)
+        mixed = tuple(mix_prompts(plan.segments(x)[:-1], alpha) for x, alpha in ((k, alpha_k), (v, alpha_v)))
         prompts, answers = self.parts[layer]
         out = []
         if q.shape[0] > plan.num_answer:
@@ -172,7 +172,8 @@ class OnePass(Pass):
     def _earlier_turns(self, x: torch.Tensor, alpha: torch.Tensor | None) -> torch.Tensor:
         # x [T, heads, dim], the keys or values -> [num_prefix, heads, dim]: mixed prompts and answers, turn by turn
         plan = self.attended
-        return torch.cat([mix_prompts(x, alpha, plan), x[plan.answer_start :]]).index_select(0, plan.prefix_index)
+        *prompts, answer = plan.segments(x)
+        return torch.cat([mix_prompts(prompts, alpha), answer]).index_select(0, plan.prefix_index)
 
     def take_caches(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]] | None:
         """Per layer k, v [batch, num_heads_kv, seq, head_dim], which are not kept here any longer."""
