@@ -10,7 +10,6 @@ from collections.abc import Callable
 from itertools import groupby
 
 import torch
-from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..autocast import in_own_dtypes
@@ -37,29 +36,27 @@ def _on_cuda(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _attend(q, k, v, scale: float, see: Callable | CausalBias | str | None):
+def _attend(q, k, v, scale: float, see: Callable | torch.Tensor | str | None):
     # Samples of equal lengths: q [B, Lq, Hq, D], k and v [B, Lk, Hkv, D] -> [B, Lq, Hq, Dv]. see: None = everything,
     # "causal", a bias, or (first, end) of queries -> (first, end) of the keys that any of them sees and bool [queries,
     # keys].
     if not q.shape[1]:
         return q.new_zeros(*q.shape[:3], v.shape[3])
+    group_size = q.shape[2] // k.shape[2]
+    if group_size > 1 and _on_cuda(q.device) and (callable(see) or q.dtype == torch.float32):
+        # PyTorch's fused kernels for these know no grouped heads, and what it falls back to stores all scores.
+        k, v = (x.repeat_interleave(group_size, 2) for x in (k, v))
     if not callable(see):
         causal = isinstance(see, str)
         return _sdpa(q, k, v, scale, None if causal else see, causal)
     out = []
-    for first in range(0, q.shape[1], _ROWS):
-        rows = first, min(first + _ROWS, q.shape[1])
-        (low, high), mask = see(rows)
-        out.append(_sdpa(q[:, slice(*rows)], k[:, low:high], v[:, low:high], scale, mask))
+    for first, queries in zip(range(0, q.shape[1], _ROWS), q.split(_ROWS, 1), strict=True):
+        (low, high), mask = see((first, first + queries.shape[1]))
+        out.append(_sdpa(queries, k[:, low:high], v[:, low:high], scale, mask))
     return torch.cat(out, 1) if len(out) > 1 else out[0]
 
 
 def _sdpa(q, k, v, scale: float, mask: torch.Tensor | None, causal: bool = False):
-    group_size = q.shape[2] // k.shape[2]
-    dense = mask is not None and not isinstance(mask, CausalBias)
-    if group_size > 1 and _on_cuda(q.device) and (dense or q.dtype == torch.float32):
-        # PyTorch's fused kernels for these know no grouped heads, and what it falls back to stores all scores.
-        k, v = (x.repeat_interleave(group_size, 2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     o = scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -94,6 +91,8 @@ def _answer_visibility(a: int, before: int, window: int | None, device):
     if window is None and before == 0:
         return "causal"
     if window is None and _on_cuda(device):
+        from torch.nn.attention.bias import causal_lower_right  # loads triton
+
         return causal_lower_right(a, before + a)  # no mask for its kernels; elsewhere it would become a whole one
 
     def see(rows):
