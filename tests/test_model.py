@@ -538,6 +538,25 @@ def test_checkpointing_stays_off_behind_an_interrupt():
     assert not model.get_base_model().is_gradient_checkpointing
 
 
+def test_logits_that_are_not_computed_are_told():
+    model, (ids, mask, labels) = bitune_model().eval(), ragged_batch()
+    told = pytest.warns(UserWarning, match="logits: without labels and prompt_lengths all tokens are prompt")
+    with torch.no_grad():
+        with told:
+            out = model(input_ids=ids[:, :5], use_cache=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(input_ids=ids[:, :5], logits_to_keep=1)
+            model.get_decoder()(input_ids=ids[:, :5])
+            model(input_ids=ids, attention_mask=mask, labels=labels)
+            model(input_ids=ids[:, :1])
+            model(input_ids=ids[:, :3], past_key_values=out.past_key_values, use_cache=True)
+            model(input_ids=ids, attention_mask=mask, labels=labels)
+            model.generate(input_ids=ids[:, :5], max_new_tokens=2)
+            with model.disable_bitune():
+                model(input_ids=ids)
+
+
 def test_threads_take_turns():
     model, (ids, mask, labels) = bitune_model().eval(), ragged_batch()
     calls = [

@@ -7,6 +7,7 @@ Its caller sees an ordinary forward: tokens in, hidden states and a filled cache
 from __future__ import annotations
 
 import inspect
+import warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -79,12 +80,13 @@ class BackboneHooks:
         self.merge: CausalMerge | None = None
         self.observer: Observer | None = None
         self._request: Request | None = None
+        self._prefilled = False  # whether the next rows of the head are zeros but for the prompts' last tokens
         backbone = structure.backbone
         self._names = list(inspect.signature(backbone.forward).parameters)  # of positional arguments
         self._handles = [
             backbone.register_forward_pre_hook(self._before, with_kwargs=True),
             backbone.register_forward_hook(self._after, with_kwargs=True, always_call=True),
-            head.register_forward_pre_hook(_before_head),
+            head.register_forward_pre_hook(self._before_head),
         ]
         self._handles += run_in_chunks(structure.mlps)
         self._handles += TrimHooks(structure).handles
@@ -393,6 +395,7 @@ class BackboneHooks:
             rows = call.three_pass.rows(rows)
             caches = None if call.cache is None else call.three_pass.caches(call.answer_pass)
         output.last_hidden_state = rows[None] if call.request is not None else _each(plan.unpack_answers(rows), call)
+        self._prefilled = call.request is None and self.generation is None
         if call.cache is not None:
             for layer in sorted(caches):
                 k, v = caches.pop(layer)  # the cache copies them, so one layer's are there twice and not all
@@ -405,6 +408,17 @@ class BackboneHooks:
             call.request.output = output
             output = type(output)(**{**output, "last_hidden_state": rows[None, :1]})
         return output
+
+    def _before_head(self, head, args):
+        rows = args[0]
+        if self._prefilled and rows.shape[1] > 1:
+            warnings.warn(
+                "logits: without labels and prompt_lengths all tokens are prompt, and the logits of all but the last "
+                "are zeros that say nothing; for a prefill give logits_to_keep=1",
+                stacklevel=1,
+            )
+        self._prefilled = False
+        return new_strides(rows), *args[1:]  # generate() has it read the last row of each prompt
 
     def _begin_answer(self, cache) -> None:
         if self.generation is not None and self.generation.filled is None:
@@ -419,11 +433,6 @@ def _end_interrupted() -> None:
     if call is not None and not call.prepares:
         set_open_call(None)
         call.scope.close()
-
-
-def _before_head(head, args):
-    # generate() has it read the last row of each prompt
-    return new_strides(args[0]), *args[1:]
 
 
 def _each(x: torch.Tensor, call: _Call) -> torch.Tensor:

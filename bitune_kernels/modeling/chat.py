@@ -136,7 +136,7 @@ class BituneChat:
     def _step(self, tokens: list[int], cache) -> None:
         ids = torch.tensor([tokens], device=self.model.device)
         with evaluating(self.model):
-            self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+            self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     def _render(self, messages, add_generation_prompt: bool = True) -> str:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)

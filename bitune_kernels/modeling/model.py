@@ -329,7 +329,8 @@ class BituneModel(PeftModelForCausalLM):
         Returns:
             The causal LM's output. ``logits`` [batch, seq, vocab] are computed for the last prompt token and the
             answer, and zero elsewhere; with labels in training mode and ``loss_chunk_rows`` there are none. Without
-            labels and lengths every token is prompt, and only the last one has logits.
+            labels and lengths every token is prompt, and only the last one has logits (``logits_to_keep=1`` spares the
+            zeros).
 
         Raises:
             ValueError, TypeError: naming the argument, what was expected and what came, before anything is computed.

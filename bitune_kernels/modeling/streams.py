@@ -81,4 +81,4 @@ def _prefill(model: BituneModel, input_ids: torch.Tensor, observer: Observer) ->
     if input_ids.shape[0] != 1 or input_ids.shape[1] < 2:
         raise ValueError(f"input_ids: expected [1, seq] with at least two tokens, got {list(input_ids.shape)}")
     with evaluating(model), in_one_pass(model), model._hooks.observing(observer):
-        model(input_ids=input_ids, use_cache=False)
+        model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
