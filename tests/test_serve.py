@@ -91,6 +91,25 @@ def test_a_wrong_request_is_named_and_the_model_after_its_run(place, tmp_path, m
     assert answer.status_code == 200 and answer.json()["usage"]["total_tokens"] == 3
 
 
+def test_a_limit_of_one_connection_answers_it(place, monkeypatch):
+    seen = []
+
+    def run(app, **options):
+        served = uvicorn.Server(uvicorn.Config(app, **options))
+        with ThreadPoolExecutor(1) as pool:
+            done = pool.submit(served.run)
+            while not (served.started or done.done()):
+                time.sleep(0.1)
+            try:
+                seen.append(urllib.request.urlopen(f"http://127.0.0.1:{options['port']}/health", timeout=30).status)
+            finally:
+                served.should_exit = True
+
+    monkeypatch.setattr(uvicorn, "run", run)
+    arguments = ["--model", str(place / "model"), "--adapter", str(place / "adapter"), "--host", "127.0.0.1"]
+    assert main(["serve", *arguments, "--port", str(free_port()), "--limit", "1"]) == 0 and seen == [200]
+
+
 def test_a_port_in_use_is_refused_before_the_model_is_loaded(place, capsys):
     with socket.create_server(("localhost", 0)) as taken:
         port = str(taken.getsockname()[1])

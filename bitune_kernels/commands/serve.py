@@ -175,6 +175,7 @@ def _run(given) -> None:
 
     for kind in (ValueError, TypeError, KeyError, TemplateError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, wrong_request)
-    options = dict(limit_concurrency=given.limit, timeout_graceful_shutdown=GRACE, log_level="info")
+    # uvicorn counts the connection that asks, and refuses from this number on
+    options = dict(limit_concurrency=given.limit + 1, timeout_graceful_shutdown=GRACE, log_level="info")
     print(f"bitune: serving the model {name!r}", file=sys.stderr)
     uvicorn.run(app, host=given.host, port=given.port, **options)
