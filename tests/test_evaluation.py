@@ -295,6 +295,7 @@ def test_an_answer_ends_at_the_tokenizers_end_token():
             lambda lm: score_choices(lm.model, [[1]], [[[]]]),
             r"choices: expected at least one token in each, got none in",
         ),
+        (lambda lm: score_choices(lm.model, [[1]], [[[-1]]]), r"choices: expected token ids, got -1 in choices\[0\]"),
         (lambda lm: score_choices(lm.model, ["a"], [[[1]]]), "prompts: expected token ids, got the text 'a'"),
         (lambda lm: score_choices(lm.model, [[1]], []), "choices: expected those of each of the 1 prompts, got 0"),
         (lambda lm: score_choices(base_model(), [[1]], [[[1]]]), "model: expected a BituneModel"),

@@ -41,6 +41,8 @@ def score_choices(
                 raise TypeError(f"{name}: expected token ids, got the text {ids!r} in {name}[{i}]")
             if not len(ids):
                 raise ValueError(f"{name}: expected at least one token in each, got none in {name}[{i}]")
+            if min(ids) < 0:
+                raise ValueError(f"{name}: expected token ids, got {int(min(ids))} in {name}[{i}]")
     if not len(prompts):
         return []
     tokens, turns, rows = _layout(prompts, choices)
