@@ -29,7 +29,7 @@ lint: $(READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-# Removes everything these targets made.
+# Removes what these targets set up and built, but no results.
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
 	rm -f bitune_kernels/_build_info.py bitune_kernels/_C.*.so
