@@ -69,7 +69,7 @@ class BituneConfig:
         variant: a key of ``VARIANTS``; the paper's method is "bitune".
         mixing: f in ``alpha = f(theta) / (f(theta) + theta_init)``: "abs" or "relu".
         mixing_granularity: one theta per "layer", per "head" of each layer (beta: query head), or one "global" one.
-        theta_init: positive; also the start of every theta, so that alpha starts at 0.5.
+        theta_init: positive; also the start of theta_k and theta_v, so that alpha starts at 0.5.
         beta_init: in (0, 1), where beta starts, the weight of the bidirectional attention in single-stream variants.
         dynamic_mixing: alpha of a layer also depends on the prompt, through a linear gate on the mean values of both
             streams in that layer. It starts at zero, where alpha is that of the thetas.
@@ -84,7 +84,7 @@ class BituneConfig:
             "alternating" (one pass alone): each turn's prompt is read by both streams over the mixed prompts and the
             answers before it.
         loss_chunk_rows: in training, compute logits and loss for this many answer tokens at a time and their logits
-            once more in the backward pass; the output then has no logits. None: all at once.
+            once more in the backward pass; the output then has no logits. None: all at once, as loss "sample" needs.
 
     Raises:
         ValueError, TypeError: naming the field, what was expected and what came.

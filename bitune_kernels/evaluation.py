@@ -40,8 +40,7 @@ class BituneLM(HFLM):
         max_length: tokens of prompt and answer together, less one; None: what the model was made for.
 
     Raises:
-        ValueError, TypeError, FileNotFoundError: naming the argument, what was expected and what came, before weights
-            are loaded.
+        ValueError, TypeError, FileNotFoundError: naming the argument, what was expected and what came.
     """
 
     def __init__(

@@ -58,6 +58,7 @@ class MixingCoefficients(nn.Module):
         num_heads_q: the heads of beta.
         beta_init: in (0, 1), where beta starts.
         gate_features: per layer the size of a prompt's state from which ``gated`` moves alpha; None: alpha is fixed.
+        device: of the parameters.
     """
 
     def __init__(

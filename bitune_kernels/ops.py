@@ -50,8 +50,9 @@ def bitune_attention(
             (a model's last layer). T = plan.num_rows.
         k: [T, num_heads_kv, head_dim]; query head h uses key/value head h // (num_heads_q / num_heads_kv).
         v: [T, num_heads_kv, head_dim_v].
-        alpha_k, alpha_v: weight of the bidirectional stream in [0, 1], scalar or [num_heads_kv]. None when
-            ``plan.num_streams`` is 1: nothing is mixed, and k_mixed, v_mixed are the prompt rows themselves.
+        alpha_k, alpha_v: weight of the bidirectional stream in [0, 1]: a number, or float32 (float64) [] or
+            [num_heads_kv]. None when ``plan.num_streams`` is 1: nothing is mixed, and k_mixed, v_mixed are the prompt
+            rows themselves.
         plan: lengths of the samples.
         softmax_scale: default head_dim ** -0.5.
         window: a query sees keys with |i - j| < window only; positions count from the sample's first token.
@@ -60,15 +61,15 @@ def bitune_attention(
         stream_mask: what a prompt token of the bidirectional stream sees: "full", "causal" (j <= i) or
             "anti_causal" (j >= i).
         shared_qkv: both streams have the same q, k, v: the plan has num_streams 1 and the output both streams' rows.
-        beta: the prompt's two outputs become one, ``(1 - beta) causal + beta bidir`` in float32; scalar or
-            [num_heads_q].
-        prefix: (k, v) [sum of plan.prefix_lengths, num_heads_kv, head_dim] of an already cached past, which every
-            row of its sample sees (within the window).
+        beta: the prompt's two outputs become one, ``(1 - beta) causal + beta bidir`` in float32; a number, or
+            float32 (float64) [] or [num_heads_q].
+        prefix: (k, v), sum of plan.prefix_lengths rows as those of k and v, of an already cached past, which every row
+            of its sample sees (within the window).
         backend: "auto" or a name of ``bitune_kernels.backends.BACKENDS``, which is then used or refused.
 
     Returns:
         out [rows, num_heads_q, head_dim_v]: bidir, causal and answer rows; with ``beta`` or one stream, prompt and
-        answer rows; for q of A rows, answer rows. k_mixed, v_mixed [N, num_heads_kv, head_dim].
+        answer rows; for q of A rows, answer rows. k_mixed, v_mixed: N rows as those of k and v.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -99,12 +100,16 @@ def bitune_prefill(
 
     Args:
         q, k, v, alpha_k, alpha_v, plan, options: as in ``bitune_attention``.
-        k_cache, v_cache: [num_slots, num_heads_kv, head_dim], any strides; written in place.
+        k_cache, v_cache: [num_slots, ...] of rows as those of k and v, written in place; any strides, for "cuda"
+            contiguous rows at multiples of 16 bytes.
         cache_positions: int64 [N + A], the slot of each mixed prompt row and then of each answer row, all different.
         backend: as in ``bitune_attention``.
 
     Returns:
         out, as ``bitune_attention``. Not differentiable: call it under ``torch.no_grad()``.
+
+    Raises:
+        ValueError, TypeError: as ``bitune_attention``; and for an argument that requires a gradient.
     """
     if unknown := sorted(options.keys() - set(Options._fields)):
         raise TypeError(f"{unknown[0]}: expected one of {', '.join(Options._fields)}, got another keyword")
@@ -158,7 +163,7 @@ def mix_kv(
 
     Args:
         causal, bidir: [rows, num_heads_kv, head_dim], same dtype and device.
-        alpha: in [0, 1], scalar or [num_heads_kv].
+        alpha: in [0, 1]: a number, or float32 (float64) [] or [num_heads_kv].
         backend: "auto" and "reference" are plain PyTorch, which torch.compile fuses with what stands around it;
             another name is a backend with a kernel for it, which is then used or refused.
 

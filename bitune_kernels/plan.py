@@ -186,7 +186,11 @@ class SegmentPlan:
         prefix_lengths: Sequence[int] | torch.Tensor | None = None,
         device: torch.device | str | None = None,
     ) -> SegmentPlan:
-        """A plan from the number of rows of each sample's prompt (per stream) and answer segment."""
+        """A plan from the number of rows of each sample's prompt (per stream) and answer segment, each 0 or more.
+
+        Raises:
+            ValueError, TypeError: a length out of range, or too many or too few of them.
+        """
         prompt = _ints("prompt_lengths", prompt_lengths)
         answer = _ints("answer_lengths", answer_lengths, len(prompt))
         prefix = None if prefix_lengths is None else _ints("prefix_lengths", prefix_lengths, len(prompt))

@@ -37,10 +37,9 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Ordered by how the choice of "auto" goes: the first one that supports the call.
 BACKENDS = ("sdpa", "cuda", "triton", "flash", "flex", "reference")
 
-# "auto" takes only what is tested wherever the tests run; the others must be asked for by name.
+# "auto" takes the first that supports the call, of what is tested wherever the tests run; others are asked for by name.
 AUTO = ("sdpa", "reference")
 
 

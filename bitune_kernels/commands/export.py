@@ -18,7 +18,7 @@ def add(commands) -> None:
         epilog="example: bitune export --model google/gemma-2b --adapter runs/answers --output exported",
     )
     add_model_options(parser)
-    parser.add_argument("--output", required=True, help="a new folder")
+    parser.add_argument("--output", required=True, help="a new or empty folder")
     parser.set_defaults(run=_run)
 
 

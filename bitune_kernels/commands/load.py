@@ -66,7 +66,7 @@ def add_answer_options(parser) -> None:
         help="sample from the likeliest tokens of this probability",
     )
     parser.add_argument(
-        "--seed", type=number(int, lambda x: 0 <= x < 2**32, "a whole number below 2^32"), help="of the samples"
+        "--seed", type=number(int, lambda x: 0 <= x < 2**32, "a whole number below 2^32"), help="of the sampling"
     )
 
 

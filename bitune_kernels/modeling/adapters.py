@@ -1,8 +1,8 @@
 """Which adapter serves which rows of a pass.
 
-LoRA, DoRA and IA3 on linear layers run the base layer once over all rows (``lora/segment.py``; LoRA a quantized one
-too). Every other tuner layer (VeRA, LoRA on embeddings, trained copies of whole modules, ...) runs its own forward
-once per block of rows with that block's adapter: exact for any tuner.
+LoRA, IA3 and DoRA without dropout on linear layers run the base layer once over all rows (``lora/segment.py``; LoRA a
+quantized one too). Every other tuner layer (VeRA, LoRA on embeddings, trained copies of whole modules, ...) runs its
+own forward once per block of rows with that block's adapter: exact for any tuner.
 """
 
 from __future__ import annotations

@@ -59,8 +59,8 @@ class BituneChat:
 
         Raises:
             ValueError: a turn without text, a conversation too long for the model, an option by which one prompt has
-                several answers, a template that changes earlier turns (alternating). The conversation then is what it
-                was before.
+                several answers, a cache, a template that changes earlier turns (alternating). The conversation then is
+                what it was before.
         """
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"text: expected what the user says, got {text!r}")

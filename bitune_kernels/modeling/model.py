@@ -71,8 +71,8 @@ def get_bitune_model(
         base_model: any decoder whose attention goes through transformers' attention interface. Its weights are
             frozen and shared, not copied; its modules get adapters as with ``peft.get_peft_model``.
         config: the method and the adapters; default: the paper's.
-        self_test: compare one pass with three passes, and the loss in chunks with the whole one, on a few tokens and
-            refuse the model where they disagree.
+        self_test: on a few tokens compare one pass with three passes (unless ``use_fused`` is False), and the loss in
+            chunks with the whole one, and refuse the model where they disagree.
         autocast_adapter_dtype: as in PEFT: adapters of a float16 or bfloat16 model are kept in float32.
 
     Raises:
@@ -296,6 +296,7 @@ class BituneModel(PeftModelForCausalLM):
         return self.base_model.unload()
 
     def merge_and_unload(self, *args, **kwargs):
+        """Refused: what is left would read no prompt as a Bitune model does."""
         raise ValueError(
             "merge_and_unload: expected another call, since what is left reads no prompt as a Bitune model does: "
             "unload() for the base model, export_merged() for one that decodes from a Bitune prefill"
@@ -319,18 +320,18 @@ class BituneModel(PeftModelForCausalLM):
             attention_mask: [batch, seq], nonzero at real tokens. None: no padding.
             labels: integers [batch, seq], -100 at the prompt and at padding; the loss is the mean over answer tokens
                 as in transformers, or over samples (``BituneConfig.loss``). The prompt of a sample is what stands
-                before its first label that is not -100.
+                before its first label that is not -100. A sample may lack an answer, and then trains nothing.
             prompt_lengths: prompt tokens of each sample, 1 to its real tokens; instead of, or beside, ``labels``.
             inputs_embeds: [batch, seq, hidden] instead of ``input_ids``.
             kwargs: of the causal LM's forward. With ``position_ids`` [batch, seq] a sample begins wherever they are
-                0, as ``DataCollatorWithFlattening`` and TRL's packing make them; such a sample may lack an answer (it
-                trains nothing), and needs two tokens of prompt unless ``prompt_lengths`` are given.
+                0, as ``DataCollatorWithFlattening`` and TRL's packing make them; such a sample needs two tokens of
+                prompt unless ``prompt_lengths`` are given.
 
         Returns:
             The causal LM's output. ``logits`` [batch, seq, vocab] are computed for the last prompt token and the
             answer, and zero elsewhere; with labels in training mode and ``loss_chunk_rows`` there are none. Without
-            labels and lengths every token is prompt, and only the last one has logits (``logits_to_keep=1`` spares the
-            zeros).
+            labels and lengths every token is prompt, and only the last one has logits; a warning says so, unless
+            ``logits_to_keep=1`` spares the zeros.
 
         Raises:
             ValueError, TypeError: naming the argument, what was expected and what came, before anything is computed.
@@ -515,6 +516,7 @@ class BituneModel(PeftModelForCausalLM):
 
         Raises:
             ValueError: weights of a model that is made in another way: another variant or scale of LoRA, for example.
+            FileNotFoundError: no such folder.
         """
         if Path(model_id, CONFIG_NAME).is_file():
             saved = BituneConfig.load(model_id, self.bitune_config.peft).to_dict()
@@ -566,6 +568,9 @@ class BituneModel(PeftModelForCausalLM):
             self_test, autocast_adapter_dtype: as in ``get_bitune_model``.
             changes: fields of BituneConfig, such as ``use_fused``, ``backend`` and ``loss_chunk_rows``, which say how a
                 model runs and are not saved with it, or others to override.
+
+        Raises:
+            FileNotFoundError, ValueError, TypeError: naming what was expected and what came.
         """
         if unknown := sorted(changes.keys() - BituneConfig.__dataclass_fields__.keys()):
             raise TypeError(f"{unknown[0]}: expected a field of BituneConfig, got a keyword that is none")

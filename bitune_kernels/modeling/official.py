@@ -59,6 +59,7 @@ def load_official_checkpoint(model, state_dict_or_folder: Mapping[str, torch.Ten
             files.
 
     Raises:
+        FileNotFoundError: no such folder, or no weights in it.
         ValueError: a tensor that is missing, unexpected, not finite or of another shape; nothing is changed then.
     """
     if isinstance(state_dict_or_folder, Mapping):

@@ -347,7 +347,8 @@ class InstructionSelector(nn.Module):
         num_tasks: > 0, the number of rows that the batch's ``task_ids`` choose from.
         soft: False: the vectors are those of the most probable candidate, and the gradient is that of the
             probabilities (straight-through), which knows the others by a linear approximation around the chosen one.
-            True: the vectors are the mean of all candidates' vectors, each followed by zeros up to the longest.
+            True: the vectors are the mean of all candidates' vectors by these probabilities, each followed by zeros up
+            to the longest.
 
     Called with a batch it returns vectors [batch, longest, hidden] and the mask bool [batch, longest] of their tokens.
     """
