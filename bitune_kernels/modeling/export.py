@@ -21,8 +21,8 @@ def export_merged(model: BituneModel, folder: str | Path) -> None:
 
     ``folder``, new or empty, then holds an ordinary causal LM, which decodes what a Bitune prefill has mixed: any
     engine can go on from the cache of ``model(input_ids, logits_to_keep=1)``. It can't read prompts in both directions.
-    ``folder/bitune`` is the folder of ``save_pretrained``, for the base model that was adapted. ``model`` is unloaded
-    and can't be used any more.
+    ``folder/bitune`` is the folder of ``save_pretrained``, for the base model that was adapted. ``model`` is unloaded,
+    and no Bitune model any more.
 
     Raises:
         TypeError, ValueError: naming what was expected and what came; the model is then as it was.

@@ -68,8 +68,9 @@ def get_bitune_model(
     """Turn a transformers causal LM into a Bitune model, ready to be trained.
 
     Args:
-        base_model: any decoder whose attention goes through transformers' attention interface. Its weights are
-            frozen and shared, not copied; its modules get adapters as with ``peft.get_peft_model``.
+        base_model: a decoder in which attention alone looks from token to token, by transformers' attention interface,
+            and positions begin at 0. Its weights are frozen and shared, not copied; its modules get adapters as with
+            ``peft.get_peft_model``.
         config: the method and the adapters; default: the paper's.
         self_test: on a few tokens compare one pass with three passes (unless ``use_fused`` is False), and the loss in
             chunks with the whole one, and refuse the model where they disagree.

@@ -1,4 +1,4 @@
-"""Finding the structure of a model by watching one tiny forward, instead of knowing every family by name."""
+"""Finding the structure of a model by watching a few tiny forwards, instead of knowing every family by name."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _probing(model: nn.Module, configs: list):
 
 
 def find_structure(model: nn.Module) -> Structure:
-    """Watch one forward of a causal LM's backbone over a few tokens.
+    """Watch forwards of a causal LM's backbone over a few tokens.
 
     Raises:
         ValueError: the family can't be used, with the reason; the model is left as it was.
