@@ -6,8 +6,10 @@ import copy
 import pickle
 import re
 import shutil
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaForSequenceClassification
 
 from bitune_kernels import BituneConfig, BituneModel, get_bitune_model
-from bitune_kernels.modeling import adapters, encode, one_pass, score_choices, stream_distance
+from bitune_kernels.modeling import adapters, encode, one_pass, passes, score_choices, stream_distance
 from bitune_kernels.modeling.adapters import SegmentLora
 from bitune_kernels.modeling.one_pass import OnePass
 from tests.families import BY_ID
@@ -536,6 +538,59 @@ def test_checkpointing_stays_off_behind_an_interrupt():
     model.gradient_checkpointing_disable()
     model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
     assert not model.get_base_model().is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_interrupt_at_any_line_of_a_switch_leaves_nothing_behind(fused):
+    model, (ids, mask, labels) = bitune_model(use_fused=fused).eval(), ragged_batch()
+    switches = ("active", "checkpointing", "_switching", "_switch_back")
+
+    def run():
+        return model(input_ids=ids, attention_mask=mask, labels=labels).loss
+
+    def interrupted_at(line: int) -> bool:
+        lines, before = count(), sys.gettrace()
+
+        def trace(frame, event, _):
+            if frame.f_code.co_filename != passes.__file__ or frame.f_code.co_name not in switches:
+                return None
+            if event == "line" and next(lines) == line:
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            run()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+    expected, line = run(), 0
+    while interrupted_at(line):
+        line += 1
+        assert model.config._attn_implementation == "sdpa", line
+        assert torch.equal(run(), expected), line
+    assert line > 10
+
+
+def test_another_thread_goes_on_behind_an_interrupt():
+    model, ids = bitune_model().eval(), ragged_batch()[0][:1, :5]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def generate():
+        return model.generate(input_ids=ids, max_new_tokens=3)
+
+    expected = generate()
+    handle = model.get_base_model().model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        generate()
+    handle.remove()
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(generate).result(), expected)
 
 
 def test_logits_that_are_not_computed_are_told():

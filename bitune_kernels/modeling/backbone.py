@@ -22,7 +22,7 @@ from .doubling import DoublingHooks
 from .generate import Generation, check_cache
 from .labels import check_inputs
 from .one_pass import Observer, OnePass, TrimHooks
-from .passes import Past, current, new_strides, one_at_a_time, open_call, set_open_call
+from .passes import Past, current, leave_passes, new_strides, one_at_a_time, open_call, set_open_call
 from .row_chunks import run_in_chunks
 from .structure import Structure, refuse_partitioned
 from .three_pass import ThreePass
@@ -115,6 +115,9 @@ class BackboneHooks:
         setattr(self, name, value)
         try:
             yield
+        except BaseException:
+            _end_interrupted()  # here, since the next call may be another thread's
+            raise
         finally:
             setattr(self, name, outer)
 
@@ -430,9 +433,11 @@ class BackboneHooks:
 def _end_interrupted() -> None:
     """End a call that a KeyboardInterrupt left open: torch runs the hooks behind a module for an Exception alone."""
     call = open_call()
-    if call is not None and not call.prepares:
+    if call is None or not call.prepares:
         set_open_call(None)
-        call.scope.close()
+        if call is not None:
+            call.scope.close()
+        leave_passes()
 
 
 def _each(x: torch.Tensor, call: _Call) -> torch.Tensor:

@@ -14,7 +14,14 @@ from torch import nn
 
 from .structure import ATTENTION_NAME, Structure
 
-_state = threading.local()
+
+class _State(threading.local):
+    def __init__(self):
+        self.current = self.call = None
+        self.switched: list[list[tuple]] = []  # (object, name, value outside) of what is switched, outermost first
+
+
+_state = _State()
 
 # A pass switches what belongs to the model (its attention implementation, for one): threads take turns.
 one_at_a_time = threading.RLock()
@@ -22,17 +29,43 @@ one_at_a_time = threading.RLock()
 
 def current() -> Pass | None:
     """The pass that this thread is in, or None."""
-    return getattr(_state, "current", None)
+    return _state.current
 
 
 def open_call():
     """The call of a backbone, over packed or padded rows, that this thread is in, or None."""
-    return getattr(_state, "call", None)
+    return _state.call
 
 
 def set_open_call(call) -> None:
     """Say which one it is from here on."""
     _state.call = call
+
+
+@contextmanager
+def _switching(*changes: tuple):
+    """Inside, attributes have other values: (object, name, value) of each."""
+    before = [(x, name, getattr(x, name)) for x, name, _ in changes]
+    _state.switched.append(before)
+    try:
+        for change in changes:
+            setattr(*change)
+        yield
+    finally:
+        while any(x is before for x in _state.switched):
+            _switch_back()
+
+
+def _switch_back() -> None:
+    for change in _state.switched[-1]:
+        setattr(*change)
+    _state.switched.pop()
+
+
+def leave_passes() -> None:
+    """Put back what passes of this thread have switched, wherever a KeyboardInterrupt ended them."""
+    while _state.switched:
+        _switch_back()
 
 
 @contextmanager
@@ -146,40 +179,27 @@ class Pass:
     @contextmanager
     def active(self):
         """Inside, this is the current pass and attention is ours. May be entered again within itself."""
-        outer, configs = current(), self.structure.configs
         adapted = [] if self.adapter is None else self.structure.adapted
-        implementations = [c._attn_implementation for c in configs]
-        adapters = [m._active_adapter for m in adapted]
-        _state.current = self
-        for c in configs:
-            c._attn_implementation = ATTENTION_NAME
         # PEFT's public set_adapter also switches requires_grad, which must not change in the middle of a pass.
-        for m in adapted:
-            m._active_adapter = [self.adapter]
-        try:
+        with _switching(
+            (_state, "current", self),
+            *((c, "_attn_implementation", ATTENTION_NAME) for c in self.structure.configs),
+            *((m, "_active_adapter", [self.adapter]) for m in adapted),
+        ):
             yield self
-        finally:
-            _state.current = outer
-            for m, adapter in zip(adapted, adapters, strict=True):
-                m._active_adapter = adapter
-            for c, implementation in zip(configs, implementations, strict=True):
-                c._attn_implementation = implementation
 
     @contextmanager
     def checkpointing(self):
         """Inside, layers recomputed in the backward pass find this pass again, long after it has ended."""
-        layers = self.structure.checkpointed
-        originals = [m._gradient_checkpointing_func for m in layers]
         trimmed = self.structure.trim.layer if self.trims else None
-        for layer, original in zip(layers, originals, strict=True):
-            # The trimmed layer's hooks would not run again in a recomputation, so it keeps its activations. Its flag is
-            # the user's, who may change it before an interrupted pass is ended.
-            layer._gradient_checkpointing_func = _run if layer is trimmed else self._resumed(original)
-        try:
+        # The trimmed layer's hooks would not run again in a recomputation, so it keeps its activations. Its flag is the
+        # user's, who may change it before an interrupted pass is ended.
+        functions = [
+            (layer, _run if layer is trimmed else self._resumed(layer._gradient_checkpointing_func))
+            for layer in self.structure.checkpointed
+        ]
+        with _switching(*((layer, "_gradient_checkpointing_func", function) for layer, function in functions)):
             yield self
-        finally:
-            for layer, original in zip(layers, originals, strict=True):
-                layer._gradient_checkpointing_func = original
 
     def _resumed(self, checkpoint):
         def checkpointed(run, *args):
