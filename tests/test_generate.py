@@ -17,6 +17,7 @@ import torch
 import transformers
 from packaging.version import parse
 from peft import IA3Config
+from peft.tuners.lora import layer as lora_layer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer
@@ -414,6 +415,23 @@ def test_merged_decoding_leaves_no_trace(config, dtype):
         model.generate(ids, attention_mask=mask, **TINY, stopping_criteria=[lambda *args, **kwargs: 1 / 0])
     untouched()
     assert torch.equal(model.generate(ids, attention_mask=mask, **TINY), expected)
+
+
+def test_merged_weights_are_put_back_in_spite_of_an_interrupt(monkeypatch):
+    model = bitune_model().eval()
+    before = {n: x.clone() for n, x in model.state_dict().items()}
+    unmerge, layers = lora_layer.Linear.unmerge, []
+
+    def interrupted(layer):
+        layers.append(layer)
+        if len(layers) == 4:
+            raise KeyboardInterrupt
+        unmerge(layer)
+
+    with pytest.raises(KeyboardInterrupt), model.merged_decoding():
+        monkeypatch.setattr(lora_layer.Linear, "unmerge", interrupted)
+    assert not any(m.merged for m in model.modules() if isinstance(m, BaseTunerLayer))
+    assert all(torch.equal(x, before[n]) for n, x in model.state_dict().items())
 
 
 def test_merged_decoding_refuses_weights_that_it_could_not_restore():

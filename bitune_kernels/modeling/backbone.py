@@ -138,7 +138,11 @@ class BackboneHooks:
             yield
         finally:
             self.merge = None
-            merge.undo()
+            try:
+                merge.undo()
+            except BaseException:  # a KeyboardInterrupt: nobody else would put back the rest
+                merge.undo()
+                raise
 
     @contextmanager
     def unmerged(self):
