@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import count
 
 import pytest
@@ -625,6 +625,25 @@ def test_threads_take_turns():
         for result in [pool.map(lambda call: call(), found) for _ in range(8)]:
             for x, y in zip(result, expected, strict=True):
                 assert torch.equal(x, y)
+
+
+def test_layers_that_are_recomputed_take_their_turn():
+    model, (ids, mask, labels) = bitune_model().train(), ragged_batch()
+    model.gradient_checkpointing_enable()
+    loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    others = []
+
+    def call_elsewhere(*_):
+        handle.remove()
+        others.append(pool.submit(lambda: model(input_ids=ids, attention_mask=mask, labels=labels).loss))
+        others.append(wait(others, timeout=0.3).done)
+
+    with ThreadPoolExecutor(1) as pool:
+        handle = model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(call_elsewhere)
+        loss.backward()
+        other, done = others
+        assert not done
+        assert torch.equal(other.result(), loss)
 
 
 def test_replicas_of_data_parallel_are_refused():

@@ -206,7 +206,7 @@ class Pass:
             def run_in_pass(*inner):
                 shared, self.shared = self.shared, inner[:count]
                 try:
-                    with self.active():
+                    with one_at_a_time, self.active():
                         return run(*inner[count:])
                 finally:
                     self.shared = shared
