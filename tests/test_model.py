@@ -646,6 +646,25 @@ def test_layers_that_are_recomputed_take_their_turn():
         assert torch.equal(other.result(), loss)
 
 
+def test_threads_that_score_choices_take_turns():
+    model = bitune_model(use_fused=False).train()
+    others = []
+
+    def score():
+        return score_choices(model, [[3, 4, 5]], [[[6, 7], [8]]])
+
+    def score_elsewhere(*_):
+        handle.remove()
+        others.append(pool.submit(score))
+        wait(others, timeout=0.3)
+
+    with ThreadPoolExecutor(1) as pool:
+        handle = model.get_base_model().model.layers[0].register_forward_pre_hook(score_elsewhere)
+        assert score() == others[0].result()
+    assert not model.bitune_config.use_fused
+    assert all(m.training for m in model.modules())
+
+
 def test_replicas_of_data_parallel_are_refused():
     model, (ids, mask, labels) = bitune_model(), ragged_batch()
 

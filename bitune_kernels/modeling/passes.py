@@ -70,15 +70,16 @@ def leave_passes() -> None:
 
 @contextmanager
 def evaluating(model: nn.Module):
-    """Inside, evaluation without gradients; behind it each module is in its own mode again."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for m in training:
-            m.training = True
+    """Inside, evaluation without gradients, in turn; behind it each module is in its own mode again."""
+    with one_at_a_time:
+        training = [m for m in model.modules() if m.training]
+        model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for m in training:
+                m.training = True
 
 
 def new_strides(x: torch.Tensor) -> torch.Tensor:
