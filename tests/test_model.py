@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaForSequenceCla
 
 from bitune_kernels import BituneConfig, BituneModel, get_bitune_model
 from bitune_kernels.modeling import adapters, encode, one_pass, passes, score_choices, stream_distance
+from bitune_kernels.modeling import model as model_module
 from bitune_kernels.modeling.adapters import SegmentLora
 from bitune_kernels.modeling.one_pass import OnePass
 from tests.families import BY_ID
@@ -845,6 +846,25 @@ def test_a_refused_attach_leaves_the_model_as_it_was(make, match):
     with pytest.raises((ValueError, TypeError), match=match):
         make(base)
     untouched(base, before)
+
+
+@pytest.mark.parametrize(
+    "owner, where",
+    [(model_module, "route_rows"), (BituneModel, "_train_adapters"), (model_module, "check_one_pass")],
+)
+def test_an_interrupted_attach_can_be_made_again(owner, where, monkeypatch):
+    base, ids = base_model().eval(), ragged_batch()[0]
+    expected = base(ids).logits
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, where, interrupt)
+        bitune_model(base=base)
+    assert torch.equal(base(ids).logits, expected)
+    assert all(p.requires_grad for p in base.parameters())
+    bitune_model(base=base)
 
 
 def test_a_second_attach_is_refused():

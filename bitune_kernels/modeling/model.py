@@ -103,11 +103,12 @@ def get_bitune_model(
     model = None
     try:
         model = BituneModel(base_model, config, structure, autocast_adapter_dtype=autocast_adapter_dtype)
+        model._train_adapters(True)
         if self_test and config.use_fused:
             check_one_pass(model)
         if self_test and config.loss_chunk_rows is not None:
             check_chunked_loss(model)
-    except Exception:
+    except BaseException:  # a KeyboardInterrupt too
         _restore(base_model, model, modules, frozen)
         for name in set(vars(base_model)) - attributes:  # PEFT's record of its adapters
             delattr(base_model, name)
@@ -212,7 +213,6 @@ class BituneModel(PeftModelForCausalLM):
             # The Trainer would hand on the number of tokens in all accumulated batches, and divide by nothing; so it
             # divides by the number of batches, as for every model that says this.
             base_model.accepts_loss_kwargs = False
-        self._train_adapters(True)
 
     def _detach(self) -> None:
         self._hooks.remove()
