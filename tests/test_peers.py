@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from types import ModuleType
 
 import pytest
 import torch
+from torch.nn.attention import varlen
 
 from bitune_kernels import SegmentPlan
 from bitune_kernels.backends import flash, flex, resolve
@@ -49,9 +51,9 @@ def calls(backend, **facts) -> list:
     return chosen
 
 
-def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
-    """The same of PyTorch's: a window that ends at 0 is causal."""
-    assert enable_gqa or q.shape[1] == k.shape[1]
+def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), **grouped):
+    """The same of PyTorch's: a window that ends at 0 is causal. Its first version isn't told of grouped heads."""
+    assert grouped == ({"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters else {})
     for x in (q, k, v):
         assert x.stride(2) == 1 and not any(place % 16 for place in (x.data_ptr(), *(4 * s for s in x.stride()[:2])))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
