@@ -78,7 +78,8 @@ class SegmentLora(SegmentLinear):
     def _rows(self, x, n):
         names = (BIDIR, CAUSAL) if n else (CAUSAL,)
         variants = self.lora_variant and [self.lora_variant[name] for name in names if name in self.lora_variant]
-        adapters = None if any(type(v) is not DoraLinearVariant for v in variants) else self._adapters(names)
+        foreign = variants and any(type(v) is not DoraLinearVariant for v in variants)
+        adapters = None if foreign else self._adapters(names)
         if adapters is None:
             return by_blocks(self, super(SegmentLayer, self).forward, 0, n, x)
         both = adapters if n else (None, *adapters)
