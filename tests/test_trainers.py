@@ -307,42 +307,33 @@ def test_trls_head_gives_each_token_its_own_log_probability(use_fused, side):
         torch.testing.assert_close(out[name], values, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def trl_trainer(kind, args, model, rows, **options):
+    return kind(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer(), **options)
+
+
 def dpo_trainer(model, folder):
     from trl import DPOConfig, DPOTrainer
 
     rows = [{"prompt": p + " ", "chosen": a, "rejected": TEXTS[i - 1][1]} for i, (p, a) in enumerate(TEXTS)]
-    return DPOTrainer(
-        model=model,
-        ref_model=base_model(),
-        args=arguments(DPOConfig, folder),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer(),
-    )
+    return trl_trainer(DPOTrainer, arguments(DPOConfig, folder), model, rows, ref_model=base_model())
 
 
 def kto_trainer(model, folder):
     from trl import KTOConfig, KTOTrainer
 
     rows = [{"prompt": p + " ", "completion": a, "label": i % 2 == 0} for i, (p, a) in enumerate(TEXTS)]
-    return KTOTrainer(
-        model=model,
-        ref_model=base_model(),
-        args=arguments(KTOConfig, folder),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer(),
-    )
+    return trl_trainer(KTOTrainer, arguments(KTOConfig, folder), model, rows, ref_model=base_model())
 
 
 def grpo_trainer(model, folder):
     from trl import GRPOConfig, GRPOTrainer
 
-    return GRPOTrainer(
-        model=model,
-        reward_funcs=lambda completions, **kwargs: [float(len(c)) for c in completions],
-        args=arguments(GRPOConfig, folder, num_generations=2, num_iterations=2, max_completion_length=4),
-        train_dataset=Dataset.from_list([{"prompt": p} for p, _ in TEXTS]),
-        processing_class=tokenizer(),
-    )
+    args = arguments(GRPOConfig, folder, num_generations=2, num_iterations=2, max_completion_length=4)
+
+    def lengths(completions, **kwargs):
+        return [float(len(c)) for c in completions]
+
+    return trl_trainer(GRPOTrainer, args, model, [{"prompt": p} for p, _ in TEXTS], reward_funcs=lengths)
 
 
 @pytest.mark.parametrize("make", [dpo_trainer, kto_trainer, grpo_trainer])
