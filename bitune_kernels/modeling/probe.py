@@ -179,31 +179,25 @@ def find_structure(model: nn.Module) -> Structure:
         unused_bidir=_unused(model, layer, last, probe),
     )
     with _probing(backbone, configs) as probe:
-        _check_positions(name, backbone, ids, out.last_hidden_state)
-        _check_cached(name, structure, ids)
+        _check_cached(name, structure, ids, out.last_hidden_state)
         probe.mixes = False
         _check_tokens_apart(name, backbone, ids)
     return structure
 
 
-def _check_positions(name: str, backbone: nn.Module, ids: torch.Tensor, expected: torch.Tensor) -> None:
-    """Refuse a family whose positions begin elsewhere than at 0, where no position_ids say so."""
+def _check_cached(name: str, structure: Structure, ids: torch.Tensor, hidden: torch.Tensor) -> None:
+    """Refuse a family that caches something else than what its attention is given, or begins at another position.
+
+    Multi-head latent attention keeps the latents that keys and values are made of. Keys and values are mixed with
+    weights of their own, which no latent gives. ``hidden`` are the hidden states of a call without position_ids.
+    """
+    cache = DynamicCache(config=structure.backbone.config)
     positions = torch.arange(_PROBE_TOKENS, device=ids.device)[None]
-    found = backbone(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-    if float((found - expected).float().norm()) > 0.01 * float(expected.float().norm()):
+    out = structure.backbone(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+    if float((out.last_hidden_state - hidden).float().norm()) > 0.01 * float(hidden.float().norm()):
         raise ValueError(
             f"base_model: {name} can't be used: its positions don't count 0, 1, 2, ... from the first token"
         )
-
-
-def _check_cached(name: str, structure: Structure, ids: torch.Tensor) -> None:
-    """Refuse a family that caches something else than what its attention is given.
-
-    Multi-head latent attention keeps the latents that keys and values are made of. Keys and values are mixed with
-    weights of their own, which no latent gives.
-    """
-    cache = DynamicCache(config=structure.backbone.config)
-    structure.backbone(input_ids=ids, past_key_values=cache, use_cache=True)
     for layer, source in enumerate(structure.kv_layers):
         if layer != source:
             continue
