@@ -123,6 +123,7 @@ FAMILIES = (
     ),
     Family("phi", GQA | dict(partial_rotary_factor=0.5, qk_layernorm=True, resid_pdrop=0.0, embd_pdrop=0.0)),
     Family("phi3", GQA | WINDOW | dict(original_max_position_embeddings=64)),
+    Family("olmo", GQA | dict(clip_qkv=0.8)),
     Family("olmo2", GQA),
     Family("olmo3", GQA | MIXED_LAYERS),
     Family("gpt_neox", dict(rotary_pct=0.5)),
@@ -143,6 +144,7 @@ FAMILIES = (
     Family("starcoder2", GQA | WINDOW),
     Family("stablelm", GQA | dict(use_qkv_bias=True, qk_layernorm=True, use_parallel_residual=True)),
     Family("smollm3", GQA | MIXED_LAYERS | dict(use_sliding_window=True, no_rope_layers=[1, 0, 1])),
+    Family("glm", GQA | dict(head_dim=8, attention_dropout=0.0)),
     Family("glm4", GQA | dict(head_dim=8)),
     Family("exaone4", GQA | MIXED_LAYERS),
     Family("nemotron", GQA | dict(head_dim=8)),
@@ -152,7 +154,28 @@ FAMILIES = (
     Family("apertus", GQA),
     Family("bitnet", GQA),
     Family("hunyuan_v1_dense", GQA | dict(head_dim=8)),
+    Family("ministral3", GQA | dict(head_dim=8)),
+    Family("arcee", GQA),
+    Family("nanochat", GQA),
+    Family(
+        "vaultgemma",
+        GQA
+        | MIXED_LAYERS
+        | dict(head_dim=16, query_pre_attn_scalar=11, attn_logit_softcapping=2.0, attn_implementation="eager"),
+    ),
+    Family("modernbert-decoder", MIXED_LAYERS | dict(local_attention=8, bos_token_id=1, eos_token_id=2)),
     Family("mixtral", GQA | WINDOW | dict(num_local_experts=4), targets=ATTENTION),
+    Family("qwen2_moe", QWEN3_MOE | dict(shared_expert_intermediate_size=24), targets=ATTENTION),
+    Family("olmoe", GQA | dict(num_experts=4, num_experts_per_tok=2), targets=ATTENTION),
+    Family(
+        "glm4_moe",
+        GQA
+        | dict(head_dim=8, n_routed_experts=4, num_experts_per_tok=2)
+        | dict(moe_intermediate_size=24, first_k_dense_replace=1),
+        targets=ATTENTION,
+    ),
+    Family("ernie4_5_moe", GQA | dict(moe_num_experts=4, moe_k=2, moe_intermediate_size=24), targets=ATTENTION),
+    Family("minimax_m2", GQA | dict(head_dim=8, num_local_experts=4, num_experts_per_tok=2), targets=ATTENTION),
     Family(
         "qwen3_moe",
         QWEN3_MOE | WINDOW | dict(use_sliding_window=True),
@@ -190,6 +213,12 @@ REFUSED = (
             targets=("q_proj", "v_proj"),
         ),
         "something beside its attention looks from one token to others",
+    ),
+    (Family("doge", GQA), "it makes an attention mask of its own from the one that it is given"),
+    (Family("llama4_text", GQA | dict(head_dim=8, intermediate_size_mlp=48, num_local_experts=2)), "is chunked"),
+    (
+        Family("qwen3_next", QWEN3_MOE | dict(layer_types=["linear_attention", "full_attention", "linear_attention"])),
+        "only 1 of 3 layers use the registered attention function",
     ),
     (  # its positions begin behind the id of padding
         Family("roberta", dict(is_decoder=True), targets=("query", "value")),

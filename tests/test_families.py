@@ -247,7 +247,7 @@ def test_one_bidirectional_stream_is_a_prefix_lm(pair):
 
     plain = plain_model(pair)
     traits = plain.get_base_model().config
-    window = getattr(traits, "sliding_window", None)
+    window = getattr(traits, "sliding_window", None) or None
     if len(set(getattr(traits, "layer_types", None) or [])) > 1:
         mask = {"full_attention": additive(), "sliding_attention": additive(window)}
     else:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 
 from .passes import attention_forward, evaluating
 from .structure import ATTENTION_NAME, Projections, Structure, Trim
@@ -28,6 +28,7 @@ class _Probe:
         self.local_sizes = {}
         self.keep = []  # tensors whose id is remembered must stay alive
         self.mixes = True  # else attention keeps tokens apart, and its output is 0
+        self.given_mask = None  # the attention mask that the backbone was called with
 
     def attention(self, module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
         for name, x in kwargs.items():
@@ -38,6 +39,9 @@ class _Probe:
             window, chunked = self.local_sizes.get(id(attention_mask), (window, False))
             if chunked:
                 self.problems.append("its attention is chunked, for which a bidirectional stream is not defined")
+        given = self.given_mask
+        if given is not None and (attention_mask is None or attention_mask.data_ptr() != given.data_ptr()):
+            self.problems.append("it makes an attention mask of its own from the one that it is given")
         if key.shape[2] != query.shape[2]:
             self.problems.append("its attention has keys that are not tokens of the input")
         self.calls.append((module, query, key, value, window))
@@ -125,7 +129,10 @@ def find_structure(model: nn.Module) -> Structure:
     """
     name = type(model).__name__
     backbone = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if backbone is None or backbone is model or not hasattr(model, "prepare_inputs_for_generation"):
+    if backbone is model or not isinstance(backbone, PreTrainedModel):
+        # it is looked for by name, under which some families keep a head or nothing
+        backbone = next((m for m in model.children() if isinstance(m, PreTrainedModel)), None)
+    if backbone is None or not hasattr(model, "prepare_inputs_for_generation"):
         raise ValueError(f"base_model: expected a transformers causal LM with a decoder backbone, got {name}")
     configs = list({id(m.config): m.config for m in [model, *backbone.modules()] if hasattr(m, "config")}.values())
     device = next(backbone.parameters()).device
@@ -176,24 +183,27 @@ def find_structure(model: nn.Module) -> Structure:
         trim=None if layer is None else _find_trim(layer, projections[-1], probe),
         max_positions=_max_positions(model, backbone),
         mlps=_find_mlps(layers, attentions, probe),
-        unused_bidir=_unused(model, layer, last, probe),
+        unused_bidir=_unused(model, backbone, layer, last, probe),
     )
+    call = dict(input_ids=ids, position_ids=torch.arange(_PROBE_TOKENS, device=device)[None])
     with _probing(backbone, configs) as probe:
-        _check_cached(name, structure, ids, out.last_hidden_state)
+        _check_cached(name, structure, call, out.last_hidden_state)
         probe.mixes = False
-        _check_tokens_apart(name, backbone, ids)
+        probe.given_mask = torch.zeros(1, 1, 1, 1, device=device)
+        _check_tokens_apart(name, backbone, call | dict(attention_mask=probe.given_mask))
+    if probe.problems:
+        raise ValueError(f"base_model: {name} can't be used: {probe.problems[0]}")
     return structure
 
 
-def _check_cached(name: str, structure: Structure, ids: torch.Tensor, hidden: torch.Tensor) -> None:
+def _check_cached(name: str, structure: Structure, call: dict, hidden: torch.Tensor) -> None:
     """Refuse a family that caches something else than what its attention is given, or begins at another position.
 
     Multi-head latent attention keeps the latents that keys and values are made of. Keys and values are mixed with
     weights of their own, which no latent gives. ``hidden`` are the hidden states of a call without position_ids.
     """
     cache = DynamicCache(config=structure.backbone.config)
-    positions = torch.arange(_PROBE_TOKENS, device=ids.device)[None]
-    out = structure.backbone(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+    out = structure.backbone(**call, past_key_values=cache, use_cache=True)
     if float((out.last_hidden_state - hidden).float().norm()) > 0.01 * float(hidden.float().norm()):
         raise ValueError(
             f"base_model: {name} can't be used: its positions don't count 0, 1, 2, ... from the first token"
@@ -212,16 +222,16 @@ def _check_cached(name: str, structure: Structure, ids: torch.Tensor, hidden: to
             )
 
 
-def _check_tokens_apart(name: str, backbone: nn.Module, ids: torch.Tensor) -> None:
+def _check_tokens_apart(name: str, backbone: nn.Module, call: dict) -> None:
     """Refuse a family in which something beside attention looks from token to token, as state-space layers do.
 
     It would look from one sample or stream into the next in one pass, and start anew at the answer in three.
     """
-    middle = ids.new_tensor([_PROBE_TOKENS // 2])
+    middle = call["input_ids"].new_tensor([_PROBE_TOKENS // 2])
     embedding = backbone.get_input_embeddings()
     handle = embedding.register_forward_hook(lambda module, args, x: x.index_fill(1, middle, torch.nan))
     try:
-        rows = backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
+        rows = backbone(**call, use_cache=False).last_hidden_state[0]
     finally:
         handle.remove()
     if int(rows.isnan().any(-1).sum()) > 1:
@@ -285,12 +295,13 @@ def _find_trim(layer: nn.Module, projections: Projections, probe: _Probe) -> Tri
     return Trim(layer=layer, norm=norm, projections=projections)
 
 
-def _unused(model: nn.Module, layer: nn.Module | None, attention: nn.Module, probe: _Probe) -> set[nn.Module]:
+def _unused(
+    model: nn.Module, backbone: nn.Module, layer: nn.Module | None, attention: nn.Module, probe: _Probe
+) -> set[nn.Module]:
     end = probe.before.index(("attention", attention))
     used = {id(m) for _, m in probe.before[:end]}
-    # Modules that never ran may be experts that no token chose here. Of the head it is known that it follows.
-    behind = {m for _, m in probe.before[end:]}
-    behind |= {model.get_output_embeddings()} - {model.get_input_embeddings(), None}
+    # Modules that never ran may be experts that no token chose here. Those outside of the backbone run outside of it.
+    behind = {m for _, m in probe.before[end:]} | set(model.modules()) - set(backbone.modules())
     if layer is not None:
         behind |= set(layer.modules())
     return {m for m in behind if id(m) not in used and not any(True for _ in m.children())}
