@@ -497,6 +497,10 @@ def test_a_chat_is_that_of_python_and_goes_on_from_its_file(turns, place, traine
     kept = json.loads((place / "kept.json").read_text())
     assert len(kept) == 7 and capsys.readouterr().out.strip() == kept[-1]["content"].strip()
     assert not list(place.glob("*.part"))
+    (place / "kept.json").write_text(json.dumps([*kept[:-1], {"role": "assistant", "content": None}]))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # what is wrong is found before
+    assert main(command) == 2
+    assert "--file: messages: expected each with a role and a text as content" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -327,6 +327,25 @@ def test_a_chat_goes_on_from_messages_and_after_a_failure(model, tokenizer):
     assert texts[0] == ("<user>a<end>\n<assistant>", "b<end>") and texts[1][0] == "\n<user>c<end>\n<assistant>"
 
 
+@pytest.mark.parametrize("turns", ["recompute", "alternating"])
+def test_turns_may_be_taken_back_or_changed(turns, model, tokenizer, monkeypatch):
+    read = []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **options: read.append(options["input_ids"]) or generate(**options))
+    chat = BituneChat(model, tokenizer, turns)
+    for text in SAYS:
+        chat.send(text, **OPTIONS)
+    del chat.messages[-4:]
+    chat.messages[1]["content"] = "No."
+    answer = chat.send("why not?", **OPTIONS)
+    told = [{"role": "user", "content": SAYS[0]}, {"role": "assistant", "content": "No."}]
+    assert BituneChat(model, tokenizer, turns, told).send("why not?", **OPTIONS) == answer
+    assert torch.equal(*read[-2:]) and len(chat.messages) == 4
+    chat.messages[-1]["role"] = "user"
+    with pytest.raises(ValueError, match="messages: expected user and assistant in turns"):
+        chat.send("x", **OPTIONS)
+
+
 @pytest.mark.parametrize(
     "arguments, options, message",
     [
@@ -339,6 +358,7 @@ def test_a_chat_goes_on_from_messages_and_after_a_failure(model, tokenizer):
         ({"text": "x" * 1000}, {}, "text: expected a conversation of at most 1024 tokens, its next answer"),
         ({"text": "x"}, {"use_cache": False}, "use_cache: expected True"),
         ({"text": "x"}, {"prompt_lookup_num_tokens": 2}, "expected no assisted decoding"),
+        ({"text": "x"}, {"cache_implementation": "static"}, "cache_implementation: expected None in an alternating"),
     ],
 )
 def test_what_a_chat_refuses_leaves_it_usable(model, tokenizer, arguments, options, message):
@@ -381,6 +401,11 @@ def test_a_chat_is_made_of_the_right_things(model, tokenizer):
         ({"tokenizer": byte_tokenizer()}, "tokenizer: expected one with a chat template"),
         ({"turns": "none"}, "turns: expected one of recompute, alternating"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "messages: expected user and assistant in turns"),
+        ({"messages": ["hi"]}, "messages: expected each with a role and a text as content, got 'hi'"),
+        (
+            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None}]},
+            "messages: expected each with a role and a text as content, got {'role': 'assistant'",
+        ),
     ):
         with pytest.raises((ValueError, TypeError), match=error):
             BituneChat(**{"model": model, "tokenizer": tokenizer} | changes)

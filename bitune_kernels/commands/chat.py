@@ -47,20 +47,23 @@ def _run(given) -> None:
     tokenizer = load_tokenizer(given)
     if not tokenizer.chat_template:
         raise ValueError(f"--model: expected a tokenizer with a chat template, got {given.model} without one")
-    warn_of_chats(given)
-    model = load_model(given)
 
     from transformers import TextStreamer
 
     from ..modeling import BituneChat
+    from ..modeling.chat import check_messages
+
+    try:  # here, since the model takes long to load
+        check_messages(messages)
+    except ValueError as error:
+        raise ValueError(f"--file: {error}") from None
+    warn_of_chats(given)
+    model = load_model(given)
 
     options = answer_options(given, model, tokenizer)
     if not given.json:
         options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    try:
-        chat = BituneChat(model, tokenizer, given.turns, messages)
-    except ValueError as error:
-        raise ValueError(f"--file: {error}") from None
+    chat = BituneChat(model, tokenizer, given.turns, messages)
     for text in _lines():
         try:
             answer = chat.send(text, **options)

@@ -12,6 +12,17 @@ from .model import BituneModel, check_streams_on
 from .passes import evaluating
 
 
+def check_messages(messages: list[dict[str, Any]]) -> None:
+    """Refuse what isn't a conversation that the user goes on with (ValueError)."""
+    for m in messages:
+        if not isinstance(m, dict) or "role" not in m or not isinstance(m.get("content"), str):
+            raise ValueError(f"messages: expected each with a role and a text as content, got {m!r}")
+    roles = [m["role"] for m in messages]
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    if spoken != ["user", "assistant"] * (len(spoken) // 2):
+        raise ValueError(f"messages: expected user and assistant in turns, got {', '.join(map(str, roles))}")
+
+
 class BituneChat:
     """A conversation with a Bitune model; the tokenizer's chat template says where turns begin and end.
 
@@ -25,7 +36,8 @@ class BituneChat:
             message first, if there is one, and then user and assistant in turns.
 
     Attributes:
-        messages: the conversation, answers included.
+        messages: the conversation, answers included. Turns may be taken back or changed between two calls of ``send``;
+            alternating then reads the conversation anew.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -41,14 +53,12 @@ class BituneChat:
             raise ValueError(f"turns: expected one of {', '.join(HISTORIES)}, got {turns!r}")
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("tokenizer: expected one with a chat template, got none")
-        roles = [m.get("role") for m in messages or []]
-        spoken = roles[1:] if roles[:1] == ["system"] else roles
-        if spoken != ["user", "assistant"] * (len(spoken) // 2):
-            raise ValueError(f"messages: expected user and assistant in turns, got {', '.join(map(str, roles))}")
+        check_messages(messages or [])
         self.model, self.tokenizer, self.turns = model, tokenizer, turns
         self.messages = [dict(m) for m in messages or []]
         self._turns: list[tuple[list[int], list[int]]] = []  # tokens of each turn: the prompt's and the answer's
         self._cache = None  # what the model has read of them, or None
+        self._read_messages: list[dict[str, Any]] = []  # those whose tokens they are
 
     def send(self, text: str, **options) -> str:
         """The answer to what the user says.
@@ -69,12 +79,19 @@ class BituneChat:
                 raise ValueError(f"{name}: expected 1 in a chat, got {self._option(name, options)}")
         if options.get("past_key_values") is not None:
             raise ValueError("past_key_values: expected None, since a chat has its own cache")
+        kind = self._option("cache_implementation", options)
+        if self.turns == "alternating" and kind not in (None, "hybrid"):  # the latter transformers takes for None
+            raise ValueError(
+                f"cache_implementation: expected None in an alternating chat, which has its own cache, got {kind!r}"
+            )
+        check_messages(self.messages)
         messages = [*self.messages, {"role": "user", "content": text}]
         answer = (
             self._alternate(messages, options) if self.turns == "alternating" else self._recompute(messages, options)
         )
         content = self.tokenizer.decode(answer, skip_special_tokens=True)
         self.messages = [*messages, {"role": "assistant", "content": content}]
+        self._read_messages = [dict(m) for m in self.messages]
         return content
 
     def _option(self, name: str, options):
@@ -86,7 +103,10 @@ class BituneChat:
         return self._generate(tokens, options)
 
     def _alternate(self, messages, options) -> list[int]:
-        turns = self._turns or self._split(self.messages)
+        if self.messages != self._read_messages:
+            self._turns, self._cache = self._split(self.messages), None
+            self._read_messages = [dict(m) for m in self.messages]
+        turns = self._turns
         tail = self._continuation(messages, turns[-1][1]) if turns else self._render(messages)
         prompt, cache = self._tokens(tail), self._cache
         read = [token for turn in turns for part in turn for token in part]
