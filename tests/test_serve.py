@@ -72,6 +72,8 @@ def test_a_wrong_request_is_named_and_the_model_after_its_run(place, tmp_path, m
         (chat, say | {"messages": []}, "Cannot apply chat template to an empty conversation"),
         (chat, say | {"messages": [{"role": "bot"}]}, "expected a request of OpenAI's API, TemplateError: no bots"),
         (completion, {"prompt": "x", "stop": []}, "stop: expected a text or a list of texts, got []"),
+        (completion, {"prompt": "x", "temperature": -1}, "temperature: expected a number from 0 to inf, got -1"),
+        (chat, say | {"top_p": 1.5, "stream": True}, "top_p: expected a number from 0 to 1, got 1.5"),
         (completion, {"prompt": ["x", "y"]}, "prompt must be a string."),
         (chat, say | {"model": "gpt-9"}, "Server is pinned to 'answers'; requested 'gpt-9'."),
         (chat, say | {"n": 2}, "n: expected 1, all that is served, got 2"),
@@ -85,6 +87,19 @@ def test_a_wrong_request_is_named_and_the_model_after_its_run(place, tmp_path, m
     assert apps[0].post(chat, json=say | {"n": 1, "logprobs": None, "tool_choice": "auto"}).status_code == 200
     answer = apps[0].post("/v1/responses", json={"input": "x", "max_output_tokens": 2}).json()
     assert answer["object"] == "response" and answer["usage"]["output_tokens"] <= 2
+    for path, body in ((chat, say), (completion, {"prompt": "x"}), ("/v1/responses", {"input": "x"})):
+        ends = {"max_output_tokens": 12} if "input" in body else {"max_tokens": 12}
+
+        def said(path=path, body=body | ends, **options):  # what differs is but the text
+            answer = apps[0].post(path, json=body | options).json()
+            found = answer.get("choices") or answer["output"]
+            return [c.get("message") or c.get("text") or c.get("content") for c in found]
+
+        greedy = said()
+        assert said(temperature=0, top_p=0.9) == greedy == said()
+        for how in ({"temperature": 1.5}, {"top_p": 0.95}):
+            sampled = [said(seed=seed, **how) for seed in (1, 1, 2)]
+            assert sampled[0] == sampled[1] and greedy not in sampled and sampled[0] != sampled[2]
     refused = apps[1].post(chat, json=say)
     assert refused.status_code == 400 and "chat_template is not set" in refused.json()["error"]["message"]
     answer = apps[1].post(completion, json={"prompt": "x", "max_tokens": 2})

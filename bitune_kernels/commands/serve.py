@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import sys
+from math import inf
 from pathlib import Path
 
 from .load import (
@@ -129,7 +130,7 @@ def _run(given) -> None:
             return answers
 
     class Checked:
-        """Before a handler of transformers: refuses what that would read over."""
+        """Before a handler of transformers: refuses what that would read over, and samples where it is asked to."""
 
         async def handle_request(self, body, request_id):
             for field, values in SERVED.items():
@@ -137,6 +138,17 @@ def _run(given) -> None:
                     expected = " or ".join(json.dumps(value) for value in values if value is not None) or "none"
                     raise ValueError(f"{field}: expected {expected}, all that is served, got {json.dumps(body[field])}")
             return await super().handle_request(body, request_id)
+
+        def _build_generation_config(self, body, *args, **options):
+            # transformers' samples where the model's own config says so, and otherwise reads over both
+            config = super()._build_generation_config(body, *args, **options)
+            for field, limit in (("temperature", inf), ("top_p", 1)):
+                if body.get(field) is None:
+                    continue
+                if not 0 <= float(body[field]) <= limit:
+                    raise ValueError(f"{field}: expected a number from 0 to {limit}, got {body[field]}")
+                config.do_sample = config.temperature != 0
+            return config
 
     class Chats(Checked, chat_completion.ChatCompletionHandler):
         pass
