@@ -186,6 +186,9 @@ def test_what_is_skipped_is_counted_once(caplog):
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
             tokenize([row], byte_tokenizer())
+    for options in ({"reader": "mmlu"}, {"turns": "two"}):
+        with pytest.raises(ValueError, match=f"^{next(iter(options))}: expected one of .*, got '"):
+            tokenize(rows, byte_tokenizer(), **options)
     with pytest.raises(ValueError, match=r"^tokenizer: expected one with an end token"):
         tokenize(rows, byte_tokenizer(eos_token=None))
 
@@ -194,6 +197,44 @@ def test_null_is_no_text_and_the_word_none_is():
     tok = byte_tokenizer()
     (sample,) = tokenize([{"prompt": "{}", "completion": "None", "input": None}], tok, prompt="{prompt}{input}")
     assert tok.decode(sample["input_ids"]) == "Question: {}\n\nAnswer: None</s>"
+    (sample,) = tokenize([ROWS["siqa"][0] | {"context": None}], tok, reader="siqa")
+    assert tok.decode(sample["input_ids"]).startswith("Question:  Why?\nA. a")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("piqa", {"label": None}),
+        ("piqa", {"label": ""}),
+        ("siqa", {"label": None}),
+        ("csqa", {"answerKey": None}),
+        ("ultrafeedback", {"completions": None}),
+        ("alpaca", {"output": None}),
+    ],
+)
+def test_rows_of_data_sets_without_an_answer_are_skipped(name, changes, caplog):
+    row = ROWS[name][0]
+    reader = load_recipe(RECIPES / f"{name}.yaml", {"data": "x.jsonl"}).reader
+    assert len(tokenize([row, row | changes], byte_tokenizer(), reader=reader)) == 1
+    assert caplog.messages == ["data: 1 samples; skipped 1 without an answer"]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("csqa", {"choices": ["ice", "sun"]}),
+        ("csqa", {"choices": None}),
+        ("csqa", {"choices": {"label": ["A"], "text": ["ice", "sun"]}}),
+        ("csqa", {"choices": {"text": ["ice", "sun"]}}),
+        ("ultrafeedback", {"completions": ["yes"]}),
+        ("alpaca", {"input": 5}),
+        ("alpaca", {"output": ["yes"]}),
+    ],
+)
+def test_rows_of_another_layout_are_named(name, changes):
+    reader = load_recipe(RECIPES / f"{name}.yaml", {"data": "x.jsonl"}).reader
+    with pytest.raises(ValueError, match=rf"^data: expected rows as the reader {reader!r} takes them, got \{{'"):
+        tokenize([ROWS[name][0] | changes], byte_tokenizer(), reader=reader)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

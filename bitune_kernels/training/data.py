@@ -9,6 +9,8 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from ..config import TURNS
+
 logger = logging.getLogger(__name__)
 
 TEMPLATE = "Question: {x}\n\nAnswer:"
@@ -34,7 +36,7 @@ def _multiple_choice(row):
 
 
 def _piqa(row):
-    return _options(row["goal"], ["A", "B"], [row["sol1"], row["sol2"]], {0: "A", 1: "B"}.get(int(row["label"])))
+    return _options(row["goal"], ["A", "B"], [row["sol1"], row["sol2"]], {"0": "A", "1": "B"}.get(str(row["label"])))
 
 
 def _siqa(row):
@@ -133,6 +135,17 @@ def _before_and_with_answer(messages: list[dict[str, Any]], tokenizer) -> tuple[
     return before, both
 
 
+def _read(row: dict[str, Any], reader: str) -> tuple[str, str | None]:
+    """Question and answer of a row in the layout of a reader (ValueError: it has another one)."""
+    try:
+        question, answer = READERS[reader](row)
+        if isinstance(question, str) and isinstance(answer, str | None):
+            return question, answer
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise ValueError(f"data: expected rows as the reader {reader!r} takes them, got {str(row)[:200]}")
+
+
 def tokenize_row(row: dict[str, Any], tokenizer, prompt="{prompt}", completion="{completion}", reader=None):
     """``(prompt ids, answer ids)`` of one row; the answer is empty where the row has none.
 
@@ -145,8 +158,8 @@ def tokenize_row(row: dict[str, Any], tokenizer, prompt="{prompt}", completion="
         reader: a key of ``READERS`` instead of them.
 
     Raises:
-        ValueError: a missing column, or one that is no text; a chat template that writes the prompt otherwise once the
-            answer follows.
+        ValueError: a missing column, or one that is no text; a row in another layout than the reader's; a chat template
+            that writes the prompt otherwise once the answer follows.
     """
     messages = messages_of(row) if reader is None else None
     if messages is not None:
@@ -156,16 +169,16 @@ def tokenize_row(row: dict[str, Any], tokenizer, prompt="{prompt}", completion="
         if both[: len(first)] != first:
             raise ValueError("messages: expected a chat template that leaves the prompt as it is, got another prompt")
         return first, both[len(first) :]
-    try:
-        if reader is not None:
-            question, answer = READERS[reader](row)
-        else:
-            row = {name: "" if value is None else value for name, value in row.items()}
+    row = {name: "" if value is None else value for name, value in row.items()}
+    if reader is not None:
+        question, answer = _read(row, reader)
+    else:
+        try:
             question, answer = (_Columns().vformat(text, (), row) for text in (prompt, completion))
-    except KeyError as error:
-        raise ValueError(f"data: expected a column {error}, got {', '.join(sorted(row))}") from None
-    except (IndexError, AttributeError) as error:
-        raise ValueError(f"prompt, completion: expected format strings over the columns; {error}") from None
+        except KeyError as error:
+            raise ValueError(f"data: expected a column {error}, got {', '.join(sorted(row))}") from None
+        except (IndexError, AttributeError) as error:
+            raise ValueError(f"prompt, completion: expected format strings over the columns; {error}") from None
     first = tokenizer(TEMPLATE.format(x=question))["input_ids"]
     if not (answer or "").strip():
         return first, []
@@ -225,10 +238,13 @@ def tokenize(
 
     Raises:
         ValueError: no sample is left; a tokenizer without an end token; a chat template that writes none behind an
-            answer.
+            answer; as ``tokenize_row``.
     """
     from datasets import Dataset
 
+    for name, value, known in (("reader", reader, (None, *READERS)), ("turns", turns, TURNS)):
+        if value not in known:
+            raise ValueError(f"{name}: expected one of {', '.join(filter(None, known))}, got {value!r}")
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer: expected one with an end token, got one without")
 
