@@ -318,10 +318,22 @@ def test_bad_input_is_refused_by_name():
     cases = {
         "candidates: expected one or more": lambda: InstructionSelector(embedding, []),
         "candidates: expected one or more texts": lambda: InstructionSelector(embedding, [[], []]),
-        "candidates: expected lists of token ids": lambda: InstructionSelector(embedding, ["is it a dog ?"]),
+        "candidates: expected token ids from 0 to 95 in a list, got 'is": lambda: InstructionSelector(
+            embedding, ["is it a dog ?"]
+        ),
+        "token_ids: expected token ids from 0 to 95 in a list, got 'is": lambda: SoftInstruction(
+            embedding, token_ids="is it a dog ?"
+        ),
+        "token_ids: expected token ids from 0 to 95 in a list, got [96]": lambda: SoftInstruction(
+            embedding, token_ids=[96]
+        ),
+        "candidates: expected token ids from 0 to 95 in a list, got [-1]": lambda: InstructionSelector(
+            embedding, [[3], [-1]]
+        ),
         "length: expected either": lambda: SoftInstruction(embedding),
-        "length: expected a number >= 1": lambda: SoftInstruction(embedding, length=0),
-        "width: expected a number >= 1": lambda: EncodedInstruction(embedding, length=1, width=0),
+        "length: expected an integer >= 1": lambda: SoftInstruction(embedding, length=0),
+        "length: expected an integer >= 1, got 1.5": lambda: SoftInstruction(embedding, length=1.5),
+        "width: expected an integer >= 1": lambda: EncodedInstruction(embedding, length=1, width=0),
         "token_ids: expected one or more": lambda: SoftInstruction(embedding, token_ids=[]),
         "num_tasks: expected": lambda: SoftInstruction(embedding, length=1, num_tasks=0),
         "task_ids: expected 4 numbers": lambda: instruction(batch(task_ids=torch.tensor([0, 1, 0, 0]))),
@@ -342,6 +354,16 @@ def test_bad_input_is_refused_by_name():
         "parameters: expected float32": lambda: hypergradient(*q.closures(), [low], [q.phi], alpha=0.1),
         "phi: expected one or more leaves": lambda: hypergradient(*q.closures(), [q.theta], [], alpha=0.1),
         "batch: expected input_ids": lambda: make().step(batch(position_ids=torch.zeros(4, 9)), batch()),
+        "attention_mask: expected shape": lambda: make().step(batch(attention_mask=torch.ones(4, 3)), batch()),
+        "attention_mask: expected the real tokens of each row in one run": lambda: make().step(
+            batch(attention_mask=torch.tensor([1, 0] + [1] * 9).expand(4, -1)), batch()
+        ),
+        "labels: expected shape": lambda: make().step(batch(labels=torch.zeros(4, 3, dtype=torch.long)), batch()),
+        "labels: expected shape [4, 11] as": lambda: EncodedInstruction(embedding, length=1)(
+            batch(labels=torch.zeros(4, 3, dtype=torch.long))
+        ),
+        "labels: expected -100 wherever": lambda: make().step(batch(labels=batch()["input_ids"]), batch()),
+        "max_grad_norm: expected a number > 0, got None": lambda: make(max_grad_norm=None),
         "instruction: expected at most 256 tokens": lambda: prepend_instruction(model, batch(), *long(batch())),
         "alpha: expected at most 2 / |lambda|": lambda: make(alpha=1e3).step(batch(), batch()),
         "model: expected token embeddings without": lambda: InstructionOptimizer(

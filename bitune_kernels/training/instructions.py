@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from operator import index
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import pad_sequence
 
+from ..plan import find_samples
 from .bilevel import check_options, hypergradient, largest_curvature, leaves
 
 CHECK_ALPHA_EVERY = 100  # outer steps
@@ -72,7 +74,7 @@ class InstructionOptimizer:
         check_options(alpha=1.0 if alpha is None else alpha, k=k, method=method, epsilon=epsilon)
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every: expected an integer >= 1, got {every}")
-        if not max_grad_norm > 0:
+        if not isinstance(max_grad_norm, int | float) or not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm: expected a number > 0, got {max_grad_norm}")
         if method == "exact" and (processes := _processes()) > 1:
             raise ValueError(f"method: expected 'finite' on {processes} processes, since nothing averages 'exact'")
@@ -187,15 +189,11 @@ def prepend_instruction(
         which the batch is. Differentiable in ``vectors``.
 
     Raises:
-        ValueError: other things in the batch, or samples longer than the model with their instruction.
+        ValueError: other things or other shapes in the batch, labels on padding, or samples longer than the model with
+            their instruction.
     """
-    unknown = sorted(name for name in batch if name not in BATCH_KEYS)
-    if unknown or "input_ids" not in batch or "labels" not in batch:
-        raise ValueError(
-            f"batch: expected input_ids, labels and perhaps attention_mask and task_ids, got {', '.join(batch)}"
-        )
-    ids, labels = batch["input_ids"], batch["labels"]
     real = _real_tokens(batch)
+    ids, labels = batch["input_ids"], batch["labels"]
     longest, limit = int((real.sum(1) + mask.sum(1)).max()), _max_length(model)
     if limit is not None and longest > limit:
         raise ValueError(
@@ -244,8 +242,37 @@ def _max_length(model: nn.Module) -> int | None:
 
 
 def _real_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    mask = batch.get("attention_mask")
-    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+    """bool [batch, seq]; refuses a batch that the model would not take (ValueError, TypeError)."""
+    unknown = sorted(name for name in batch if name not in BATCH_KEYS)
+    if unknown or "input_ids" not in batch or "labels" not in batch:
+        raise ValueError(
+            f"batch: expected input_ids, labels and perhaps attention_mask and task_ids, got {', '.join(batch)}"
+        )
+    ids, labels, mask = batch["input_ids"], batch["labels"], batch.get("attention_mask")
+    find_samples(ids.shape, mask)
+    if labels.shape != ids.shape:
+        raise ValueError(f"labels: expected shape {list(ids.shape)} as the tokens, got {list(labels.shape)}")
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    if bool((labels[~real] != -100).any()):
+        raise ValueError("labels: expected -100 wherever attention_mask is 0, got labels on padding")
+    return real
+
+
+def _token_ids(name: str, ids: Sequence[int], embedding: nn.Module) -> list[int]:
+    last = len(embedding.weight) - 1
+    try:
+        found = [index(i) for i in ids]
+    except TypeError:
+        found = [-1]
+    if not all(0 <= i <= last for i in found):
+        raise ValueError(f"{name}: expected token ids from 0 to {last} in a list, got {ids!r}")
+    return found
+
+
+def _at_least_one(**counts: int) -> None:
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name}: expected an integer >= 1, got {count!r}")
 
 
 def _rows_of_tasks(batch: dict[str, torch.Tensor], num_tasks: int) -> torch.Tensor:
@@ -279,16 +306,14 @@ class SoftInstruction(nn.Module):
         super().__init__()
         if (length is None) == (token_ids is None):
             raise ValueError(f"length: expected either it or token_ids, got {length} and {token_ids}")
-        if num_tasks < 1:
-            raise ValueError(f"num_tasks: expected a number >= 1, got {num_tasks}")
+        _at_least_one(num_tasks=num_tasks)
         if token_ids is None:
-            if length < 1:
-                raise ValueError(f"length: expected a number >= 1, got {length}")
+            _at_least_one(length=length)
             ids = torch.randint(len(embedding.weight), (num_tasks, length))
         else:
             if not len(token_ids):
                 raise ValueError("token_ids: expected one or more, got none")
-            ids = torch.tensor([list(token_ids)] * num_tasks)
+            ids = torch.tensor([_token_ids("token_ids", token_ids, embedding)] * num_tasks)
         with torch.no_grad():
             start = _embed(embedding, ids.to(embedding.weight.device))
         self.vectors = nn.Parameter(start.to(torch.promote_types(start.dtype, torch.float32)).clone())
@@ -313,9 +338,7 @@ class EncodedInstruction(nn.Module):
 
     def __init__(self, embedding: nn.Module, *, length: int, width: int = 64):
         super().__init__()
-        for name, value in (("length", length), ("width", width)):
-            if value < 1:
-                raise ValueError(f"{name}: expected a number >= 1, got {value}")
+        _at_least_one(length=length, width=width)
         self._embedding = (embedding,)  # in a tuple it is no part of this module
         hidden, device = embedding.weight.shape[1], embedding.weight.device
         dtype = torch.promote_types(embedding.weight.dtype, torch.float32)
@@ -357,13 +380,10 @@ class InstructionSelector(nn.Module):
         self, embedding: nn.Module, candidates: Sequence[Sequence[int]], *, num_tasks: int = 1, soft: bool = False
     ):
         super().__init__()
-        if any(isinstance(c, str) for c in candidates):
-            raise TypeError("candidates: expected lists of token ids, got a text")
-        candidates = [list(c) for c in candidates]
+        candidates = [_token_ids("candidates", c, embedding) for c in candidates]
         if not candidates or not any(candidates):
             raise ValueError(f"candidates: expected one or more texts that aren't all empty, got {candidates}")
-        if num_tasks < 1:
-            raise ValueError(f"num_tasks: expected a number >= 1, got {num_tasks}")
+        _at_least_one(num_tasks=num_tasks)
         device, soft_dtype = embedding.weight.device, torch.promote_types(embedding.weight.dtype, torch.float32)
         self._embedding, self.soft = (embedding,), soft
         texts = [torch.tensor(c, dtype=torch.long, device=device) for c in candidates]
