@@ -885,6 +885,12 @@ def test_an_adapter_on_the_embedding_is_exact():
         models = [bitune_model(use_fused=fused, **config) for fused in (True, False)]
     losses = [m(input_ids=ids, attention_mask=mask, labels=labels).loss for m in models]
     torch.testing.assert_close(losses[0], losses[1], atol=1e-6, rtol=1e-6)
+    for model in (*models, bitune_model(peft=None)):
+        embeds = model.get_input_embeddings()(ids[:1])
+        with pytest.raises(ValueError, match="inputs_embeds: expected input_ids where the token embeddings have"):
+            model(inputs_embeds=embeds, labels=labels[:1])
+        with pytest.raises(ValueError, match="inputs_embeds: expected input_ids"):
+            model.generate(inputs_embeds=embeds, max_new_tokens=1)
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -291,6 +291,12 @@ class BackboneHooks:
                 f"{'disabled ones' if one.disable_adapters else one.active_adapters}"
             )
         embedding = self.structure.backbone.get_input_embeddings()
+        adapted = self.config.separate_adapters and any(embedding is m for m in self.structure.adapted)
+        if adapted and kwargs.get("inputs_embeds") is not None:
+            raise ValueError(
+                "inputs_embeds: expected input_ids where the token embeddings have an adapter for each stream, got "
+                "vectors, which both would read"
+            )
         noise = getattr(embedding, "neftune_noise_alpha", None)
         if noise and embedding.training:
             raise ValueError(
