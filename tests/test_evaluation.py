@@ -296,7 +296,12 @@ def test_an_answer_ends_at_the_tokenizers_end_token():
             r"choices: expected at least one token in each, got none in",
         ),
         (lambda lm: score_choices(lm.model, [[1]], [[[-1]]]), r"choices: expected token ids, got -1 in choices\[0\]"),
-        (lambda lm: score_choices(lm.model, ["a"], [[[1]]]), "prompts: expected token ids, got the text 'a'"),
+        (lambda lm: score_choices(lm.model, ["a"], [[[1]]]), "prompts: expected token ids, got 'a'"),
+        (lambda lm: score_choices(lm.model, [[1]], [[1, 2]]), r"choices: expected token ids, got 1 in choices\[0\]"),
+        (
+            lambda lm: lm.generate_until(requests(("Why?", {"max_gen_toks": 20}), kind="generate_until")),
+            r"Invalid configuration: requested max tokens to generate \(20\) must be less than",
+        ),
         (lambda lm: score_choices(lm.model, [[1]], []), "choices: expected those of each of the 1 prompts, got 0"),
         (lambda lm: score_choices(base_model(), [[1]], [[[1]]]), "model: expected a BituneModel"),
         (lambda lm: switched_off(lm.model), "model: expected its streams to be on"),

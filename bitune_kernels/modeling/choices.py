@@ -37,8 +37,8 @@ def score_choices(
         raise ValueError(f"choices: expected those of each of the {len(prompts)} prompts, got {len(choices)}")
     for i, (prompt, answers) in enumerate(zip(prompts, choices, strict=True)):
         for name, ids in (("prompts", prompt), *(("choices", ids) for ids in answers)):
-            if isinstance(ids, str):
-                raise TypeError(f"{name}: expected token ids, got the text {ids!r} in {name}[{i}]")
+            if isinstance(ids, str) or not hasattr(ids, "__len__"):
+                raise TypeError(f"{name}: expected token ids, got {ids!r} in {name}[{i}]")
             if not len(ids):
                 raise ValueError(f"{name}: expected at least one token in each, got none in {name}[{i}]")
             if min(ids) < 0:
