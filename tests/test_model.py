@@ -192,6 +192,25 @@ def test_compiled_layers_train_on_all_lengths_and_compile_at_most_twice():
     assert frames[1] <= 2 * frames[0] and frames[1:] == frames[1:2] * 3, frames
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_model_that_is_compiled_as_a_whole_is_the_same(fused):
+    torch._dynamo.reset()
+    model = bitune_model(base=base_model(num_hidden_layers=1), use_fused=fused).train()
+    compiled, expected = torch.compile(model, backend="eager"), []
+    for run in (model, compiled):
+        ids, mask, labels = ragged_batch()
+        losses = [run(input_ids=ids, attention_mask=mask, labels=labels).loss]
+        losses[0].backward()
+        assert passes.current() is None and model.config._attn_implementation == "sdpa"
+        with torch.no_grad():
+            losses.append(run(input_ids=ids[:1, :4]).logits[:, -1])
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        expected = expected or [*losses, *gradients]
+    for found, x in zip([*losses, *gradients], expected, strict=True):
+        torch.testing.assert_close(found, x, atol=1e-6, rtol=1e-5)
+
+
 @torch.no_grad()
 def test_compiled_layers_evaluate_as_they_are():
     torch._dynamo.reset()

@@ -190,9 +190,13 @@ class BackboneHooks:
                 "start it), got a replica of nn.DataParallel"
             )
         kwargs = kwargs | dict(zip(self._names, args, strict=False))
-        past, request = kwargs.get("past_key_values"), self._request
-        if request is None and self._decodes(past):
+        if self._request is None and self._decodes(kwargs.get("past_key_values")):
             return None
+        return self._begin(backbone, kwargs)
+
+    @torch.compiler.disable  # what is entered here is left in another hook, where a graph would forget it
+    def _begin(self, backbone, kwargs):
+        past, request = kwargs.get("past_key_values"), self._request
         call, self._request = _Call(), None
         set_open_call(call)
         refuse_partitioned([("a weight", next(backbone.parameters()))])  # DeepSpeed partitions after the attach
@@ -394,8 +398,10 @@ class BackboneHooks:
 
     def _after(self, backbone, args, kwargs, output):
         call = open_call()
-        if call is None or call.prepares:
-            return None
+        return None if call is None or call.prepares else self._end(call, output)
+
+    @torch.compiler.disable
+    def _end(self, call: _Call, output):
         set_open_call(None)
         call.scope.close()
         if call.plan is None or output is None:  # an exception is on its way
