@@ -190,7 +190,12 @@ class BituneConfig:
         ``peft`` is the adapter's own saved config, unused after full finetuning; ``changes`` override fields.
         """
         path = existing(folder, CONFIG_NAME)
-        fields = json.loads(path.read_text())
+        try:
+            fields = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: expected fields and values as JSON, got {error}") from None
+        if not isinstance(fields, dict):
+            raise ValueError(f"{path}: expected fields and values as JSON, got {type(fields).__name__}")
         unknown = sorted(set(fields) - set(cls.__dataclass_fields__) - {"peft_type"})
         if unknown:
             raise ValueError(f"{path}: unknown fields {', '.join(unknown)}; written by a newer bitune_kernels?")

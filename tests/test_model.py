@@ -281,6 +281,10 @@ def test_a_folder_that_is_not_whole_is_refused(tmp_path):
     (tmp_path / "bitune_mixing.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="bitune_mixing"):
         BituneModel.from_pretrained(base_model(), tmp_path)
+    for text in ("{", "[]"):
+        (tmp_path / "bitune_config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"bitune_config.json: expected fields and values as JSON, got"):
+            BituneModel.from_pretrained(base_model(), tmp_path)
     (tmp_path / "bitune_config.json").unlink()
     with pytest.raises(FileNotFoundError, match="bitune_config"):
         BituneModel.from_pretrained(base_model(), tmp_path)
@@ -345,6 +349,10 @@ def test_an_adapter_that_is_not_there_is_not_looked_for_elsewhere(tmp_path, monk
     ):
         with pytest.raises(FileNotFoundError, match=r"^mine/bidir: not found"):
             load()
+    model.save_pretrained("mine")
+    (tmp_path / "mine/bidir/adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"^mine/bidir/adapter_model.safetensors: not found"):
+        model.load_adapter("mine/bidir", "bidir")
 
 
 def test_the_model_card_says_how_to_load_it(tmp_path):

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import nn
@@ -530,6 +530,8 @@ class BituneModel(PeftModelForCausalLM):
             raise ValueError(f"adapter_name: expected one of {', '.join(self.peft_config)}, got {adapter_name!r}")
         if not Path(model_id).is_dir():  # PEFT would ask the Hub for a repository of that name
             raise FileNotFoundError(f"{model_id}: not found; expected a folder of the adapter {adapter_name!r}")
+        if not any(Path(model_id, name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+            existing(model_id, SAFETENSORS_WEIGHTS_NAME)
         own = {name: getattr(self.peft_config[adapter_name], name, None) for name in _SCALES}
         _refuse_others(model_id, own, vars(PeftConfig.from_pretrained(str(model_id))))
         kwargs = {"autocast_adapter_dtype": False} | kwargs  # adapters keep the dtype that they have
