@@ -192,6 +192,19 @@ def test_compiled_layers_train_on_all_lengths_and_compile_at_most_twice():
     assert frames[1] <= 2 * frames[0] and frames[1:] == frames[1:2] * 3, frames
 
 
+def test_compiled_layers_are_recomputed_in_their_pass():
+    torch._dynamo.reset()
+    model, (ids, mask, labels), found = bitune_model(base=base_model(num_hidden_layers=2)).train(), ragged_batch(), []
+    for _ in range(2):
+        model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+        model.gradient_checkpointing_enable()
+        model.get_base_model().model.layers[0].compile(backend="eager")
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-7, rtol=1e-5)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_model_that_is_compiled_as_a_whole_is_the_same(fused):
     torch._dynamo.reset()
