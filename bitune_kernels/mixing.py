@@ -33,8 +33,7 @@ def mix(causal: torch.Tensor, bidir: torch.Tensor, alpha, dtype: torch.dtype | N
     default float32 (float64 for float64 input). Differentiable in all three.
     """
     dtype = dtype or torch.promote_types(causal.dtype, torch.float32)
-    alpha = torch.as_tensor(alpha, dtype=dtype, device=causal.device)
-    alpha = alpha[..., None] if alpha.ndim else alpha
+    alpha = torch.as_tensor(alpha, dtype=dtype, device=causal.device)[..., None]
     return torch.lerp(causal.to(dtype), bidir.to(dtype), alpha).to(causal.dtype)
 
 

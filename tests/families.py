@@ -220,6 +220,7 @@ REFUSED = (
         Family("qwen3_next", QWEN3_MOE | dict(layer_types=["linear_attention", "full_attention", "linear_attention"])),
         "only 1 of 3 layers use the registered attention function",
     ),
+    (Family("bert", dict(is_decoder=False), targets=("query", "value")), "its attention is not causal"),
     (  # its positions begin behind the id of padding
         Family("roberta", dict(is_decoder=True), targets=("query", "value")),
         "its positions don't count 0, 1, 2, ... from the first token",

@@ -42,6 +42,8 @@ class _Probe:
         given = self.given_mask
         if given is not None and (attention_mask is None or attention_mask.data_ptr() != given.data_ptr()):
             self.problems.append("it makes an attention mask of its own from the one that it is given")
+        if not getattr(module, "is_causal", True):
+            self.problems.append("its attention is not causal")
         if key.shape[2] != query.shape[2]:
             self.problems.append("its attention has keys that are not tokens of the input")
         self.calls.append((module, query, key, value, window))
