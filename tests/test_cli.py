@@ -113,16 +113,31 @@ def test_answers_end_where_the_chat_template_ends_them(place, capsys):
     assert lines(capsys)[0]["prompt_tokens"] == len("<user>hi\n<assistant>") + 1  # by the chat template again
 
 
-def test_a_quantized_base_with_dora_and_dropout_is_trained(place):
+@pytest.fixture
+def attached(monkeypatch):
+    """The class of a linear layer of the base model in each run of ``bitune train``."""
+    from bitune_kernels import modeling
+
+    def record(base, *config, attach=modeling.get_bitune_model):
+        found.append(type(base.model.layers[0].mlp.up_proj).__name__)
+        return attach(base, *config)
+
+    found = []
+    monkeypatch.setattr(modeling, "get_bitune_model", record)
+    return found
+
+
+def test_a_quantized_base_with_dora_and_dropout_is_trained(place, attached):
     options = "--quantize nf4 --use-dora true --use-rslora true --lora-dropout 0.1 --max-steps 2".split()
-    assert run(place, *options, "--dtype", "bfloat16") == 0
+    assert run(place, *options, "--dtype", "bfloat16") == 0 and attached == ["Linear4bit"]
     saved = json.loads((place / "run" / "final" / "causal" / "adapter_config.json").read_text())
     assert (saved["use_dora"], saved["use_rslora"], saved["lora_dropout"]) == (True, True, 0.1)
     assert BituneModel.from_pretrained(base_model(vocab_size=VOCAB), place / "run" / "final").peft_config
 
 
-def test_an_int8_base_is_trained_without_a_line_for_each_product(place, caplog):
+def test_an_int8_base_is_trained_without_a_line_for_each_product(place, caplog, attached):
     assert run(place, "--quantize", "int8", "--max-steps", "1", "--dtype", "bfloat16") == 0
+    assert attached == ["Linear8bitLt"]
     assert "MatMul8bitLt" not in caplog.text
 
 

@@ -92,6 +92,10 @@ def test_rate_and_span_length_over_many_draws(denoiser):
             assert all(end < first for (_, end), (first, _) in pairwise(s)), "a kept token between"
 
 
+def test_spans_as_dense_as_they_can_be():
+    assert Denoiser("X", 0.6, 1).draw_spans(5) == [(0, 1), (2, 3), (4, 5)]
+
+
 def test_every_choice_of_spans_is_equally_likely():
     length, draws = 7, 6000  # 3 corrupted tokens in 2 spans
     denoiser, possible = Denoiser("R", 0.45, 1.5), set()
@@ -169,6 +173,7 @@ REFUSED = [
     (lambda: Denoiser("R", 0.15, 0.5), "mean_span_length: expected a finite number of at least 1, got 0.5"),
     (lambda: Denoiser("R", 0.15, float("inf")), "mean_span_length: expected a finite number of at least 1, got inf"),
     (lambda: Denoiser("X", 0.9, 1).draw_spans(20), "mean_span_length: expected spans long enough for a kept token"),
+    (lambda: Denoiser("X", 0.75, 1).draw_spans(4), "mean_span_length: expected spans long enough for a kept token"),
     (lambda: Denoiser("R", 0.15, 3).draw_spans(3), "length: expected a text long enough for Denoiser(mode='R'"),
     (lambda: Denoiser("X", 0.9, 9).draw_spans(4), "length: expected a text long enough"),
     (lambda: SEQUENTIAL.draw_spans(1), "length: expected a text long enough"),

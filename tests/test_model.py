@@ -366,6 +366,8 @@ def test_an_adapter_that_is_not_there_is_not_looked_for_elsewhere(tmp_path, monk
     (tmp_path / "mine/bidir/adapter_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"^mine/bidir/adapter_model.safetensors: not found"):
         model.load_adapter("mine/bidir", "bidir")
+    with pytest.raises(ValueError, match=r"^adapter_name: expected one of causal, bidir, got 'mine'"):
+        model.load_adapter("mine/causal", "mine")
 
 
 def test_the_model_card_says_how_to_load_it(tmp_path):
