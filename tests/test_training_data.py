@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
+from bitune_kernels import BituneConfig
 from bitune_kernels.training.data import load_rows, prompt_formats, tokenize
 from bitune_kernels.training.recipe import Recipe, load_recipe
 
@@ -269,6 +271,15 @@ def test_padding_follows_the_tokenizer(side):
 def test_wrong_fields_are_refused_by_name(changes, message):
     with pytest.raises((ValueError, TypeError), match=f"^{message}"):
         Recipe(**{"data": "x.jsonl"} | changes)
+
+
+def test_a_recipe_has_every_setting_of_the_method():
+    assert {f.name for f in fields(BituneConfig)} - {f.name for f in fields(Recipe)} == {"peft"}
+    changes = {"loss_chunk_rows": 512, "beta_init": 0.25, "variant": "single_stream"}
+    found = Recipe(data="x.jsonl", **changes).bitune_config(None)
+    assert {name: getattr(found, name) for name in changes} == changes
+    with pytest.raises(ValueError, match=r"^loss_chunk_rows: expected None with loss='sample'"):
+        Recipe(data="x.jsonl", loss="sample", loss_chunk_rows=512)
 
 
 def test_wrong_files_are_refused_by_name(tmp_path):

@@ -29,7 +29,8 @@ class Recipe:
             single_stream_dual.
         mixing: abs or relu; mixing_granularity: layer, head or global; theta_init; beta_init; dynamic_mixing;
             skip_bidir; use_fused: false is three passes; backend; loss: token or sample, which it is the mean over;
-            turns: one, recompute or alternating. All as in BituneConfig.
+            loss_chunk_rows: answer tokens whose logits are computed at a time (null: all); turns: one, recompute or
+            alternating. All as in BituneConfig.
         dtype: of the base, float32, bfloat16 or float16; quantize: nf4 or int8, by bitsandbytes.
         lr, theta_lr: of the adapters and of the mixing coefficients (null: lr).
         schedule: a scheduler of transformers; warmup: a share of the steps (below 1) or their number.
@@ -69,6 +70,7 @@ class Recipe:
     use_fused: bool = BituneConfig.use_fused
     backend: str = BituneConfig.backend
     loss: str = BituneConfig.loss
+    loss_chunk_rows: int | None = BituneConfig.loss_chunk_rows
     turns: str = BituneConfig.turns
     dtype: str = "bfloat16"
     quantize: str | None = None
