@@ -154,7 +154,7 @@ def test_bfloat16_curves_differ_less_than_seeds_do(tmp_path):
     for fused, seed in ((True, 3), (False, 3), (False, 4)):
         base = base_model(dtype=torch.bfloat16)
         model = bitune_model(seed, base=base, use_fused=fused, theta_init=0.01)
-        changes = dict(max_steps=80, learning_rate=2e-3, save_strategy="no", seed=seed)
+        changes = dict(max_steps=200, learning_rate=2e-3, save_strategy="no", seed=seed)
         trainer = hf_trainer(model, tmp_path / f"{fused}{seed}", **changes)
         trainer.train()
         curves.append(torch.tensor(losses(trainer)))
