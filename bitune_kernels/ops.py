@@ -102,7 +102,8 @@ def bitune_prefill(
         q, k, v, alpha_k, alpha_v, plan, options: as in ``bitune_attention``.
         k_cache, v_cache: [num_slots, ...] of rows as those of k and v, written in place; any strides, for "cuda"
             contiguous rows at multiples of 16 bytes.
-        cache_positions: int64 [N + A], the slot of each mixed prompt row and then of each answer row, all different.
+        cache_positions: int64 [N + A], the slot of each mixed prompt row and then of each answer row, all different, in
+            any order: of a padded cache or a paged one. Their values are checked on CPUs alone, a GPU isn't waited for.
         backend: as in ``bitune_attention``.
 
     Returns:

@@ -17,17 +17,18 @@
 |    | #2510                                                           | ``test_grouped_heads_*``                      |
 | 8  | one tile size is miscompiled on one architecture: vLLM #48590;  | ``test_tiles_agree``, with the compiler where |
 |    | fla #988                                                        | there is a GPU                                |
-| 9  | head dim 256 doesn't fit the shared memory of consumer parts:   | shows only where a kernel is compiled: the    |
-|    | flash-attn #190; vLLM #39018                                    | case table has head dim 256 on every GPU      |
+| 9  | head dim 256 doesn't fit the shared memory of consumer parts:   | shows only where a kernel is compiled:        |
+|    | flash-attn #190; vLLM #39018                                    | ``test_triton_compile.py``, for sm_89 too     |
 | 10 | torch.compile around a user's Triton kernel: pytorch #136550    | ``test_compiled``                             |
 | 11 | a mask flag silently ignored, "bidirectional" results that were | ``test_masks_are_not_ignored``                |
 |    | causal: a project that cites Bitune                             |                                               |
 | 12 | answer tokens leak into the bidirectional prefix:               | ``test_answers_do_not_leak``                  |
 |    | LLaMA-Factory #9135                                             |                                               |
-| 13 | fused op reads the packed weights of a quantized base:          | no operator takes a weight of the model       |
-|    | NeMo Automodel #2584                                            |                                               |
-| 14 | fused loss corrupts LoRA weights after the first step:          | there is no fused loss; no kernel writes what |
-|    | ms-swift #9839                                                  | it reads: ``test_inputs_stay_as_they_were``   |
+| 13 | fused op reads the packed weights of a quantized base:          | no kernel takes a weight of the model; the    |
+|    | NeMo Automodel #2584                                            | layers that do: ``test_adapters.py``          |
+| 14 | fused loss corrupts LoRA weights after the first step:          | no kernel writes what it reads:               |
+|    | ms-swift #9839                                                  | ``test_inputs_stay_as_they_were``; the loss   |
+|    |                                                                 | in chunks over steps: ``test_loss.py``        |
 """
 
 from __future__ import annotations
