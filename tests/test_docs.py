@@ -23,6 +23,7 @@ from tests.tiny import base_model
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import attention  # noqa: E402
 import tables  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
@@ -124,6 +125,20 @@ def test_its_module_commands_run():
     assert modules == set(arguments)
     for module in modules:
         subprocess.run([sys.executable, "-m", module, *arguments[module]], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_the_command_that_profiles_sees_every_kernel():
+    (block,) = blocks("sh", DOCS["docs/kernels.md"])
+    command = shlex.split(block.splitlines()[-1])
+    options = command[command.index("benchmarks/attention.py") + 1 :]
+    args, *_ = attention.parse([*(x.replace("triton", "sdpa") for x in options), "--device", "cpu"])
+    assert args.providers == ["sdpa"] and args.modes == ["forward", "backward"]
+    paths = (*ROOT.glob("bitune_kernels/backends/triton/attention_*.py"), *ROOT.glob("csrc/attention_*.cu"))
+    sources = "".join(path.read_text() for path in paths)
+    kernels = re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE) + re.findall(r"__global__ .* (\w+)\(", sources)
+    assert sorted(kernels) == ["attend_sm80", "attend_sm90", "dkv_kernel", "dq_kernel", "forward_kernel"]
+    pattern = command[command.index("--kernel-name") + 1].removeprefix("regex:")
+    assert [name for name in kernels if not re.search(pattern, name)] == []
 
 
 @pytest.mark.parametrize("name", DOCS)
