@@ -157,6 +157,11 @@ def test_resuming_ends_where_a_whole_run_ends(place, monkeypatch, capsys):
     assert run(place) == 2 and "resume it with --resume" in capsys.readouterr().err
     assert run(place, "--resume", "--lr", "1e-4") == 2
     assert "lr: 0.001, got lr: 0.0001" in capsys.readouterr().err
+    rows = (place / "rows.jsonl").read_text()
+    (place / "rows.jsonl").write_text(rows.replace("7 + 1", "7 + 2"))
+    assert run(place, "--resume") == 2 and "resume: expected the run of " in (error := capsys.readouterr().err)
+    assert re.search(r"data_sha256: '\w{64}', got data_sha256: '\w{64}'$", error)
+    (place / "rows.jsonl").write_text(rows)
     cut = place / "run" / "checkpoint-5"  # cut off before its state was written
     cut.mkdir()
     assert _last_checkpoint(place / "run").endswith("checkpoint-4")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -193,6 +194,14 @@ def test_what_is_skipped_is_counted_once(caplog):
             tokenize(rows, byte_tokenizer(), **options)
     with pytest.raises(ValueError, match=r"^tokenizer: expected one with an end token"):
         tokenize(rows, byte_tokenizer(eos_token=None))
+
+
+def test_a_terminal_shows_how_far_it_is(monkeypatch, capsys):
+    rows = [{"prompt": "a", "completion": "b"}] * 3
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        tokenize(rows, byte_tokenizer())
+        assert ("tokenizing" in capsys.readouterr().err) == terminal
 
 
 def test_null_is_no_text_and_the_word_none_is():

@@ -241,6 +241,7 @@ def tokenize(
             answer; as ``tokenize_row``.
     """
     from datasets import Dataset
+    from tqdm import tqdm
 
     for name, value, known in (("reader", reader, (None, *READERS)), ("turns", turns, TURNS)):
         if value not in known:
@@ -249,7 +250,7 @@ def tokenize(
         raise ValueError("tokenizer: expected one with an end token, got one without")
 
     samples, skipped = [], Counter()
-    for row in rows:
+    for row in tqdm(rows, desc="tokenizing", unit="row", leave=False, disable=None):  # 64,000 take minutes
         messages = messages_of(row) if turns != "one" and reader is None else None
         if messages is not None:
             both, labels = tokenize_conversation(messages, tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -59,7 +60,7 @@ def train(recipe: Recipe, model: str, output: str | Path, resume: bool = False) 
         model: folder or id of a causal LM with its tokenizer.
         output: folder of the run: checkpoints, ``run.json``, ``alpha.csv`` and ``alpha.png`` (variants that mix), and
             ``final``, which ``BituneModel.from_pretrained`` reads and which is there only when it is whole.
-        resume: go on from the last whole checkpoint of the same run.
+        resume: go on from the last whole checkpoint of the same run, on the same data.
 
     Returns:
         The folder ``final``.
@@ -74,6 +75,8 @@ def train(recipe: Recipe, model: str, output: str | Path, resume: bool = False) 
     from ..modeling import get_bitune_model
 
     output, run = Path(output), {"model": str(model), **asdict(recipe)}
+    if Path(recipe.data).is_file():  # a run that is resumed goes on behind the samples that it has seen
+        run["data_sha256"] = _sha256(Path(recipe.data))
     first = int(os.environ.get("RANK", 0)) == 0  # of several processes, the one that writes
     if first:
         _check_output(output, run, resume)
@@ -225,6 +228,14 @@ def _check_output(output: Path, run: dict, resume: bool) -> None:
             + ", got "
             + ", ".join(f"{name}: {run.get(name)!r}" for name in other)
         )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _last_checkpoint(output: Path) -> str | None:
