@@ -312,6 +312,19 @@ def test_wheel_with_cuda(source, tmp_path):
     assert refused.strip() == ("backend: 'cuda' can't run this call: the native extension needs a cuda device, got cpu")
 
 
+@needs_nvcc
+def test_an_endless_wait_is_an_error_in_a_debug_build(tmp_path):
+    source = tmp_path / "waits.cu"
+    source.write_text(
+        "#include <device/ptx.cuh>\n"
+        "__global__ void waits(uint32_t barrier) { bitune::ptx::mbarrier_wait(barrier, 0); }\n"
+    )
+    options = ["-std=c++17", "-arch=sm_90a", "-cubin", "--keep", f"-I{ROOT / 'csrc'}", source.name]
+    for define, traps in ((), False), (("-DBITUNE_DEBUG",), True):
+        subprocess.run([NVCC, *options, *define], cwd=tmp_path, check=True)
+        assert ("trap;" in source.with_suffix(".ptx").read_text()) == traps
+
+
 @needs_cmake
 @needs_nvcc
 @pytest.mark.parametrize("archs", ["sm_80", "75", "80;100a"])
