@@ -52,9 +52,9 @@ class TrainStep(Case):
 
     outputs = ("loss", "gradient")
 
-    def __init__(self, models: Models, dims: Dims, text: Text, batch: int, length: int):
+    def __init__(self, models: Models, dims: Dims, text: Text, batch: int, length: int, fill: bool = False):
         self.models, self.batch, self.length = models, batch, length
-        samples = text.samples(batch, length)
+        samples = text.samples(batch, length, fill=fill)
         self.device = next(models.bitune.parameters()).device
         self.ids, self.mask, self.labels = (x.to(self.device) for x in padded_samples(samples).values())
         self.lengths = [len(prompt) + len(answer) for prompt, answer in samples]
@@ -134,6 +134,7 @@ def parse(argv: list[str] | None):
     )
     p.add_argument("--samples", type=int, nargs="+", metavar="B", help="default: 10; on a CPU 4")
     p.add_argument("--max-lengths", type=int, nargs="+", metavar="L", help="default: 512; on a CPU 128")
+    p.add_argument("--fill", action="store_true", help="samples of exactly L tokens, half prompt, half answer")
     add_sweep_options(p, "none")
     args = p.parse_args(argv)
     setup = check_setup(p, args)
@@ -157,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     for model in models.all:
         model.train()
     shapes = sorted({(b, n) for b in args.samples for n in args.max_lengths})
-    make_case = partial(TrainStep, models, dims, text)
+    make_case = partial(TrainStep, models, dims, text, fill=args.fill)
     right = measure(shapes, make_case, setup, args, results, facts, start, f"training step: {title(setup, facts)}")
     return 0 if right else 1
 

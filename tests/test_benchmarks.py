@@ -571,6 +571,9 @@ def test_samples_fit_and_have_both_parts(text):
     samples = text.samples(10, 100)
     assert all(1 <= len(prompt) <= 50 and answer and len(prompt) + len(answer) <= 100 for prompt, answer in samples)
     assert len({len(prompt) + len(answer) for prompt, answer in text.samples(10, 512)}) > 1
+    longest = max(map(len, text.ids))
+    filled = text.samples(2, 4 * longest, fill=True)
+    assert [(len(prompt), len(answer)) for prompt, answer in filled] == [(2 * longest, 2 * longest)] * 2
 
 
 def test_padding_sides():

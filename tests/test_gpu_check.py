@@ -151,6 +151,10 @@ def test_the_benchmarks_of_a_gpu_are_asked_for_rightly(checkout):
     assert {*commands("prefill", "triton")} == {f"{model}-without-cuda" for model in gpu_check.MODELS}
     lengths = {name: prefill.parse([*command[2:], "--device", "cpu"])[0].lengths for name, command in found}
     assert lengths["phi-2"] == [128, 512, 2048] and lengths["gemma-2b"][-1] == 8192
+    found = [train_step.parse([*c[2:], "--device", "cpu"])[0] for c in commands("train_step").values()]
+    shapes = {(args.samples[0], n, args.fill) for args in found for n in args.max_lengths if args.model == "llama3-8b"}
+    assert shapes == {(10, 128, False), (10, 512, False), (1, 2048, True), (1, 8192, True)}
+    assert max(n for args in found for n in args.max_lengths if args.model == "phi-2") == 2048
 
 
 def test_the_docstring_says_how_long_it_takes(checkout):

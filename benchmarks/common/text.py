@@ -51,10 +51,19 @@ class Text:
             rows.append(self._joined(source, length, fill=False))
         return rows
 
-    def samples(self, count: int, max_length: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:
-        """``count`` pairs: an instruction, cut to half of ``max_length``, and a cut of another as its answer."""
+    def samples(
+        self, count: int, max_length: int, seed: int = 0, fill: bool = False
+    ) -> list[tuple[list[int], list[int]]]:
+        """``count`` pairs: an instruction, cut to half of ``max_length``, and a cut of another as its answer.
+
+        ``fill``: instructions are joined, so that each pair has exactly ``max_length`` tokens.
+        """
         source, pairs = self._in_turn(seed), []
         for _ in range(count):
+            if fill:
+                row = self._joined(source, max_length, fill=True)
+                pairs.append((row[: max_length // 2], row[max_length // 2 :]))
+                continue
             prompt = (self.first + next(source))[: max_length // 2]
             pairs.append((prompt, next(source)[: max_length - len(prompt)]))
         return pairs
