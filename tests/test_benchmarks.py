@@ -170,6 +170,15 @@ def test_rows_are_appended_and_other_columns_are_refused(tmp_path):
     assert (tmp_path / "prefill.csv").read_text() == "a,b\n1,2\n"
 
 
+def test_a_row_that_was_cut_off_spoils_none(tmp_path):
+    path = tmp_path / "rows.csv"
+    common_report.Results(path, "ab").append([{"a": 1, "b": 2}])
+    with path.open("a") as file:
+        file.write("3,4")
+    common_report.Results(path, "ab").append([{"a": 5, "b": 6}])
+    assert path.read_text().split() == ["a,b", "1,2", "5,6"]
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_wrong_provider_is_not_timed(name, tmp_path, capsys, monkeypatch):
     scope = common_models.scope

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -596,6 +597,11 @@ def test_an_exported_model_decodes_a_mixed_cache(place, trained, monkeypatch, ca
     assert greedy(again, ids[0].tolist(), 6) == tokens
     with pytest.raises(ValueError, match="folder: expected a new or empty folder"):
         export_merged(again, place / "exported")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(byte_tokenizer()), "save_pretrained", Mock(side_effect=KeyboardInterrupt))
+        assert main(["export", *options, "--output", str(place / "half")]) == 130
+    assert not (place / "half").exists()
+    assert main(["export", *options, "--output", str(place / "half")]) == 0
     (place / "empty").mkdir()
     monkeypatch.chdir(place / "empty")
     for folder in (".", place / "empty"):

@@ -233,6 +233,9 @@ class Results:
                 found = next(csv.reader(file), None)
             if found is not None and found != self.fields:
                 raise ValueError(f"{path}: has other columns than this version writes; move it away")
+            whole, _, cut = path.read_bytes().rpartition(b"\n")
+            if whole and cut:  # a row that a kill has cut off would swallow the next one
+                path.write_bytes(whole + b"\n")
 
     def append(self, rows: Sequence[dict]) -> None:
         new = not self.path.is_file() or self.path.stat().st_size == 0

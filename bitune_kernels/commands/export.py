@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -33,9 +34,12 @@ def _run(given) -> None:
 
     from ..modeling.export import export_merged
 
-    export_merged(model, output)
-    tokenizer.save_pretrained(output)
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    export_merged(model, unfinished)
+    tokenizer.save_pretrained(unfinished)
     prompts = adapter_folder(given.adapter) / FORMAT_NAME
     if prompts.is_file():
-        shutil.copy(prompts, output / "bitune")
+        shutil.copy(prompts, unfinished / "bitune")
+    os.replace(unfinished, output)
     print(output)
