@@ -747,6 +747,16 @@ def test_provenance_of_this_repository():
         assert len(facts["git_sha"]) == 40 and facts["git_dirty"] in (0, 1)
 
 
+def test_rows_of_a_gpu_say_that_tiles_were_tuned(monkeypatch):
+    from bitune_kernels.backends.triton import tiles
+
+    found = {tiles.tuned_key(gpu, "dq", head_dim, 2): None for gpu in ("mine", "another") for head_dim in (64, 128)}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "mine")
+    for tuned, said in (({}, ""), (found, ", 2 tuned tiles")):
+        monkeypatch.setattr(tiles, "tuned", lambda tuned=tuned: tuned)
+        assert timing.provenance("cuda")["triton"] == timing.provenance("cpu")["triton"] + said
+
+
 LORA_LINEAR = "--rows 20 --features 24 --seconds 0 --min-rounds 2 --device cpu".split()
 REQUEST = "--model tiny --lengths 9 --new-tokens 4 --seconds 0 --min-rounds 2 --device cpu".split()
 

@@ -150,7 +150,7 @@ def provenance(device: torch.device | str = "cpu") -> dict[str, str | int]:
         "git_sha": sha,
         "git_dirty": dirty,
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": _triton(torch.device(device)),
         "transformers": _version("transformers"),
         "peft": _version("peft"),
         "python": platform.python_version(),
@@ -165,6 +165,18 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def _triton(device: torch.device) -> str:
+    # "3.6.0, 4 tuned tiles": with those that bitune_kernels.tune has left on this machine, which kernels take
+    version = _version("triton")
+    if not version or device.type != "cuda":
+        return version
+    from ..backends.triton import tiles
+
+    one = tiles.tuned_key(torch.cuda.get_device_name(device), "forward", 64, 2)
+    count = sum(key.startswith(one.partition("forward")[0]) for key in tiles.tuned())
+    return f"{version}, {count} tuned tiles" if count else version
 
 
 def _run(*command: str) -> str | None:
