@@ -771,6 +771,8 @@ def test_the_adapters_of_the_streams_are_all_there_are():
             model.delete_adapter(name)
     with pytest.raises(ValueError, match="adapter_name: expected those of the streams and no other, got 'other'"):
         model.add_adapter("other", lora(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="adapter_name: expected those of the streams and no other, got 'other'"):
+        model.add_weighted_adapter(["causal", "bidir"], [0.5, 0.5], "other")
     model.base_model.set_adapter("bidir")
     with pytest.raises(ValueError, match=r"adapters: expected 'causal' to be active .* got \['bidir'\]"):
         model.generate(ids)

@@ -252,6 +252,10 @@ class BituneModel(PeftModelForCausalLM):
         """Refused: no stream would run through another adapter."""
         raise ValueError(f"adapter_name: expected those of the streams and no other, got {adapter_name!r}")
 
+    def add_weighted_adapter(self, adapters, weights, adapter_name: str, **kwargs) -> None:
+        """Refused, as ``add_adapter``."""
+        self.add_adapter(adapter_name)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Refused: each adapter belongs to a stream; ``unload()`` removes all."""
         raise ValueError(
