@@ -16,6 +16,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from bitune_kernels import BituneChat, BituneConfig, BituneModel, __version__
@@ -609,6 +610,15 @@ def test_an_exported_model_decodes_a_mixed_cache(place, trained, monkeypatch, ca
             export_merged(again, folder)
         assert main(["export", *options, "--output", str(folder)]) == 2
     assert greedy(again, ids[0].tolist(), 6) == tokens
+
+
+def test_an_export_has_the_adapters_as_they_were_trained(place, trained):
+    options, _ = trained
+    folders = place / "adapter", place / "exported" / "bitune"
+    assert main(["export", *options, "--dtype", "bfloat16", "--output", str(place / "exported")]) == 0
+    for name in ("causal", "bidir"):
+        before, after = (load_file(folder / name / "adapter_model.safetensors") for folder in folders)
+        assert all(torch.equal(after[key], x) for key, x in before.items()), name
 
 
 def test_env(capsys):

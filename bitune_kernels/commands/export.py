@@ -30,7 +30,7 @@ def _run(given) -> None:
     if any(p.is_file() for p in output.parents):
         raise ValueError(f"--output: expected a new or empty folder, got {output}, which is below a file")
     tokenizer = load_tokenizer(given)
-    model = load_model(given)
+    model = load_model(given, autocast_adapter_dtype=True)  # it is merged and written as it was trained
 
     from ..modeling.export import export_merged
 

@@ -156,10 +156,11 @@ def load_tokenizer(given):
         return AutoTokenizer.from_pretrained(given.model)
 
 
-def load_model(given, **changes):
-    """The ``BituneModel`` of ``--model`` and ``--adapter``, for inference, on ``--device``.
+def load_model(given, *, autocast_adapter_dtype: bool = False, **changes):
+    """The ``BituneModel`` of ``--model`` and ``--adapter`` on ``--device``.
 
-    ``changes`` override fields of its ``BituneConfig``.
+    ``changes`` override fields of its ``BituneConfig``. A pass computes in the model's dtype anyway, and adapters in
+    float32 would cost casts in every layer: only what writes them needs ``autocast_adapter_dtype``.
     """
     folder, device = adapter_folder(given.adapter), torch_device(given.device)
     import torch
@@ -171,8 +172,7 @@ def load_model(given, **changes):
     with _blaming("--model", f"a causal language model, got {given.model}"):
         base = AutoModelForCausalLM.from_pretrained(given.model, dtype=dtype).to(device)
     with _blaming("--adapter", f"adapters of {given.model}, got {folder}"):
-        # a pass computes in the model's dtype anyway; adapters kept in float32 would cost casts in every layer
-        return BituneModel.from_pretrained(base, folder, autocast_adapter_dtype=False, **changes)
+        return BituneModel.from_pretrained(base, folder, autocast_adapter_dtype=autocast_adapter_dtype, **changes)
 
 
 def torch_device(name: str | None):
