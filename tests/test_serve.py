@@ -132,6 +132,17 @@ def test_a_port_in_use_is_refused_before_the_model_is_loaded(place, capsys):
     assert f"--host, --port: expected a free port, got localhost:{port}; " in capsys.readouterr().err
 
 
+def test_an_address_of_ipv6_is_listened_on(place, monkeypatch):
+    asked = []
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 here")
+    monkeypatch.setattr(uvicorn, "run", lambda app, host, **options: asked.append(host))
+    arguments = ["--model", str(place / "model"), "--adapter", str(place / "adapter"), "--port", str(free_port())]
+    assert main(["serve", *arguments, "--host", "::1"]) == 0 and asked == ["::1"]
+
+
 @pytest.fixture(scope="module")
 def server(place):
     port = free_port()

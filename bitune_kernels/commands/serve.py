@@ -76,7 +76,8 @@ def _run(given) -> None:
     except ImportError as error:
         raise ValueError(f"serve: expected transformers[serving], got {error}") from None
     try:  # here, since the model takes long to load
-        socket.create_server((given.host, given.port)).close()
+        family = socket.AF_INET6 if ":" in given.host else socket.AF_INET  # as uvicorn takes a host
+        socket.create_server((given.host, given.port), family=family).close()
     except OSError as error:
         raise ValueError(f"--host, --port: expected a free port, got {given.host}:{given.port}; {error}") from None
     tokenizer, limit = load_tokenizer(given), max_tokens(given)
