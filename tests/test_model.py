@@ -935,6 +935,12 @@ def test_an_adapter_on_the_embedding_is_exact():
             model(inputs_embeds=embeds, labels=labels[:1])
         with pytest.raises(ValueError, match="inputs_embeds: expected input_ids"):
             model.generate(inputs_embeds=embeds, max_new_tokens=1)
+    # its second adapter is one of attention: the embedding has the other alone
+    for peft in (config["peft"], lora(modules_to_save=["embed_tokens"])):
+        model = bitune_model(variant="single_stream_dual", peft=peft)
+        own = dict(attention_mask=mask, labels=labels)
+        found = model(inputs_embeds=model.get_input_embeddings()(ids), **own).loss
+        torch.testing.assert_close(found, model(input_ids=ids, **own).loss)
 
 
 @pytest.mark.parametrize("fused", [True, False])

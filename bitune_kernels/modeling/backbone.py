@@ -295,7 +295,9 @@ class BackboneHooks:
                 f"{'disabled ones' if one.disable_adapters else one.active_adapters}"
             )
         embedding = self.structure.backbone.get_input_embeddings()
-        adapted = self.config.separate_adapters and any(embedding is m for m in self.structure.adapted)
+        # where attention alone has the rows twice, no other module has both adapters
+        separate = self.config.separate_adapters and not self.config.doubles_rows
+        adapted = separate and any(embedding is m for m in self.structure.adapted)
         if adapted and kwargs.get("inputs_embeds") is not None:
             raise ValueError(
                 "inputs_embeds: expected input_ids where the token embeddings have an adapter for each stream, got "
