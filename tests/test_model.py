@@ -651,6 +651,7 @@ def test_logits_that_are_not_computed_are_told():
             model(input_ids=ids[:, :3], past_key_values=out.past_key_values, use_cache=True)
             model(input_ids=ids, attention_mask=mask, labels=labels)
             model.generate(input_ids=ids[:, :5], max_new_tokens=2)
+            model.get_decoder()(input_ids=ids[:, :5])
             with model.disable_bitune():
                 model(input_ids=ids)
 

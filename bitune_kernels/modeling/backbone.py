@@ -182,6 +182,7 @@ class BackboneHooks:
 
     def _before(self, backbone, args, kwargs):
         _end_interrupted()
+        self._prefilled = False  # of a call whose rows no head has read
         if not self.enabled or current() is not None:
             return None
         if getattr(backbone, "_is_replica", False):
