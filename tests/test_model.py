@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 from peft import IA3Config, LilyConfig, LoraConfig, PromptTuningConfig, VBLoRAConfig
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaForSequenceClassification
 
@@ -222,6 +223,20 @@ def test_a_model_that_is_compiled_as_a_whole_is_the_same(fused):
         expected = expected or [*losses, *gradients]
     for found, x in zip([*losses, *gradients], expected, strict=True):
         torch.testing.assert_close(found, x, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_three_passes_of_a_model_that_is_compiled_as_a_whole_are_compiled():
+    torch._dynamo.reset()
+    model, (ids, mask, labels), called = bitune_model(base=base_model(num_hidden_layers=1)).eval(), ragged_batch(), []
+
+    def backend(graph, inputs):
+        called.extend(node.target for node in graph.graph.nodes)
+        return graph
+
+    with model.use_schedule(use_fused=False):
+        torch.compile(model, backend=backend)(input_ids=ids, attention_mask=mask, labels=labels)
+    assert called.count(scaled_dot_product_attention) == 3
 
 
 @torch.no_grad()

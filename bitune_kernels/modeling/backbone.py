@@ -22,7 +22,7 @@ from .doubling import DoublingHooks
 from .generate import Generation, check_cache
 from .labels import check_inputs
 from .one_pass import Observer, OnePass, TrimHooks
-from .passes import Past, current, leave_passes, new_strides, one_at_a_time, open_call, set_open_call
+from .passes import Pass, Past, current, leave_passes, new_strides, one_at_a_time, open_call, set_open_call
 from .row_chunks import run_in_chunks
 from .structure import Structure, refuse_partitioned
 from .three_pass import ThreePass
@@ -193,10 +193,13 @@ class BackboneHooks:
         kwargs = kwargs | dict(zip(self._names, args, strict=False))
         if self._request is None and self._decodes(kwargs.get("past_key_values")):
             return None
-        return self._begin(backbone, kwargs)
+        call, tokens, name, kwargs = self._begin(backbone, kwargs)
+        if call.three_pass is not None:  # here, so that a model compiled as a whole reads its prompts compiled too
+            kwargs |= self._three(call, tokens, name, kwargs)
+        return (), kwargs
 
     @torch.compiler.disable  # what is entered here is left in another hook, where a graph would forget it
-    def _begin(self, backbone, kwargs):
+    def _begin(self, backbone, kwargs) -> tuple[_Call, torch.Tensor, str, dict]:
         past, request = kwargs.get("past_key_values"), self._request
         call, self._request = _Call(), None
         set_open_call(call)
@@ -236,10 +239,10 @@ class BackboneHooks:
         if self.config.use_fused:
             kwargs |= self._fused(call, tokens, name)
         else:
-            kwargs |= self._three(call, tokens, name, kwargs)
+            call.three_pass = ThreePass(self.structure, call.plan, self.mixing, self.config, call.past)
         kwargs |= {"past_key_values": None, "use_cache": False}
         kwargs.pop("cache_position", None)
-        return (), kwargs
+        return call, tokens, name, kwargs
 
     def _take_prompts(self, backbone, call: _Call, tokens, positions, mask, past):
         """Plan a call whose tokens are prompts; returns the tokens and positions of the distinct ones."""
@@ -377,12 +380,11 @@ class BackboneHooks:
             past=call.past,
             observer=self.observer,
         )
-        call.scope.enter_context(p.active())
-        call.scope.enter_context(p.checkpointing())
+        _enter(call, p)
         return {name: plan.pack(tokens)[None], "position_ids": plan.positions[None], "attention_mask": p.mask}
 
     def _three(self, call: _Call, tokens, name: str, kwargs: dict) -> dict:
-        schedule = call.three_pass = ThreePass(self.structure, call.plan, self.mixing, self.config, call.past)
+        schedule = call.three_pass
         if call.plan.num_answer:
             known = (*_UNDERSTOOD, "past_key_values")
             inner = {k: v for k, v in kwargs.items() if k not in known} | {"use_cache": False}
@@ -395,8 +397,7 @@ class BackboneHooks:
         else:
             p = schedule.streams()[0]
             inputs = schedule.alone(tokens, name, p)
-        call.scope.enter_context(p.active())
-        call.scope.enter_context(p.checkpointing())
+        _enter(call, p)
         return inputs
 
     def _after(self, backbone, args, kwargs, output):
@@ -447,6 +448,12 @@ class BackboneHooks:
             self.generation.filled = cache
         if self.merge is not None:
             self.merge.apply()
+
+
+@torch.compiler.disable  # as _begin
+def _enter(call: _Call, p: Pass) -> None:
+    call.scope.enter_context(p.active())
+    call.scope.enter_context(p.checkpointing())
 
 
 def _end_interrupted() -> None:
