@@ -434,6 +434,24 @@ def test_merged_weights_are_put_back_in_spite_of_an_interrupt(monkeypatch):
     assert all(torch.equal(x, before[n]) for n, x in model.state_dict().items())
 
 
+@pytest.mark.parametrize("config", MERGED)
+def test_merged_decoding_in_inference_mode_leaves_weights_that_gradients_reach(config):
+    model, (ids, mask, labels) = bitune_model(**MERGED[config]).eval(), ragged_batch()
+    with torch.inference_mode(), model.merged_decoding():
+        model.generate(ids[:1, :5], **TINY)
+    model.train()(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+
+
+def test_merged_decoding_under_autocast_reads_no_weight_of_before():
+    model, ids = bitune_model().eval().requires_grad_(True), ragged_batch()[0][:1, :5]
+    options = TINY | dict(output_logits=True, return_dict_in_generate=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = torch.stack(model.generate(ids, **options).logits)
+        with model.merged_decoding():
+            found = torch.stack(model.generate(ids, **options).logits)
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
 def test_merged_decoding_refuses_weights_that_it_could_not_restore():
     model = bitune_model()
     model.merge_adapter()

@@ -345,27 +345,38 @@ class CausalMerge:
                         "is tied to a module without this adapter"
                     )
 
-    @torch.no_grad()
     def apply(self) -> None:
         """Merge, unless they are merged; what fails on the way leaves the base weights as they were."""
         if self._kept:
             return
         try:
-            for module in self._layers:
-                self._kept += [(p, p.detach().clone()) for p in module.get_base_layer().parameters()]
-                module.merge(adapter_names=[CAUSAL])
+            with self._changing():
+                for module in self._layers:
+                    self._kept += [(p, p.detach().clone()) for p in module.get_base_layer().parameters()]
+                    module.merge(adapter_names=[CAUSAL])
         except Exception:
             self.undo()
             raise
 
-    @torch.no_grad()
     def undo(self) -> None:
         """Put the base weights back, if they are merged."""
         if not self._kept:
             return
-        for module in self._layers:
-            if module.merged:
-                module.unmerge()
-        for p, kept in self._kept:
-            p.copy_(kept)
-        self._kept.clear()
+        with self._changing():
+            for module in self._layers:
+                if module.merged:
+                    module.unmerge()
+            for p, kept in self._kept:
+                p.copy_(kept)
+            self._kept.clear()
+
+    @contextmanager
+    def _changing(self):
+        # PEFT gives some weights new storage, which made in inference mode would be that of an inference tensor. What
+        # autocast keeps of a weight that can be trained is its value when it was first used.
+        inference = any(p.is_inference() for module in self._layers for p in module.get_base_layer().parameters())
+        try:
+            with torch.inference_mode(inference), torch.no_grad():
+                yield
+        finally:
+            torch.clear_autocast_cache()
