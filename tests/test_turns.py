@@ -395,6 +395,16 @@ def test_a_chat_reads_turns_as_the_model_was_trained(turns, tokenizer):
     assert chat.turns == ("recompute" if turns == "one" else turns)
 
 
+@pytest.mark.parametrize("turns", ["recompute", "alternating"])
+def test_a_chat_reads_no_turn_without_its_streams(turns, model, tokenizer):
+    chat = BituneChat(model, tokenizer, turns)
+    chat.send("hello", **OPTIONS)
+    for off in (model.disable_adapter, model.disable_bitune):
+        with off(), pytest.raises(ValueError, match="model: expected its streams to be on"):
+            chat.send("so?", **OPTIONS)
+    assert len(chat.messages) == 2
+
+
 def test_a_chat_is_made_of_the_right_things(model, tokenizer):
     for changes, error in (
         ({"model": model.get_base_model()}, "model: expected a BituneModel"),

@@ -69,9 +69,10 @@ class BituneChat:
 
         Raises:
             ValueError: a turn without text, a conversation too long for the model, an option by which one prompt has
-                several answers, a cache, a template that changes earlier turns (alternating). The conversation then is
-                what it was before.
+                several answers, a cache, a template that changes earlier turns (alternating), a model whose streams are
+                off. The conversation then is what it was before.
         """
+        check_streams_on(self.model)
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"text: expected what the user says, got {text!r}")
         for name in ("num_return_sequences", "num_beams"):
