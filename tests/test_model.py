@@ -705,6 +705,16 @@ def test_layers_that_are_recomputed_take_their_turn():
         assert torch.equal(other.result(), loss)
 
 
+def test_choices_are_scored_between_a_loss_and_its_gradient():
+    model, (ids, mask, labels) = bitune_model(use_fused=False), ragged_batch()
+    gradients = []
+    for score in (lambda: None, lambda: score_choices(model, [[3, 4, 5]], [[[6, 7], [8]]])):
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        score()
+        gradients.append(torch.autograd.grad(loss, list(model.mixing.parameters())))
+    assert all(torch.equal(x, y) for x, y in zip(*gradients, strict=True))
+
+
 def test_threads_that_score_choices_take_turns():
     model = bitune_model(use_fused=False).train()
     others = []

@@ -40,13 +40,14 @@ def _as_trained(model):
     with torch.no_grad():
         for p, _ in changed:
             scale = p.abs().mean() / 2
-            p.add_(torch.randn(p.shape, generator=generator).to(p) * (scale if scale > 0 else 0.01))
+            # .data, since a loss from before may still need the weights, which will be the same then
+            p.data.add_(torch.randn(p.shape, generator=generator).to(p) * (scale if scale > 0 else 0.01))
     try:
         yield
     finally:
         with torch.no_grad():
             for p, before in changed:
-                p.copy_(before)
+                p.data.copy_(before)
 
 
 def check_one_pass(model) -> None:
