@@ -452,6 +452,16 @@ def test_merged_decoding_under_autocast_reads_no_weight_of_before():
     assert (found - expected).norm() < 0.05 * expected.norm()
 
 
+def test_a_gradient_never_goes_through_merged_weights():
+    model, (ids, mask, labels) = bitune_model(), ragged_batch()
+    with model.merged_decoding():
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        model.generate(ids[:1, :5], **TINY)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+        model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+
+
 def test_merged_decoding_refuses_weights_that_it_could_not_restore():
     model = bitune_model()
     model.merge_adapter()

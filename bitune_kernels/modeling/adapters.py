@@ -352,8 +352,11 @@ class CausalMerge:
         try:
             with self._changing():
                 for module in self._layers:
-                    self._kept += [(p, p.detach().clone()) for p in module.get_base_layer().parameters()]
+                    own = list(module.get_base_layer().parameters())
+                    self._kept += [(p, p.detach().clone()) for p in own]
                     module.merge(adapter_names=[CAUSAL])
+                    # PEFT changes them unseen by autograd, and a gradient would go through the merged ones
+                    torch.autograd.graph.increment_version(own)
         except Exception:
             self.undo()
             raise

@@ -468,7 +468,8 @@ class BituneModel(PeftModelForCausalLM):
 
         Prompts are still run with both adapters: each pass over prompts takes the merge back and makes it again. The
         base weights are kept meanwhile, which costs the memory of every adapted weight once more, and are the same to
-        the bit afterwards. Tokens are those of unmerged decoding up to the rounding of the merged weights.
+        the bit afterwards. Tokens are those of unmerged decoding up to the rounding of the merged weights. A loss from
+        before a merge has no gradient any more (a RuntimeError of PyTorch's): call ``backward()`` first.
 
         Raises:
             ValueError: base weights that are quantized, sharded or tied to a module without the adapter.
