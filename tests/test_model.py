@@ -734,6 +734,21 @@ def test_threads_that_score_choices_take_turns():
     assert all(m.training for m in model.modules())
 
 
+def test_the_loss_is_computed_in_chunks_while_another_thread_evaluates():
+    model, (ids, mask, labels) = bitune_model(loss_chunk_rows=2).train(), ragged_batch()
+    others = []
+
+    def train_elsewhere(*_):
+        handle.remove()
+        others.append(pool.submit(lambda: model(input_ids=ids, attention_mask=mask, labels=labels)))
+        wait(others, timeout=0.3)
+
+    with ThreadPoolExecutor(1) as pool:
+        handle = model.get_base_model().model.layers[0].register_forward_pre_hook(train_elsewhere)
+        score_choices(model, [[3, 4, 5]], [[[6, 7], [8]]])
+        assert others[0].result().logits is None
+
+
 def test_replicas_of_data_parallel_are_refused():
     model, (ids, mask, labels) = bitune_model(), ragged_batch()
 

@@ -393,7 +393,9 @@ class BituneModel(PeftModelForCausalLM):
             )
         # TRL's trainers ask for their own fused head, which reads the backbone's rows and never has all logits either.
         chunk_rows = None if kwargs.get("fused_lm_head") else self.bitune_config.loss_chunk_rows
-        if labels is not None and self.training and chunk_rows is not None:
+        with one_at_a_time:  # the mode is this thread's then, and not that of one which evaluates
+            in_chunks = labels is not None and self.training and chunk_rows is not None
+        if in_chunks:
             out = self._forward_in_chunks(plan, labels, chunk_rows, input_ids, common)
         else:
             with self._hooks.request(plan), loss_per_sample(self.get_base_model(), plan, per_sample):
