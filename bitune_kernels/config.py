@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +51,15 @@ def existing(folder: str | Path, name: str) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"{path}: not found; expected a folder of save_pretrained (of a run: final)")
     return path
+
+
+@contextmanager
+def whole_folder(folder: Path):
+    """Inside, a hidden folder beside it to write in, which becomes ``folder`` when all is there."""
+    unfinished = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    yield unfinished
+    os.replace(unfinished, folder)
 
 
 def paper_lora():

@@ -137,7 +137,7 @@ def test_an_address_of_ipv6_is_listened_on(place, monkeypatch):
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
-        pytest.skip("no IPv6 here")
+        pytest.skip("needs a network interface with IPv6")
     monkeypatch.setattr(uvicorn, "run", lambda app, host, **options: asked.append(host))
     arguments = ["--model", str(place / "model"), "--adapter", str(place / "adapter"), "--port", str(free_port())]
     assert main(["serve", *arguments, "--host", "::1"]) == 0 and asked == ["::1"]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
-from ..config import FORMAT_NAME
+from ..config import FORMAT_NAME, whole_folder
 from .load import adapter_folder, add_model_options, load_model, load_tokenizer
 
 
@@ -34,12 +33,10 @@ def _run(given) -> None:
 
     from ..modeling.export import export_merged
 
-    unfinished = output.with_name(f".{output.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    export_merged(model, unfinished)
-    tokenizer.save_pretrained(unfinished)
     prompts = adapter_folder(given.adapter) / FORMAT_NAME
-    if prompts.is_file():
-        shutil.copy(prompts, unfinished / "bitune")
-    os.replace(unfinished, output)
+    with whole_folder(output) as unfinished:
+        export_merged(model, unfinished)
+        tokenizer.save_pretrained(unfinished)
+        if prompts.is_file():
+            shutil.copy(prompts, unfinished / "bitune")
     print(output)

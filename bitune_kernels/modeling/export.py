@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
+from ..config import whole_folder
 from .adapters import CAUSAL, CausalMerge
 from .model import BituneModel
 
@@ -33,13 +32,11 @@ def export_merged(model: BituneModel, folder: str | Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) or folder.samefile(".")):
         raise ValueError(f"folder: expected a new or empty folder, other than the current one, got {folder}")
     CausalMerge(model)  # refuses weights that can't be merged
-    unfinished = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished / "bitune")
-    model._detach()
-    merged = model.base_model.merge_and_unload(adapter_names=[CAUSAL])
-    merged.generation_config = model.generation_config  # with the end tokens of training
-    merged.save_pretrained(unfinished)
-    card = _CARD.format(base_model=merged.config._name_or_path or "A causal language model")
-    (unfinished / "README.md").write_text(card.lstrip())
-    os.replace(unfinished, folder)
+    with whole_folder(folder) as unfinished:
+        model.save_pretrained(unfinished / "bitune")
+        model._detach()
+        merged = model.base_model.merge_and_unload(adapter_names=[CAUSAL])
+        merged.generation_config = model.generation_config  # with the end tokens of training
+        merged.save_pretrained(unfinished)
+        card = _CARD.format(base_model=merged.config._name_or_path or "A causal language model")
+        (unfinished / "README.md").write_text(card.lstrip())

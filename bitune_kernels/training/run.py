@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import re
-import shutil
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +26,7 @@ from transformers import (
 )
 from transformers.integrations import get_available_reporting_integrations
 
-from ..config import FORMAT_NAME
+from ..config import FORMAT_NAME, whole_folder
 from .alpha import AlphaCallback, alpha_history, plot_alpha, write_alpha_csv
 from .checkpointing import selective_checkpointing
 from .data import load_rows, prompt_formats, tokenize
@@ -139,13 +138,11 @@ def train(recipe: Recipe, model: str, output: str | Path, resume: bool = False) 
             for name, write in (("alpha.csv", write_alpha_csv), ("alpha.png", plot_alpha)):
                 write(history, output / f".{name}")
                 os.replace(output / f".{name}", output / name)
-        unfinished = output / f".{FINAL}"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        if len(formats) == 1:
-            (unfinished / FORMAT_NAME).write_text(json.dumps(*formats) + "\n")
-        os.replace(unfinished, output / FINAL)
+        with whole_folder(output / FINAL) as unfinished:
+            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            if len(formats) == 1:
+                (unfinished / FORMAT_NAME).write_text(json.dumps(*formats) + "\n")
     return output / FINAL
 
 
