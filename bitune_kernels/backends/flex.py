@@ -103,23 +103,16 @@ def attention(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, **options):
     o, N, S, A = Options(**options), plan.num_prompt, plan.answer_start, plan.num_answer
     prompts = q.shape[0] > A
     k_mixed, v_mixed = (mix_prompts(plan.segments(x)[:-1], alpha) for x, alpha in ((k, alpha_k), (v, alpha_v)))
-    if plan.num_streams == 2:
-        keys, values, key_segments = (
-            torch.cat([k[:S], k_mixed, k[S:]]),
-            torch.cat([v[:S], v_mixed, v[S:]]),
-            [0, 1, 2, 3],
-        )
-    else:  # the prompt's one set of keys serves its stream(s) and the answer
-        keys, values, key_segments = torch.cat([k[:N], k]), torch.cat([v[:N], v]), [0, 2, 3]
-        if o.shared_qkv:
-            keys, values, key_segments = torch.cat([k[:N], keys]), torch.cat([v[:N], values]), [0, 1, 2, 3]
-            q = torch.cat([q[:N], q]) if prompts else q
-    two = plan.num_streams == 2 or o.shared_qkv
-    query_segments = [*([0, 1] if two else [0]), 3] if prompts else [3]
+    # With one stream k_mixed and v_mixed are the prompt's one set of keys, which stands once more for each stream.
+    first = o.shared_qkv * N
+    keys, values = (torch.cat([x[:first], x[:S], mixed, x[S:]]) for x, mixed in ((k, k_mixed), (v, v_mixed)))
+    streams = [0, 1] if plan.num_streams == 2 or o.shared_qkv else [0]
+    if o.shared_qkv and prompts:
+        q = torch.cat([q[:N], q])
     if not q.shape[0]:
         return q.new_zeros(0, q.shape[1], v.shape[2]), k_mixed, v_mixed
 
-    segments = tuple(query_segments), tuple(key_segments)
+    segments = (*streams, 3) if prompts else (3,), (*streams, 2, 3)
     block_mask = _block_mask(plan.prompt_lengths, plan.answer_lengths, *segments, o.stream_mask, o.window, q.device)
     out = _compiled()(
         *(x.transpose(0, 1).unsqueeze(0) for x in (q, keys, values)),
