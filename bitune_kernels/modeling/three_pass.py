@@ -63,17 +63,16 @@ class PaddedPass(Pass):
     def attention(self, module, query, key, value, see: torch.Tensor | str | None, scaling, softcap, sinks):
         """The model's own attention function under a visibility of ``seen``."""
         function = self._function(module, softcap, sinks)
-        if isinstance(see, torch.Tensor) and function is not self._registered("sdpa"):
-            see = torch.zeros(see.shape, dtype=query.dtype, device=see.device).masked_fill(
-                ~see, torch.finfo(query.dtype).min
-            )
-        elif see == "causal" and function is not self._registered("sdpa"):  # eager wants a tensor
-            length = query.shape[2]
-            see = torch.full((length, length), torch.finfo(query.dtype).min, dtype=query.dtype, device=query.device)
-            see = see.triu(1)[None, None]
-        causal, see = see == "causal" if isinstance(see, str) else False, None if isinstance(see, str) else see
+        if see is not None and function is not self._registered("sdpa"):  # eager adds a tensor to the scores
+            if isinstance(see, str):
+                length = query.shape[2]
+                see = torch.ones(1, 1, length, length, dtype=torch.bool, device=query.device).tril()
+            bias = torch.zeros(see.shape, dtype=query.dtype, device=see.device)
+            see = bias.masked_fill(~see, torch.finfo(query.dtype).min)
+        causal = isinstance(see, str)
         options = {k: v for k, v in (("softcap", softcap), ("s_aux", sinks)) if v is not None}
-        return function(module, query, key, value, see, scaling=scaling, dropout=0.0, is_causal=causal, **options)[0]
+        options |= dict(scaling=scaling, dropout=0.0, is_causal=causal)
+        return function(module, query, key, value, None if causal else see, **options)[0]
 
     def with_prompts(self, layer: int, key: torch.Tensor, value: torch.Tensor):
         return key, value
