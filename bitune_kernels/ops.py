@@ -79,7 +79,7 @@ def bitune_attention(
     requires_grad = bool(_requiring_grad(*args, options))
     if torch.compiler.is_compiling():
         return registered.attention(*args, options, requires_grad, backend)
-    return autograd.attention(backends.choose(backend, q, v, requires_grad, options), *args, options)
+    return autograd.attention(backends.choose(backend, q, v, requires_grad, options), *args, options, requires_grad)
 
 
 def bitune_prefill(

@@ -70,7 +70,7 @@ with compiling_for(90) as compiled:
         inputs["softmax_scale"] = 0.25 * len(prompts)
         inputs |= zip(("alpha_k", "alpha_v", "beta"), weights[:, layer])
         options = Options(**{name: inputs.pop(name) for name in Options._fields})
-        outputs = autograd.attention(triton, **inputs, options=options)
+        outputs = autograd.attention(triton, **inputs, options=options, requires_grad=True)
         torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
         triton.mix(inputs["k"], inputs["k"], inputs["alpha_k"])
 print(*sorted(name for name, _, _ in compiled.binaries))

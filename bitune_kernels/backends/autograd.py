@@ -29,13 +29,13 @@ class _Attention(torch.autograd.Function):
         return None, None, None, *[next(grads) if given else None for given in ctx.given]
 
 
-def attention(module: ModuleType, q, k, v, alpha_k, alpha_v, plan, options: Options):
+def attention(module: ModuleType, q, k, v, alpha_k, alpha_v, plan, options: Options, requires_grad: bool):
     """``bitune_kernels.ops.bitune_attention`` with this module; differentiable once where it has kernels of its own."""
     if hasattr(module, "attention"):
         return module.attention(q, k, v, alpha_k, alpha_v, plan, **options._asdict())
-    inputs = (q, k, v, alpha_k, alpha_v, options.beta, options.sinks, *(options.prefix or (None, None)))
-    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
+    if not requires_grad:
         return module.forward(q, k, v, alpha_k, alpha_v, plan, **options._asdict(), save=False)[:3]
+    inputs = (q, k, v, alpha_k, alpha_v, options.beta, options.sinks, *(options.prefix or (None, None)))
     out, k_mixed, v_mixed = _Attention.apply(module, plan, options, *inputs)
     if plan.num_streams == 1:
         k_mixed, v_mixed = k[: plan.num_prompt], v[: plan.num_prompt]
