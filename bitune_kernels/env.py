@@ -28,13 +28,13 @@ def collect() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": _torch(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: version(name) for name in _PACKAGES},
         "native_extension": native_extension(),
     }
 
 
-def _version(distribution: str) -> str | None:
-    # The metadata tells the version without the seconds that importing transformers takes.
+def version(distribution: str) -> str | None:
+    """Of an installed package, from its metadata: importing transformers takes seconds."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -98,7 +98,7 @@ def _format(report: dict[str, Any]) -> str:
         ("platform", report["platform"]),
         ("torch", f"{torch['version']} (CUDA {torch['cuda'] or 'none'})"),
         ("GPUs", ", ".join(torch["gpus"]) or "none"),
-        *((name, version or "not installed") for name, version in report["packages"].items()),
+        *((name, found or "not installed") for name, found in report["packages"].items()),
         ("native extension", ", ".join(f"{key}: {answer[native[key]]}" for key in states)),
         ("", native["reason"]),
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import platform
 import statistics
 import subprocess
@@ -14,7 +13,10 @@ from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+
+from .. import env
 
 FLUSHED = 2**28  # bytes, several times the L2 cache of any GPU
 CYCLES_PER_SECOND = 2e9  # of a GPU's clock, at most
@@ -37,10 +39,7 @@ class Timing:
 
     def quantile(self, q: float) -> float:
         """The q-quantile, linear between neighbours."""
-        values = sorted(self.seconds)
-        low, rest = divmod(q * (len(values) - 1), 1)
-        low = int(low)
-        return values[low] + rest * (values[min(low + 1, len(values) - 1)] - values[low])
+        return float(np.quantile(self.seconds, q))
 
     def ratio(self, unit: Timing) -> float:
         """How many times ``unit`` this takes: the median over rounds, where a drifting machine cancels."""
@@ -151,8 +150,8 @@ def provenance(device: torch.device | str = "cpu") -> dict[str, str | int]:
         "git_dirty": dirty,
         "torch": torch.__version__,
         "triton": _triton(torch.device(device)),
-        "transformers": _version("transformers"),
-        "peft": _version("peft"),
+        "transformers": env.version("transformers") or "",
+        "peft": env.version("peft") or "",
         "python": platform.python_version(),
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
@@ -160,22 +159,15 @@ def provenance(device: torch.device | str = "cpu") -> dict[str, str | int]:
     }
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
 def _triton(device: torch.device) -> str:
     # "3.6.0, 4 tuned tiles": with those that bitune_kernels.tune has left on this machine, which kernels take
-    version = _version("triton")
+    version = env.version("triton") or ""
     if not version or device.type != "cuda":
         return version
     from ..backends.triton import tiles
 
-    one = tiles.tuned_key(torch.cuda.get_device_name(device), "forward", 64, 2)
-    count = sum(key.startswith(one.partition("forward")[0]) for key in tiles.tuned())
+    begin = tiles.tuned_for(torch.cuda.get_device_name(device))
+    count = sum(key.startswith(begin) for key in tiles.tuned())
     return f"{version}, {count} tuned tiles" if count else version
 
 

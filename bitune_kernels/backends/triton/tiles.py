@@ -192,8 +192,12 @@ def tuned_path() -> Path:
 
 def tuned_key(gpu: str, kernel: str, head_dim: int, element_size: int) -> str:
     """What a tuned tile depends on."""
-    versions = f"bitune_kernels {__version__}, triton {triton.__version__}"
-    return f"{gpu}, {versions}, {kernel}, head dim {head_dim}, {element_size} bytes"
+    return f"{tuned_for(gpu)}{kernel}, head dim {head_dim}, {element_size} bytes"
+
+
+def tuned_for(gpu: str) -> str:
+    """What each ``tuned_key`` of a GPU and these versions begins with."""
+    return f"{gpu}, bitune_kernels {__version__}, triton {triton.__version__}, "
 
 
 @cache
