@@ -1,4 +1,4 @@
-"""Figures of a trained model, each into one file, whose ending (.png, .pdf, .svg) chooses the format."""
+"""Figures of a model and its training, each into one file, whose ending (.png, .pdf, .svg) chooses the format."""
 
 from __future__ import annotations
 
@@ -39,10 +39,36 @@ def plot_mixing(mixing: MixingCoefficients, path: str | Path, history: list[dict
             over_layers.set(xlabel=layers, ylabel=title, ylim=(0, 1) if row == 0 else (0, None))
             over_layers.xaxis.get_major_locator().set_params(integer=True)
         if history:
-            from .training.alpha import draw_alpha_over_steps
-
-            draw_alpha_over_steps(axes[2, column], history, label)
+            _draw_over_steps(axes[2, column], history, label)
     figure.savefig(path, dpi=120)
+
+
+def plot_alpha(rows: list[dict[str, Any]], path: str | Path) -> None:
+    """A png: each weight of each layer over the steps (above), and over the layers at the last step (below)."""
+    from matplotlib.figure import Figure
+
+    labels = [name for name in rows[0] if name not in ("step", "layer")]
+    figure = Figure(figsize=(5 * len(labels), 7), layout="constrained")
+    axes = figure.subplots(2, len(labels), sharey=True, squeeze=False)
+    last = max(row["step"] for row in rows)
+    for column, label in enumerate(labels):
+        over_steps, over_layers = axes[:, column]
+        _draw_over_steps(over_steps, rows, label)
+        at_last = {row["layer"]: row[label] for row in rows if row["step"] == last}
+        over_layers.plot(sorted(at_last), [at_last[layer] for layer in sorted(at_last)], marker="o")
+        over_layers.set(xlabel=f"layer, at step {last}", ylabel=label)
+        over_layers.xaxis.get_major_locator().set_params(integer=True)
+    figure.savefig(path, format="png", dpi=120)
+
+
+def _draw_over_steps(axes, rows: list[dict[str, Any]], label: str) -> None:
+    """A curve per layer on matplotlib's ``axes``: the weight of this name in the rows of ``alpha_history``."""
+    layers = sorted({row["layer"] for row in rows})
+    for layer in layers:
+        shade = layer / max(len(layers) - 1, 1)
+        curve = sorted((row["step"], row[label]) for row in rows if row["layer"] == layer)
+        axes.plot(*zip(*curve, strict=True), color=(shade, 0.3, 1 - shade), label=str(layer), lw=1)
+    axes.set(title=label, xlabel="step (blue: first layer, red: last)", ylabel=label)
 
 
 def plot_attention(matrices: dict[str, torch.Tensor], tokens: list[str], path: str | Path) -> None:

@@ -1,7 +1,8 @@
 """Training a Bitune model with transformers' Trainer: learning rates, logs of alpha, checkpointing, data,
 recipes, denoising samples and learned instructions."""
 
-from .alpha import AlphaCallback, alpha_history, plot_alpha, read_alpha_csv, write_alpha_csv
+from ..plots import plot_alpha
+from .alpha import AlphaCallback, alpha_history, read_alpha_csv, write_alpha_csv
 from .bilevel import hypergradient, largest_curvature
 from .checkpointing import selective_checkpointing
 from .denoising import UL2_DENOISERS, Denoiser, UL2Collator

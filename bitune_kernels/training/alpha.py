@@ -1,4 +1,4 @@
-"""alpha_k, alpha_v and beta over training: logged through the Trainer, then a table and a plot."""
+"""alpha_k, alpha_v and beta over training: logged through the Trainer, then a table."""
 
 from __future__ import annotations
 
@@ -74,31 +74,3 @@ def read_alpha_csv(path: str | Path) -> list[dict[str, Any]]:
     with Path(path).open(newline="") as file:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     return [row | {"step": int(row["step"]), "layer": int(row["layer"])} for row in rows]
-
-
-def plot_alpha(rows: list[dict[str, Any]], path: str | Path) -> None:
-    """A png: each weight of each layer over the steps (above), and over the layers at the last step (below)."""
-    from matplotlib.figure import Figure
-
-    labels = [name for name in rows[0] if name not in ("step", "layer")]
-    figure = Figure(figsize=(5 * len(labels), 7), layout="constrained")
-    axes = figure.subplots(2, len(labels), sharey=True, squeeze=False)
-    last = max(row["step"] for row in rows)
-    for column, label in enumerate(labels):
-        over_steps, over_layers = axes[:, column]
-        draw_alpha_over_steps(over_steps, rows, label)
-        at_last = {row["layer"]: row[label] for row in rows if row["step"] == last}
-        over_layers.plot(sorted(at_last), [at_last[layer] for layer in sorted(at_last)], marker="o")
-        over_layers.set(xlabel=f"layer, at step {last}", ylabel=label)
-        over_layers.xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(path, format="png", dpi=120)
-
-
-def draw_alpha_over_steps(axes, rows: list[dict[str, Any]], label: str) -> None:
-    """A curve per layer on matplotlib's ``axes``: the weight of this name in the rows of ``alpha_history``."""
-    layers = sorted({row["layer"] for row in rows})
-    for layer in layers:
-        shade = layer / max(len(layers) - 1, 1)
-        curve = sorted((row["step"], row[label]) for row in rows if row["layer"] == layer)
-        axes.plot(*zip(*curve, strict=True), color=(shade, 0.3, 1 - shade), label=str(layer), lw=1)
-    axes.set(title=label, xlabel="step (blue: first layer, red: last)", ylabel=label)

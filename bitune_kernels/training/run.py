@@ -27,7 +27,8 @@ from transformers import (
 from transformers.integrations import get_available_reporting_integrations
 
 from ..config import FORMAT_NAME, whole_folder
-from .alpha import AlphaCallback, alpha_history, plot_alpha, write_alpha_csv
+from ..plots import plot_alpha
+from .alpha import AlphaCallback, alpha_history, write_alpha_csv
 from .checkpointing import selective_checkpointing
 from .data import load_rows, prompt_formats, tokenize
 from .optim import parameter_groups
