@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .folders import existing
+
 CONFIG_NAME = "bitune_config.json"
-FORMAT_NAME = "prompt_format.json"  # in the final folder of a run: how its samples were written
 
 MIXINGS = ("abs", "relu")
 GRANULARITIES = ("layer", "head", "global")
@@ -43,23 +41,6 @@ VARIANTS = {
     "single_stream": Variant(1, False, "full", ("beta",)),
     "single_stream_dual": Variant(1, True, "full", ("k", "v", "beta")),
 }
-
-
-def existing(folder: str | Path, name: str) -> Path:
-    """A file or folder in a folder of ``BituneModel.save_pretrained``; FileNotFoundError where it is missing."""
-    path = Path(folder, name)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: not found; expected a folder of save_pretrained (of a run: final)")
-    return path
-
-
-@contextmanager
-def whole_folder(folder: Path):
-    """Inside, a hidden folder beside it to write in, which becomes ``folder`` when all is there."""
-    unfinished = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    yield unfinished
-    os.replace(unfinished, folder)
 
 
 def paper_lora():

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from .autocast import without_autocast
-from .config import GRANULARITIES, MIXINGS, BituneConfig, existing
+from .config import GRANULARITIES, MIXINGS, BituneConfig
+from .folders import existing
 
 MIXING_NAME = "bitune_mixing.safetensors"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ..config import FORMAT_NAME, whole_folder
+from ..folders import FORMAT_NAME, check_new, whole_folder
 from .load import adapter_folder, add_model_options, load_model, load_tokenizer
 
 
@@ -24,10 +24,7 @@ def add(commands) -> None:
 
 def _run(given) -> None:
     output = Path(given.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir()) or output.samefile(".")):
-        raise ValueError(f"--output: expected a new or empty folder, other than the current one, got {output}")
-    if any(p.is_file() for p in output.parents):
-        raise ValueError(f"--output: expected a new or empty folder, got {output}, which is below a file")
+    check_new("--output", output)  # here, since the model takes long to load
     tokenizer = load_tokenizer(given)
     model = load_model(given, autocast_adapter_dtype=True)  # it is merged and written as it was trained
 

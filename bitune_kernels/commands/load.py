@@ -40,7 +40,7 @@ def add_format_option(parser) -> None:
 
 def prompt_format(given) -> str:
     """``--format``, or without it what the samples of the run had."""
-    from ..config import FORMAT_NAME
+    from ..folders import FORMAT_NAME
 
     path = adapter_folder(given.adapter) / FORMAT_NAME
     trained = json.loads(path.read_text()) if path.is_file() else "text"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..config import whole_folder
+from ..folders import check_new, whole_folder
 from .adapters import CAUSAL, CausalMerge
 from .model import BituneModel
 
@@ -29,8 +29,7 @@ def export_merged(model: BituneModel, folder: str | Path) -> None:
     if not isinstance(model, BituneModel):
         raise TypeError(f"model: expected a BituneModel, got {type(model).__name__}")
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) or folder.samefile(".")):
-        raise ValueError(f"folder: expected a new or empty folder, other than the current one, got {folder}")
+    check_new("folder", folder)
     CausalMerge(model)  # refuses weights that can't be merged
     with whole_folder(folder) as unfinished:
         model.save_pretrained(unfinished / "bitune")

@@ -21,7 +21,8 @@ from torch.nn.functional import pad
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from ..config import CONFIG_NAME, BituneConfig, existing
+from ..config import CONFIG_NAME, BituneConfig
+from ..folders import existing
 from ..mixing import MixingCoefficients
 from ..plan import SegmentPlan
 from .adapters import (

@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.integrations import get_available_reporting_integrations
 
-from ..config import FORMAT_NAME, whole_folder
+from ..folders import FORMAT_NAME, whole_folder
 from ..plots import plot_alpha
 from .alpha import AlphaCallback, alpha_history, write_alpha_csv
 from .checkpointing import selective_checkpointing
