@@ -24,8 +24,9 @@ from .labels import check_inputs
 from .one_pass import Observer, OnePass, TrimHooks
 from .passes import Pass, Past, current, leave_passes, new_strides, one_at_a_time, open_call, set_open_call
 from .row_chunks import run_in_chunks
-from .structure import Structure, refuse_partitioned
+from .structure import Structure
 from .three_pass import ThreePass
+from .weights import refuse_partitioned
 
 # Tensors of a backbone call that are understood; any other one per token could not be packed in silence.
 _UNDERSTOOD = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"}

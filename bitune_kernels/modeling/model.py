@@ -42,7 +42,8 @@ from .loss import chunked_loss, loss_per_sample
 from .passes import evaluating, one_at_a_time
 from .probe import find_structure
 from .self_test import check_chunked_loss, check_one_pass
-from .structure import Structure, keep_as_loaded, refuse_dispatched, refuse_packed, refuse_partitioned
+from .structure import Structure
+from .weights import check_weights
 
 _CARD = """
 Adapters and mixing coefficients of [Bitune](https://arxiv.org/abs/2405.14862) for `{base_model}`, which
@@ -93,10 +94,7 @@ def get_bitune_model(
         )
     if config.peft is not None:
         refuse_unsupported(config.peft, config.variant, config.separate_adapters)
-    refuse_partitioned(base_model.named_parameters())
-    refuse_dispatched(base_model)
-    refuse_packed(base_model)
-    keep_as_loaded(base_model)
+    check_weights(base_model)
     structure = find_structure(base_model)
     config.stream_masks(structure.num_layers)  # skip_bidir against the number of layers
     frozen = [(p, p.requires_grad) for p in base_model.parameters()]

@@ -1,0 +1,64 @@
+"""What a pass needs the base weights to be: whole, on one device and as they were loaded."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse weights that a pass can't read (ValueError), and keep 4-bit ones as they are."""
+    refuse_partitioned(model.named_parameters())
+    _refuse_dispatched(model)
+    _refuse_packed(model)
+    _keep_as_loaded(model)
+
+
+def refuse_partitioned(parameters) -> None:
+    """Raise ValueError if DeepSpeed ZeRO-3 has partitioned one of the named parameters.
+
+    It gathers weights while the module that holds them is called. A pass reads adapters and their base weight from one
+    place, and the mixing coefficients from outside of their module, where only empty tensors would be found.
+    """
+    for name, parameter in parameters:
+        if hasattr(parameter, "ds_id"):
+            raise ValueError(
+                f"base_model: expected whole parameters or FSDP2's (fully_shard), got {name} partitioned by DeepSpeed "
+                "ZeRO-3, which doesn't gather weights where a Bitune pass reads them; use ZeRO stage 1 or 2"
+            )
+
+
+def _refuse_dispatched(model: nn.Module) -> None:
+    """Raise ValueError if accelerate moves weights or rows from device to device while the model runs."""
+    devices = sorted(set(map(str, getattr(model, "hf_device_map", {}).values())))
+    if len(devices) > 1:
+        raise ValueError(
+            f"base_model: expected all layers on one device, got a device_map over {', '.join(devices)}; FSDP2 spreads "
+            "a model over several GPUs"
+        )
+
+
+def _refuse_packed(model: nn.Module) -> None:
+    """Refuse weights in a packed format without the layer of a library that knows how to multiply by them."""
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if type(module) is nn.Linear and type(weight) is nn.Parameter and weight.dtype.itemsize == 1:
+            raise ValueError(
+                f"base_model: expected floating-point weights, or layers of a library that dequantizes them "
+                f"(bitsandbytes, torchao), got a plain nn.Linear of {weight.dtype} at {name}"
+            )
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                f"base_model: expected 4-bit weights as they were loaded, got {name} as bitsandbytes packs it in a "
+                "pass without gradients, for a product that has none; load the model again"
+            )
+
+
+def _keep_as_loaded(model: nn.Module) -> None:
+    """Let 4-bit weights stay what training can go on with.
+
+    On a CPU with AVX512-BF16, bitsandbytes packs them anew in the first pass without gradients, rounded, and for a
+    product through which no gradient comes back in a later pass either.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
