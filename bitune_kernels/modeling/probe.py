@@ -23,7 +23,9 @@ class _Probe:
     def __init__(self):
         self.calls = []  # (attention module, query, key, value [1, heads, tokens, head_dim], window)
         self.problems = []
-        self.before, self.attention_input, self.produced = [], {}, {}
+        self.order = []  # ("module", module) where it is entered, ("attention", module) where it calls the function
+        self.inputs = {}  # module -> its hidden states
+        self.produced = {}  # id of an output -> the last module that returned it
         self.maps = {}  # module -> x and output, of modules that were called with x alone
         self.local_sizes = {}
         self.keep = []  # tensors whose id is remembered must stay alive
@@ -47,7 +49,7 @@ class _Probe:
         if key.shape[2] != query.shape[2]:
             self.problems.append("its attention has keys that are not tokens of the input")
         self.calls.append((module, query, key, value, window))
-        self.before.append(("attention", module))
+        self.order.append(("attention", module))
         group_size = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(group_size, dim=1) for x in (key, value))
         if self.mixes:
@@ -67,9 +69,8 @@ class _Probe:
         return mask
 
     def entered(self, module, args, kwargs):
-        hidden = kwargs.get("hidden_states", args[0] if args else None)
-        self.before.append(("module", module))
-        self.attention_input[id(module)] = hidden
+        self.order.append(("module", module))
+        self.inputs[module] = kwargs.get("hidden_states", args[0] if args else None)
 
     def left(self, module, args, kwargs, output):
         if len(args) == 1 and not kwargs and all(isinstance(x, torch.Tensor) for x in (*args, output)):
@@ -152,7 +153,7 @@ def find_structure(model: nn.Module) -> Structure:
             "registered with transformers (AttentionInterface)"
         )
     attentions = [call[0] for call in probe.calls]
-    if len({id(m) for m in attentions}) != len(attentions):
+    if len(set(attentions)) != len(attentions):
         probe.problems.append("an attention module runs more than once in a forward")
     expected = getattr(backbone.config, "num_hidden_layers", len(attentions))
     if len(attentions) != expected:
@@ -165,10 +166,9 @@ def find_structure(model: nn.Module) -> Structure:
     _, queries, keys, values, windows = zip(*probe.calls, strict=True)
     places = [key.data_ptr() for key in keys]
     projections = [_find_projections(m, probe) for m in attentions]
-    names = {id(m): n for n, m in backbone.named_modules()}
     modules = dict(backbone.named_modules())
-    last = attentions[-1]
-    layers = [_layer_of(names[id(m)], modules) for m in attentions]
+    names = {m: name for name, m in modules.items()}
+    layers = [_layer_of(names[m], modules) for m in attentions]
     layer = layers[-1]
     structure = Structure(
         backbone=backbone,
@@ -185,7 +185,7 @@ def find_structure(model: nn.Module) -> Structure:
         trim=None if layer is None else _find_trim(layer, projections[-1], probe),
         max_positions=_max_positions(model, backbone),
         mlps=_find_mlps(layers, attentions, probe),
-        unused_bidir=_unused(model, backbone, layer, last, probe),
+        unused_bidir=_unused(model, backbone, layer, attentions[-1], probe),
     )
     call = dict(input_ids=ids, position_ids=torch.arange(_PROBE_TOKENS, device=device)[None])
     with _probing(backbone, configs) as probe:
@@ -269,30 +269,27 @@ def _max_positions(model: nn.Module, backbone: nn.Module) -> int | None:
 
 
 def _find_projections(attention: nn.Module, probe: _Probe) -> Projections:
-    call = probe.before.index(("attention", attention))
-    inside = {id(m) for m in attention.modules()} - {id(attention)}
-    hidden = probe.attention_input.get(id(attention))
-    before = {m for _, m in probe.before[:call] if id(m) in inside}
-    exits = [m for _, m in probe.before[call + 1 :] if id(m) in inside]
+    call = probe.order.index(("attention", attention))
+    inside = set(attention.modules()) - {attention}
+    hidden = probe.inputs.get(attention)
+    before = {m for _, m in probe.order[:call] if m in inside}
+    exits = [m for _, m in probe.order[call + 1 :] if m in inside]
     return Projections(
         attention=attention,
         before=before,
-        direct={m for m in before if hidden is not None and probe.attention_input.get(id(m)) is hidden},
+        direct={m for m in before if hidden is not None and probe.inputs.get(m) is hidden},
         exit=exits[0] if exits else None,
     )
 
 
 def _find_trim(layer: nn.Module, projections: Projections, probe: _Probe) -> Trim | None:
-    hidden = probe.attention_input.get(id(projections.attention))
+    hidden, given = probe.inputs.get(projections.attention), probe.inputs.get(layer)
     if projections.exit is None or hidden is None:
         return None
-    if hidden is probe.attention_input.get(id(layer)):
-        norm = None
-    else:
+    norm = None
+    if hidden is not given:
         norm = probe.produced.get(id(hidden))
-        if norm is None or id(norm) not in {id(m) for m in layer.children()}:
-            return None
-        if probe.attention_input.get(id(norm)) is not probe.attention_input.get(id(layer)):
+        if norm not in set(layer.children()) or probe.inputs.get(norm) is not given:
             return None
     return Trim(layer=layer, norm=norm, projections=projections)
 
@@ -300,10 +297,10 @@ def _find_trim(layer: nn.Module, projections: Projections, probe: _Probe) -> Tri
 def _unused(
     model: nn.Module, backbone: nn.Module, layer: nn.Module | None, attention: nn.Module, probe: _Probe
 ) -> set[nn.Module]:
-    end = probe.before.index(("attention", attention))
-    used = {id(m) for _, m in probe.before[:end]}
+    end = probe.order.index(("attention", attention))
+    used = {m for _, m in probe.order[:end]}
     # Modules that never ran may be experts that no token chose here. Those outside of the backbone run outside of it.
-    behind = {m for _, m in probe.before[end:]} | set(model.modules()) - set(backbone.modules())
+    behind = {m for _, m in probe.order[end:]} | set(model.modules()) - set(backbone.modules())
     if layer is not None:
         behind |= set(layer.modules())
-    return {m for m in behind if id(m) not in used and not any(True for _ in m.children())}
+    return {m for m in behind - used if not any(True for _ in m.children())}
