@@ -26,6 +26,7 @@ from common.run import (
     OWN,
     Case,
     add_run_options,
+    add_sweep_options,
     check_at_least,
     check_machine,
     check_minutes,
@@ -428,12 +429,10 @@ def choose_providers(p: argparse.ArgumentParser, args, machine: Machine, heads) 
         for name, reason in reasons_against(**facts, requires_grad="backward" in args.modes).items():
             # who can run one of the head dims is asked for all of them, and says no where it must
             reasons[name] = None if reason is None else reasons.get(name, reason)
-    for name in OWN:
-        reasons.setdefault(name, "this version of the package has no such backend")
-    reasons |= dict.fromkeys(args.without, "--without")
     kind = machine.device.type
     reasons["sdpa-flash"] = None
     reasons["varlen"] = reasons["flash"]
+    reasons |= dict.fromkeys(args.without, "--without")
     reasons["sdpa-cudnn"] = None if kind == "cuda" else f"cuDNN's attention needs a CUDA device, got {kind}"
     names = check_names(p, "providers", args.providers or [], reasons)
     if missing := [n for n in names if reasons[n]]:
@@ -493,7 +492,6 @@ def parse(argv: list[str] | None):
         min_rounds=5,
         warmup=2,
     )
-    p.add_argument("--without", nargs="+", choices=OWN, default=[], help="not timed although it could run")
     p.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: all")
     p.add_argument(
         "--lengths", type=int, nargs="+", metavar="N", help="prompt rows; default: 64 to 16384, on a CPU less"
@@ -503,12 +501,8 @@ def parse(argv: list[str] | None):
     p.add_argument("--heads", type=heads_of, nargs="+", metavar="Q,KV,DIM", help="default: 32,8,128 16,16,64 8,1,256")
     p.add_argument("--only", nargs="+", choices=("equal", "ragged"), default=["equal", "ragged"], help="default: both")
     p.add_argument("--quick", action="store_true", help="two lengths, one kind of heads")
-    p.add_argument(
-        "--minutes",
-        type=float,
-        default=8,
-        help="leave out shapes that would end later, and fail where most are (default: 8)",
-    )
+    add_sweep_options(p, "8")
+    p.set_defaults(minutes=8)
     args = p.parse_args(argv)
     check_minutes(p, args)
     check_at_least(p, args, lengths=1, batch_sizes=1, tokens=1)

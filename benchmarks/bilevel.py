@@ -12,7 +12,6 @@ one pass the instruction's hypergradient is held to autograd's in three; where i
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager
 from functools import partial
 
 import matplotlib.figure
@@ -78,11 +77,10 @@ class Training:
             )
         return self.optimizers[provider, k]
 
-    @contextmanager
     def schedule(self, provider: str):
-        fused = self.model.use_schedule(use_fused=provider == "one-pass")
-        with self.model.disable_bitune() if provider == "lora" else fused:
-            yield
+        if provider == "lora":
+            return self.model.disable_bitune()
+        return self.model.use_schedule(use_fused=provider == "one-pass")
 
     def run(self, provider: str, k: int | None) -> None:
         optimizer = self.optimizer(provider, k)

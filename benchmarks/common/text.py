@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer
 
 
@@ -104,11 +105,6 @@ def padded_samples(samples: Sequence[tuple[list[int], list[int]]]) -> dict[str, 
 
 def padded(rows: Sequence[Sequence[int]], side: str, fill: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """int64 tokens [batch, width] and their mask, padded on one side."""
-    width = max(map(len, rows))
-    tokens = torch.full((len(rows), width), fill)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for b, row in enumerate(rows):
-        where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        tokens[b, where] = torch.tensor(row)
-        mask[b, where] = 1
-    return tokens, mask
+    rows, options = [torch.tensor(row) for row in rows], dict(batch_first=True, padding_side=side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], **options)
+    return pad_sequence(rows, padding_value=fill, **options), mask
