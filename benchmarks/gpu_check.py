@@ -46,7 +46,7 @@ sys.path.insert(0, str(ROOT))  # the package need not be installed
 from common.report import Results  # noqa: E402
 from common.run import OWN, check_minutes, relative_error  # noqa: E402
 
-from bitune_kernels import SegmentPlan, backends, bitune_attention, bitune_prefill, registered  # noqa: E402
+from bitune_kernels import SegmentPlan, backends, bitune_attention, bitune_prefill, custom_ops  # noqa: E402
 from bitune_kernels.testing import DTYPES, Case, assert_backend_within_budget, assert_prefilled, leaves, run_case  # noqa: E402
 from bitune_kernels.testing.timing import provenance  # noqa: E402
 
@@ -232,7 +232,7 @@ def _outputs_and_gradients(function, inputs: dict) -> dict[str, torch.Tensor]:
 def _check_registered(case: Case, backend: str, dtype: torch.dtype, device: str) -> None:
     def arguments(requires_grad):
         args, options = case.call(dtype, device, requires_grad)
-        return registered._flatten(*args, options, requires_grad, backend)
+        return custom_ops._flatten(*args, options, requires_grad, backend)
 
     torch.library.opcheck(torch.ops.bitune.attention.default, tuple(arguments(True)))
     call, filling = case.make_prefill(dtype, device), arguments(False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import backends, mixing, registered
+from . import backends, custom_ops, mixing
 from .backends import Options, autograd
 from .masks import STREAM_MASKS
 from .plan import SegmentPlan
@@ -78,7 +78,7 @@ def bitune_attention(
     args, options = _checked(q, k, v, alpha_k, alpha_v, plan, options)
     requires_grad = bool(_requiring_grad(*args, options))
     if torch.compiler.is_compiling():
-        return registered.attention(*args, options, requires_grad, backend)
+        return custom_ops.attention(*args, options, requires_grad, backend)
     return autograd.attention(backends.choose(backend, q, v, requires_grad, options), *args, options, requires_grad)
 
 
@@ -153,7 +153,7 @@ def bitune_prefill(
         )
     cache = k_cache, v_cache, cache_positions
     if torch.compiler.is_compiling():
-        return registered.prefill(args, options, cache, backend)
+        return custom_ops.prefill(args, options, cache, backend)
     return backends.prefill(backends.choose(backend, q, v, False, options), args, options, *cache)
 
 

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bitune_kernels import SegmentPlan, backends, bitune_attention, bitune_prefill, mix_kv, registered
+from bitune_kernels import SegmentPlan, backends, bitune_attention, bitune_prefill, custom_ops, mix_kv
 from bitune_kernels.backends import reference, resolve, sdpa
 from bitune_kernels.testing import (
     CASES,
@@ -661,7 +661,7 @@ def test_compiled_layers_share_one_plan(own):
             inputs["q"], _, _ = bitune_attention(**inputs, backend="own")
         return inputs["q"]
 
-    registered._plan.cache_clear()
+    custom_ops._plan.cache_clear()
     inputs = Case(prompts=(5, 7), answers=(3, 4), prefix=(2, 0)).make(requires_grad=True)
     with torch.inference_mode():
         layers_compiled, _ = compiled_and_counter(layers)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from .. import registered  # noqa: F401 (registers bitune::attention)
+from .. import custom_ops  # noqa: F401 (registers bitune::attention)
 from ..lora import segment  # noqa: F401 (registers bitune::segment_lora)
 
 

@@ -1,4 +1,4 @@
-"""The operators as registered ones, opaque to torch.compile: implementation, fake and gradient.
+"""The operators as PyTorch's custom operators, opaque to torch.compile: implementation, fake and gradient.
 
 A compiled graph then doesn't specialize on the lengths of one batch, and the choice of the backend, which imports
 modules, isn't traced. Checks happen before, in ``ops``.
