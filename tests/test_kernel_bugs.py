@@ -12,17 +12,17 @@
 | 5  | fully masked row gives NaN: pytorch #103749, #131863            | every query sees itself; rows of a tile that  |
 |    |                                                                 | see nothing yet: ``test_window_edges``        |
 | 6  | NaN in dQ for tiny or skewed shapes: flash-attn #334, #443      | ``test_skewed_shapes``                        |
-| 7  | races in the backward, visible once in thousands of runs;       | ``test_runs_are_bitwise_equal``; each sum has |
-|    | nondeterministic dK of grouped heads: flash-attn #359, #2481,   | one owner: ``test_schedule_backward_kv``,     |
-|    | #2510                                                           | ``test_grouped_heads_*``                      |
+| 7  | races in the backward, visible once in thousands of runs;       | each sum has one owner:                       |
+|    | nondeterministic dK of grouped heads: flash-attn #359, #2481,   | ``test_schedule_backward_kv``; 250 runs on a  |
+|    | #2510                                                           | GPU: ``repeats`` of benchmarks/gpu_check.py   |
 | 8  | one tile size is miscompiled on one architecture: vLLM #48590;  | ``test_tiles_agree``, with the compiler where |
 |    | fla #988                                                        | there is a GPU                                |
 | 9  | head dim 256 doesn't fit the shared memory of consumer parts:   | shows only where a kernel is compiled:        |
 |    | flash-attn #190; vLLM #39018                                    | ``test_triton_compile.py``, for sm_89 too     |
-| 10 | torch.compile around a user's Triton kernel: pytorch #136550    | ``test_compiled``                             |
-| 11 | a mask flag silently ignored, "bidirectional" results that were | ``test_masks_are_not_ignored``                |
-|    | causal: a project that cites Bitune                             |                                               |
-| 12 | answer tokens leak into the bidirectional prefix:               | ``test_answers_do_not_leak``                  |
+| 10 | torch.compile around a user's Triton kernel: pytorch #136550    | ``test_compiled_*`` of ``test_ops.py``        |
+| 11 | a mask flag silently ignored, "bidirectional" results that were | each mask with each layout of streams is a    |
+|    | causal: a project that cites Bitune                             | case of ``testing/cases.py``                  |
+| 12 | answer tokens leak into the bidirectional prefix:               | the same, and ``test_semantics.py``           |
 |    | LLaMA-Factory #9135                                             |                                               |
 | 13 | fused op reads the packed weights of a quantized base:          | no kernel takes a weight of the model; the    |
 |    | NeMo Automodel #2584                                            | layers that do: ``test_adapters.py``          |
@@ -48,7 +48,6 @@ from bitune_kernels.testing import (
     assert_backend_within_budget,
     default_device,
     leaves,
-    run_case,
     runnable_backends,
 )
 
@@ -63,7 +62,6 @@ from bitune_kernels.backends.triton import attention_backward, attention_forward
 from bitune_kernels.backends.triton.tiles import Tile
 
 DEVICE = default_device()
-ON_GPU = DEVICE == "cuda"
 
 
 @pytest.fixture
@@ -450,30 +448,6 @@ def test_a_plan_on_another_device():
     assert_equal(outputs_and_gradients(elsewhere, d_outputs), outputs_and_gradients(inputs, d_outputs))
 
 
-# 7: races, and one owner of each sum
-
-OPTIONS = {"alpha": "head", "beta": "head", "sinks": True, "window": 20, "heads": (2, 1)}
-
-
-def test_runs_are_bitwise_equal(small_tiles):
-    case = Case(prompts=(21,), answers=(10,), prefix=(9,), **OPTIONS)
-    first = run_case(case, "triton", torch.float32, DEVICE)
-    for _ in range(250 if ON_GPU else 1):
-        assert_equal(run_case(case, "triton", torch.float32, DEVICE), first)
-
-
-def test_grouped_heads_add_up(small_tiles):
-    # dk and dv of a key/value head: the sum over query heads that each had a copy of it
-    inputs = Case(prompts=(7,), answers=(10,), heads=(3, 1)).make(torch.float32, DEVICE, requires_grad=True)
-    d_outputs = (random_like(inputs["q"]), None, None)
-    grouped = outputs_and_gradients(inputs, d_outputs)
-    copies = {name: inputs[name].detach().expand(-1, 3, -1).requires_grad_() for name in ("k", "v")}
-    apart = outputs_and_gradients(inputs | copies, d_outputs)
-    torch.testing.assert_close(grouped["out"], apart["out"])
-    for name in ("d_k", "d_v"):
-        torch.testing.assert_close(grouped[name], apart[name].sum(1, keepdim=True))
-
-
 # 8: tiles
 
 
@@ -506,86 +480,7 @@ def test_tiles_are_arguments_too():
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-# 10: torch.compile
-
-
-def test_compiled():
-    inputs = Case(prompts=(5,), answers=(4,), heads=(2, 1)).make(torch.float32, DEVICE, requires_grad=True)
-
-    def twice(**inputs):  # inputs of the operator that the graph computes, and outputs that it goes on with
-        out, k_mixed, v_mixed = bitune_attention(**inputs | {"q": inputs["q"] * 2}, backend="triton")
-        return out * 2, k_mixed + 1, v_mixed
-
-    torch._dynamo.reset()
-    results = []
-    for function in (torch.compile(twice, fullgraph=True, backend="aot_eager"), twice):
-        outputs, given = function(**inputs), leaves(inputs)
-        d_outputs = [random_like(o, seed) for seed, o in enumerate(outputs)]
-        results.append(dict(enumerate([*outputs, *torch.autograd.grad(outputs, given.values(), d_outputs)])))
-    assert_equal(*results)
-
-
-# 11, 12: what reaches what
-
-STREAMS = {
-    "two streams": {},
-    "one stream": {"num_streams": 1},
-    "shared_qkv": {"num_streams": 1, "shared_qkv": True},
-}
 BACKENDS = runnable_backends(Case(prompts=(9,), answers=(3,)), torch.float32, DEVICE)
-
-
-def changed_rows(inputs, change: dict, backend) -> torch.Tensor:
-    """Which rows of out differ when some inputs do."""
-    before, after = (bitune_attention(**x, backend=backend)[0] for x in (inputs, inputs | change))
-    return (before != after).flatten(1).any(1)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("streams", STREAMS)
-@pytest.mark.parametrize("stream_mask", ["full", "causal", "anti_causal"])
-def test_masks_are_not_ignored(stream_mask, streams, backend):
-    n, at = 9, 4
-    inputs = Case(prompts=(n,), answers=(3,), stream_mask=stream_mask, heads=(2, 1), **STREAMS[streams]).make(
-        torch.float32, DEVICE
-    )
-    rows = torch.arange(n, device=DEVICE)
-    bidir = {"full": rows >= 0, "causal": rows >= at, "anti_causal": rows <= at}[stream_mask]
-    answers = torch.ones(3, dtype=torch.bool, device=DEVICE)
-    for name in ("k", "v"):
-        x = inputs[name].clone()
-        x[at] += 1  # a prompt token of the bidirectional stream, or of the only rows there are
-        causal = {"two streams": [rows < 0], "one stream": [], "shared_qkv": [rows >= at]}[streams]
-        expected = torch.cat([bidir, *causal, answers])
-        assert torch.equal(changed_rows(inputs, {name: x}, backend), expected), name
-        if streams == "two streams":
-            x = inputs[name].clone()
-            x[n + at] += 1  # the same token of the causal stream
-            expected = torch.cat([rows < 0, rows >= at, answers])
-            assert torch.equal(changed_rows(inputs, {name: x}, backend), expected), name
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("streams", STREAMS)
-def test_answers_do_not_leak(streams, backend):
-    case = Case(prompts=(9, 4), answers=(5, 3), heads=(2, 1), **STREAMS[streams])
-    inputs = case.make(torch.float32, DEVICE, requires_grad=True)
-    plan, changed = inputs["plan"], 2  # from this answer token of the first sample on
-    rows = slice(plan.answer_start + changed, plan.answer_start + 5)
-    others = {}
-    for name in ("q", "k", "v"):
-        others[name] = inputs[name].detach().clone()
-        others[name][rows] = 7 * others[name][rows] + 3
-    out, k_mixed, v_mixed = bitune_attention(**inputs, backend=backend)
-    leaked, *leaked_mixed = bitune_attention(**inputs | others, backend=backend)
-    assert torch.equal(k_mixed, leaked_mixed[0]) and torch.equal(v_mixed, leaked_mixed[1])
-    first = len(out) - plan.num_answer + changed
-    stays = [i for i in range(len(out)) if not first <= i < first + 5 - changed]
-    assert torch.equal(out[stays], leaked[stays])
-    assert (out != leaked)[first : first + 5 - changed].flatten(1).any(1).all()
-    # and no gradient of the prompt's outputs reaches an answer
-    grads = torch.autograd.grad(out[: -plan.num_answer].sum(), [inputs[name] for name in ("q", "k", "v")])
-    assert not any(grad[plan.answer_start :].any() for grad in grads)
 
 
 # numbers
@@ -616,7 +511,8 @@ def test_scale_of_zero(backend):
 
 
 def test_inputs_stay_as_they_were():
-    inputs = Case(prompts=(5,), answers=(4,), prefix=(3,), **OPTIONS).make(torch.float32, DEVICE, requires_grad=True)
+    options = dict(prefix=(3,), window=20, alpha="head", beta="head", sinks=True, heads=(2, 1))
+    inputs = Case(prompts=(5,), answers=(4,), **options).make(torch.float32, DEVICE, requires_grad=True)
     given = leaves(inputs)
     before = {name: x.detach().clone() for name, x in given.items()}
     outputs = bitune_attention(**inputs, backend="triton")

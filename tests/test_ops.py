@@ -284,37 +284,6 @@ def test_reference_is_the_formula(case):
         )
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(**SMALL, alpha="head", beta="head", sinks=True, softcap=2.0, window=3, prefix=(2, 1, 0)),
-        Case(**SMALL, beta="scalar", stream_mask="anti_causal"),
-        Case(**SMALL, num_streams=1, shared_qkv=True, beta="head", sinks=True),
-        Case(**SMALL, answer_only=True, softmax_scale=0.7),
-    ],
-    ids=lambda case: case.id,
-)
-def test_gradcheck(case):
-    inputs = case.make(torch.float64, requires_grad=True)
-    given = leaves(inputs)
-
-    def call(*values):
-        named = dict(zip(given, values, strict=True))
-        if "prefix[0]" in named:
-            named["prefix"] = (named.pop("prefix[0]"), named.pop("prefix[1]"))
-        return bitune_attention(**inputs | named, backend="reference")
-
-    assert torch.autograd.gradcheck(call, tuple(given.values()), fast_mode=True)
-
-
-def test_scale_defaults_to_the_head_dim():
-    case = Case(prompts=(5,), answers=(3,))
-    default = run_case(case, "sdpa", torch.float64, backward=False)["out"]
-    inputs = case.make(torch.float64)
-    torch.testing.assert_close(bitune_attention(**inputs | {"softmax_scale": 0.25}, backend="sdpa")[0], default)
-    assert not torch.allclose(bitune_attention(**inputs | {"softmax_scale": 0.3}, backend="sdpa")[0], default)
-
-
 def test_alpha_may_be_a_number():
     inputs = Case(prompts=(5,), answers=(3,)).make(torch.bfloat16)
     as_tensors = inputs | {"alpha_k": torch.tensor(0.25), "alpha_v": torch.tensor(1.0)}
@@ -409,12 +378,6 @@ def test_mix_kv(dtype, backend, heads):
     assert ((mixed.double() - exact).abs() <= step).all()
     assert torch.equal(mix_kv(causal, bidir, 0.0, backend=backend), causal)
     assert torch.equal(mix_kv(causal, bidir, 1.0, backend=backend), bidir)
-
-
-def test_mix_kv_gradcheck():
-    causal, bidir = (torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    alpha = torch.tensor([0.2, 0.7], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(mix_kv, (causal, bidir, alpha))
 
 
 @pytest.mark.parametrize("alpha", [0.3, torch.tensor(0.3), torch.tensor([0.2, 0.9])], ids=["number", "scalar", "head"])
@@ -612,8 +575,8 @@ def compiled_and_counter(function):
 
 @COMPILED
 def test_compiled_once_for_all_lengths(options, backend, own):
-    def attend(**inputs):
-        out, k_mixed, v_mixed = bitune_attention(**inputs, backend=backend)
+    def attend(**inputs):  # the graph computes what the operator gets, and goes on with what it gives
+        out, k_mixed, v_mixed = bitune_attention(**inputs | {"q": inputs["q"] * 2}, backend=backend)
         return out * 2, k_mixed, v_mixed + 1
 
     compiled, counter = compiled_and_counter(attend)
@@ -695,15 +658,10 @@ def test_compiled_call_takes_numbers_as_alpha():
 
 
 def test_auto_takes_the_fastest_that_can():
-    assert resolve("auto")[0] == "sdpa"
+    for device in (None, torch.device("cpu"), torch.device("cuda")):  # no kernel that has not run on a GPU
+        assert resolve("auto", device=device, dtype=torch.float16, head_dim=64)[0] == "sdpa"
     chosen, reason = resolve("auto", softcap=2.0)
     assert chosen == "reference" and "softcap" in reason
-
-
-@pytest.mark.parametrize("facts", [{"softcap": 2.0}, {"sinks": torch.zeros(4)}], ids=["softcap", "sinks"])
-def test_named_backend_never_falls_back(facts):
-    with pytest.raises(ValueError, match=f"^backend: 'sdpa' can't run this call: .*{next(iter(facts))}"):
-        resolve("sdpa", **facts)
 
 
 @pytest.mark.parametrize(
@@ -720,12 +678,6 @@ def test_triton_says_why_it_cannot_run(facts, reason, monkeypatch):
     monkeypatch.setattr("bitune_kernels.backends.triton.tiles.interpreted", lambda: False)
     with pytest.raises(ValueError, match=f"^backend: 'triton' can't run this call: .*{reason}"):
         resolve("triton", **facts)
-
-
-def test_triton_is_not_the_choice_of_auto():
-    # it has not run on a GPU
-    for device in ("cpu", "cuda"):
-        assert resolve("auto", device=torch.device(device), dtype=torch.float16, head_dim=64)[0] == "sdpa"
 
 
 # What is refused. Each row: the case, what is changed in its inputs, the error, how its message begins.
@@ -912,8 +864,6 @@ BAD_CACHE = [
     ({"softcap": 0.0}, ValueError, "softcap: expected a finite float32 > 0 or None, got 0.0"),
     ({"backend": "fastest"}, ValueError, "backend: expected one of auto, .* got 'fastest'"),
     ({"backend": "sdpa", "softcap": 1.0}, ValueError, "backend: 'sdpa' can't run this call"),
-    ({"q": torch.zeros(ROWS, 4, 16, requires_grad=True)}, ValueError, "q: expected no gradients"),
-    ({"alpha_v": torch.tensor(0.5, requires_grad=True)}, ValueError, "alpha_v: expected no gradients"),
     ({"v_cache": torch.zeros(12, 2, 16, requires_grad=True)}, ValueError, "v_cache: expected no gradients"),
 ]
 

@@ -264,4 +264,9 @@ CASES = [
     Case(**EDGES, beta="head", alpha="head", stream_mask="anti_causal", window=40),
     Case(**SHORT, beta="head", sinks=True, softcap=2.0, window=4, prefix=(6, 2), alpha="head", strided=True),
     Case(**SHORT, sinks=True, answer_only=True, prefix=(6, 0), num_streams=1),
+    # each mask where the prompt has one set of rows
+    Case(**SHORT, num_streams=1, stream_mask="causal"),
+    Case(**SHORT, num_streams=1, stream_mask="anti_causal"),
+    Case(**SHORT, num_streams=1, shared_qkv=True, stream_mask="causal"),
+    Case(**SHORT, num_streams=1, shared_qkv=True, stream_mask="anti_causal"),
 ]
