@@ -1006,27 +1006,6 @@ def test_the_one_adapter_of_a_variant_may_be_merged():
     torch.testing.assert_close(model(input_ids=ids, attention_mask=mask, labels=labels).logits, expected)
 
 
-def test_theta_that_is_not_finite_is_refused(tmp_path):
-    model = bitune_model()
-    with torch.no_grad():
-        model.mixing.theta_k[0] = float("nan")
-    ids, mask, labels = ragged_batch()
-    with pytest.raises(ValueError, match="alpha_k: expected finite"):
-        model(input_ids=ids, attention_mask=mask, labels=labels)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="finite theta_k"):
-        BituneModel.from_pretrained(base_model(), tmp_path)
-
-
-def test_a_model_in_bfloat16_keeps_theta_exact():
-    model = bitune_model()
-    thetas = {n: p.clone() for n, p in model.mixing.named_parameters()}
-    model.to(torch.bfloat16)
-    for name, parameter in model.mixing.named_parameters():
-        assert parameter.dtype == torch.float32 and torch.equal(parameter, thetas[name])
-    assert model.get_base_model().lm_head.weight.dtype == torch.bfloat16
-
-
 class Products(TorchDispatchMode):
     """Keeps the shape of the second factor of each product, by the operator."""
 
