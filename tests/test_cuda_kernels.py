@@ -345,10 +345,8 @@ def test_tiles_cover_what_is_visible_and_mask_what_is_not(logic, options, group)
     case = Case(prompts=(37, 5, 0), answers=(20, 1, 33), **options)
     plan, window = case.plan(), case.window or 0
     block_m, block_n = 16, 8
-    items = schedule.forward_items(
-        plan, group_size=group, block=block_m, window=case.window, stream_mask=case.stream_mask,
-        shared_qkv=case.shared_qkv, beta=False, answer_only=False, to_cache=False,
-    ).to(torch.int32)  # fmt: skip
+    launch = schedule.Launch(group, case.window, case.stream_mask, case.shared_qkv, beta=False, answer_only=False)
+    items = schedule.forward_items(plan, launch, block_m, to_cache=False).to(torch.int32)
     out = (ctypes.c_int * 8)()
     goes_on = case.shared_qkv and case.stream_mask != "anti_causal"
     for row in items:

@@ -574,11 +574,10 @@ def test_tiles_go_to_the_gpu_without_waiting_for_it(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "to", to)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
-    plan, options = SegmentPlan.from_lengths([5], [3], device="cpu"), VARIANTS[0] | {"stream_mask": "full"}
-    options = {name: x for name, x in options.items() if name != "num_streams"} | {"group_size": 2, "window": None}
+    plan, launch = SegmentPlan.from_lengths([5], [3], device="cpu"), schedule.Launch(2, None, "full", *[False] * 3)
 
     def cached(plan=plan):
-        return schedule.cached(plan, torch.device("cuda"), schedule.backward_q_items, **options, block=16)
+        return schedule.cached(plan, torch.device("cuda"), schedule.backward_q_items, launch, 16)
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for _ in range(2):
@@ -666,10 +665,8 @@ def test_schedule_forward(variant):
         plan = SegmentPlan.from_lengths(prompts, answers, num_streams=num_streams, prefix_lengths=past)
         expected = expected_keys(plan, stream_mask, window, shared_qkv, answer_only)
         group, to_cache = 1 << len(prompts) % 3, next(cache)
-        options = {name: variant[name] for name in ("shared_qkv", "beta", "answer_only")}
-        items = schedule.forward_items(
-            plan, group_size=group, block=block, window=window, stream_mask=stream_mask, to_cache=to_cache, **options
-        )
+        launch = schedule.Launch(group, window, stream_mask, shared_qkv, variant["beta"], answer_only)
+        items = schedule.forward_items(plan, launch, block, to_cache)
         rows, outs, writes, work = Counter(), Counter(), Counter(), []
         mixed = "mixed" if num_streams == 2 else "own"
         for item in decoded(items, schedule.FORWARD):
@@ -715,10 +712,8 @@ def test_schedule_backward_q(variant):
         plan = SegmentPlan.from_lengths(prompts, answers, num_streams=num_streams, prefix_lengths=past)
         expected = expected_keys(plan, stream_mask, window, shared_qkv, answer_only)
         group = 1 << len(prompts) % 3
-        options = {name: variant[name] for name in ("shared_qkv", "beta", "answer_only")}
-        items = schedule.backward_q_items(
-            plan, group_size=group, block=block, window=window, stream_mask=stream_mask, **options
-        )
+        launch = schedule.Launch(group, window, stream_mask, shared_qkv, variant["beta"], answer_only)
+        items = schedule.backward_q_items(plan, launch, block)
         rows, q_rows, work = Counter(), Counter(), []
         mixed = "mixed" if num_streams == 2 else "own"
         for item in decoded(items, schedule.BACKWARD_Q):
@@ -749,10 +744,8 @@ def test_schedule_backward_kv(variant):
     for (prompts, answers, past), (stream_mask, window) in itertools.product(plans(2), MASKS_AND_WINDOWS):
         plan = SegmentPlan.from_lengths(prompts, answers, num_streams=num_streams, prefix_lengths=past)
         expected = expected_keys(plan, stream_mask, window, shared_qkv, answer_only)
-        options = {name: variant[name] for name in ("shared_qkv", "beta", "answer_only")}
-        items = schedule.backward_kv_items(
-            plan, group_size=2, block=block, window=window, stream_mask=stream_mask, **options
-        )
+        launch = schedule.Launch(2, window, stream_mask, shared_qkv, variant["beta"], answer_only)
+        items = schedule.backward_kv_items(plan, launch, block)
         owners, pairs, work = Counter(), Counter(), []
         for item in decoded(items, schedule.BACKWARD_KV):
             keys, anyone = tile_rows(item, item["length"], 1, block), set()

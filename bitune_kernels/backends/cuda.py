@@ -96,19 +96,8 @@ def forward(
     out, k_mixed, v_mixed, streams, lse = outputs
     k_written, v_written = (k_cache, v_cache) if to_cache else (k_mixed, v_mixed)
     block_m, *_ = native.forward_tile(native.capability(index), dim, dim_v)
-    items = schedule.cached(
-        plan,
-        q.device,
-        schedule.forward_items,
-        group_size=q.shape[1] // heads_kv,
-        block=block_m,
-        window=window,
-        stream_mask=stream_mask,
-        shared_qkv=shared_qkv,
-        beta=has_beta,
-        answer_only=answer_only,
-        to_cache=to_cache,
-    )
+    launch = schedule.Launch(q.shape[1] // heads_kv, window, stream_mask, shared_qkv, has_beta, answer_only)
+    items = schedule.cached(plan, q.device, schedule.forward_items, launch, block_m, to_cache)
     if not len(items):
         return outputs
     # What is made here must live until the launch; after it, the stream's order keeps its memory from being reused.
@@ -123,7 +112,7 @@ def forward(
         num_items=len(items),
         bf16=q.dtype == torch.bfloat16,
         num_heads_kv=heads_kv,
-        group_size=q.shape[1] // heads_kv,
+        group_size=launch.group_size,
         head_dim=dim,
         head_dim_v=dim_v,
         num_prompt=plan.num_prompt,

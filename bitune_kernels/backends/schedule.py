@@ -11,6 +11,7 @@ one row.
 
 from __future__ import annotations
 
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -81,11 +82,30 @@ BACKWARD_KV = (
     ),
 )
 
+
+class Launch(NamedTuple):
+    """What the tiles of a launch depend on, beside the plan and their size.
+
+    Attributes:
+        group_size: query heads per key/value head.
+        window, stream_mask, shared_qkv: as in ``bitune_attention``.
+        beta: whether the prompt's two outputs become one.
+        answer_only: whether q has the answer rows alone.
+    """
+
+    group_size: int
+    window: int | None
+    stream_mask: str
+    shared_qkv: bool
+    beta: bool
+    answer_only: bool
+
+
 _SCHEDULES: WeakKeyDictionary[SegmentPlan, dict] = WeakKeyDictionary()
 
 
-def cached(plan: SegmentPlan, device: torch.device, make, **options) -> torch.Tensor:
-    """``make(plan, **options)`` as int32 on ``device``, made once per plan.
+def cached(plan: SegmentPlan, device: torch.device, make, launch: Launch, block: int, *more) -> torch.Tensor:
+    """``make(plan, launch, block, *more)`` as int32 on ``device``, made once per plan.
 
     The device is that of the rows: the plan's own tensors may be on another one, and no kernel notices.
 
@@ -93,9 +113,9 @@ def cached(plan: SegmentPlan, device: torch.device, make, **options) -> torch.Te
         RuntimeError: it would be made while a CUDA graph is captured.
     """
     schedules = _SCHEDULES.setdefault(plan, {})
-    key = (device, make.__name__, *options.values())
+    key = (device, make.__name__, launch, block, *more)
     if key not in schedules:
-        items = make(plan, **options).to(torch.int32)
+        items = make(plan, launch, block, *more).to(torch.int32)
         if device.type == "cuda":
             # The graph would copy it anew in each replay, from memory that is given back here, and nothing until then.
             if torch.cuda.is_current_stream_capturing():
@@ -105,33 +125,27 @@ def cached(plan: SegmentPlan, device: torch.device, make, **options) -> torch.Te
     return schedules[key]
 
 
-def forward_items(
-    plan: SegmentPlan,
-    *,
-    group_size: int,
-    block: int,
-    window: int | None,
-    stream_mask: str,
-    shared_qkv: bool,
-    beta: bool,
-    answer_only: bool,
-    to_cache: bool,
-) -> torch.Tensor:
-    """int64 [items, len(FORWARD)] on the CPU, longest first. ``to_cache``: the answer's keys are written too."""
+def forward_items(plan: SegmentPlan, launch: Launch, block: int, to_cache: bool) -> torch.Tensor:
+    """int64 [items, len(FORWARD)] on the CPU, longest first.
+
+    Args:
+        block: packed query rows per tile.
+        to_cache: the answer's keys are written too.
+    """
     N, S = plan.num_prompt, plan.answer_start
     mixes, segments = plan.num_streams == 2, []
     for sample in _samples(plan):
         p, n, r, a, m, past = sample
-        *prompts, answer = _query_parts(plan, sample, stream_mask, shared_qkv, beta, answer_only)
+        *prompts, answer = _query_parts(plan, sample, launch)
         common = {"prefix_row": past, "prefix_length": m, "second_stream_row": -1, "second_mask": NONE}
         write = {"write_row": p, "write_length": n, "write_mixed": int(mixes)} if mixes or to_cache else {}
-        if answer_only and write:  # a tile that only writes
+        if launch.answer_only and write:  # a tile that only writes
             prompts = [{"q_row": p, "prefix_length": 0}]
-        elif (beta or shared_qkv) and prompts:
+        elif (launch.beta or launch.shared_qkv) and prompts:
             second, first = prompts
             mask = second["mask"]
-            if shared_qkv and stream_mask != "anti_causal":  # goes on where the causal part ended
-                mask = AFTER if stream_mask == "full" else NONE
+            if launch.shared_qkv and launch.stream_mask != "anti_causal":  # goes on where the causal part ended
+                mask = AFTER if launch.stream_mask == "full" else NONE
             prompts = [first | {"second_row": p, "second_stream_row": p, "second_mask": mask}]
         for part in prompts:
             segments.append(common | {"own_row": part["q_row"]} | part | write)
@@ -140,66 +154,42 @@ def forward_items(
         written = {"write_row": N + r, "write_length": a} if to_cache else {}
         segments.append(common | answer | {"own_row": S + r, "mask": CAUSAL} | mixed | written)
     items = _table(segments, FORWARD)
-    rows = np.maximum(_column(items, FORWARD, "length"), _column(items, FORWARD, "write_length")) * group_size
-    items = _in_tiles(items, FORWARD, rows, block)
-    work = _visited(items, FORWARD, "mask", "length", group_size, block, window)
-    work += _visited(items, FORWARD, "second_mask", "length", group_size, block, window)
+    rows = np.maximum(_column(items, FORWARD, "length"), _column(items, FORWARD, "write_length"))
+    items = _in_tiles(items, FORWARD, rows * launch.group_size, block)
+    work = _visited(items, FORWARD, "mask", launch, block) + _visited(items, FORWARD, "second_mask", launch, block)
     work += 2 * _column(items, FORWARD, "mixed_length") + _column(items, FORWARD, "prefix_length")
     return _longest_first(items, work)
 
 
-def backward_q_items(
-    plan: SegmentPlan,
-    *,
-    group_size: int,
-    block: int,
-    window: int | None,
-    stream_mask: str,
-    shared_qkv: bool,
-    beta: bool,
-    answer_only: bool,
-) -> torch.Tensor:
-    """int64 [items, len(BACKWARD_Q)] on the CPU, longest first."""
+def backward_q_items(plan: SegmentPlan, launch: Launch, block: int) -> torch.Tensor:
+    """int64 [items, len(BACKWARD_Q)] on the CPU, longest first. ``block``: packed query rows per tile."""
     S = plan.answer_start
     segments = []
     for sample in _samples(plan):
         p, n, r, a, m, past = sample
         common = {"prefix_row": past, "prefix_length": m}
-        parts = _query_parts(plan, sample, stream_mask, shared_qkv, beta, answer_only)
-        prompts, answer = parts[:-1], parts[-1]
-        for streams in [prompts] if shared_qkv and prompts else [[part] for part in prompts]:
+        *prompts, answer = _query_parts(plan, sample, launch)
+        for streams in [prompts] if launch.shared_qkv and prompts else [[part] for part in prompts]:
             q_row = streams[0]["q_row"]
             segment = common | {"q_row": q_row, "own_row": q_row, "length": n, "position": m, "parts": len(streams)}
             segments.append(segment | _numbered(streams))
         segment = common | {"q_row": answer["q_row"], "own_row": S + r, "length": a, "position": m + n, "parts": 1}
         segments.append(segment | {"mixed_row": p, "mixed_length": n} | _numbered([answer | {"mask": CAUSAL}]))
     items = _table(segments, BACKWARD_Q)
-    items = _in_tiles(items, BACKWARD_Q, _column(items, BACKWARD_Q, "length") * group_size, block)
-    work = _visited(items, BACKWARD_Q, "mask_0", "length", group_size, block, window)
-    work += _visited(items, BACKWARD_Q, "mask_1", "length", group_size, block, window) * (
-        _column(items, BACKWARD_Q, "parts") > 1
-    )
+    items = _in_tiles(items, BACKWARD_Q, _column(items, BACKWARD_Q, "length") * launch.group_size, block)
+    work = _visited(items, BACKWARD_Q, "mask_0", launch, block)
+    work += _visited(items, BACKWARD_Q, "mask_1", launch, block) * (_column(items, BACKWARD_Q, "parts") > 1)
     work += 2 * _column(items, BACKWARD_Q, "mixed_length") + _column(items, BACKWARD_Q, "prefix_length")
     return _longest_first(items, work)
 
 
-def backward_kv_items(
-    plan: SegmentPlan,
-    *,
-    group_size: int,
-    block: int,
-    window: int | None,
-    stream_mask: str,
-    shared_qkv: bool,
-    beta: bool,
-    answer_only: bool,
-) -> torch.Tensor:
+def backward_kv_items(plan: SegmentPlan, launch: Launch, block: int) -> torch.Tensor:
     """int64 [items, len(BACKWARD_KV)] on the CPU, longest first. ``block``: keys per tile."""
     N, S = plan.num_prompt, plan.answer_start
     segments = []
     for sample in _samples(plan):
         p, n, r, a, m, past = sample
-        *prompts, answer = _query_parts(plan, sample, stream_mask, shared_qkv, beta, answer_only)
+        *prompts, answer = _query_parts(plan, sample, launch)
         keys = {"length": n, "position": m}
         if plan.num_streams == 2:
             for stream, row in enumerate((p, N + p)):
@@ -213,7 +203,7 @@ def backward_kv_items(
         segments.append({"kind": PREFIX, "k_row": past, "length": m, "position": 0} | _queries(everyone))
     items = _table(segments, BACKWARD_KV)
     items = _in_tiles(items, BACKWARD_KV, _column(items, BACKWARD_KV, "length"), block)
-    work = sum(_seeing(items, part, block, window) for part in range(3)) * group_size
+    work = sum(_seeing(items, part, block, launch.window) for part in range(3)) * launch.group_size
     return _longest_first(items, work)
 
 
@@ -225,15 +215,15 @@ def _samples(plan: SegmentPlan):
         p, r, past = p + n, r + a, past + m
 
 
-def _query_parts(plan, sample, stream_mask, shared_qkv, beta, answer_only) -> list[dict]:
+def _query_parts(plan: SegmentPlan, sample: tuple, launch: Launch) -> list[dict]:
     # The runs of queries of one sample: bidir prompt, causal prompt, answer; each as it sees its own stream's prompt.
     p, n, r, a, m, _ = sample
-    N, S = plan.num_prompt, plan.answer_start
-    two = plan.num_streams == 2 or shared_qkv
+    N, S, beta, answer_only = plan.num_prompt, plan.answer_start, launch.beta, launch.answer_only
+    two = plan.num_streams == 2 or launch.shared_qkv
     parts = []
     if not answer_only:
         run = {"length": n, "position": m, "q_row": p, "stream_row": p, "out_row": p}
-        parts.append(run | {"mask": MASKS[stream_mask], "weight": BETA if beta else ONE})
+        parts.append(run | {"mask": MASKS[launch.stream_mask], "weight": BETA if beta else ONE})
         if two:
             causal = {"q_row": S - N + p, "stream_row": N + p, "out_row": p if beta else N + p}
             parts.append(run | causal | {"mask": CAUSAL, "weight": ONE_MINUS_BETA if beta else ONE})
@@ -269,12 +259,12 @@ def _in_tiles(items, columns, rows, block) -> np.ndarray:
     return items
 
 
-def _visited(items, columns, mask, length, group_size, block, window) -> np.ndarray:
+def _visited(items, columns, mask, launch, block) -> np.ndarray:
     # How many of the segment's own keys the tokens of a tile see, from the first that any sees to the last.
-    mask, length = _column(items, columns, mask), _column(items, columns, length)
+    mask, length, group_size = _column(items, columns, mask), _column(items, columns, "length"), launch.group_size
     first = _column(items, columns, "block") * block // group_size
     last = np.minimum(first + (block + group_size - 1) // group_size, length) - 1
-    return _span(mask, first, last, length, window)
+    return _span(mask, first, last, length, launch.window)
 
 
 def _seeing(items, part, block, window) -> np.ndarray:

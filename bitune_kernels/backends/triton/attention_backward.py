@@ -383,19 +383,12 @@ def backward(
     dq, dk, dv, delta = like(q), like(k), like(v), torch.empty_like(lse)
     d_prefix = [like(k_prefix), like(v_prefix)] if has_prefix else [None, None]
     d_mixed = [x.new_empty(N, *x.shape[1:], dtype=torch.float32) if mixes else None for x in (k, v)]
-    options = dict(
-        group_size=group,
-        window=window,
-        stream_mask=stream_mask,
-        shared_qkv=shared_qkv,
-        beta=beta is not None,
-        answer_only=answer_only,
-    )
+    launch = schedule.Launch(group, window, stream_mask, shared_qkv, has_beta, answer_only)
     two_parts = shared_qkv and not answer_only
     tile_q = tile_q or tiles.choose("dq_two_parts" if two_parts else "dq", q, v)
     tile_kv = tile_kv or tiles.choose("dkv", q, v)
-    q_items = schedule.cached(plan, q.device, schedule.backward_q_items, **options, block=tile_q.block_m)
-    kv_items = schedule.cached(plan, q.device, schedule.backward_kv_items, **options, block=tile_kv.block_n)
+    q_items = schedule.cached(plan, q.device, schedule.backward_q_items, launch, tile_q.block_m)
+    kv_items = schedule.cached(plan, q.device, schedule.backward_kv_items, launch, tile_kv.block_n)
     prefix = (k_prefix, v_prefix) if has_prefix else None
     arguments = launch_arguments(q, k, v, alpha_k, alpha_v, beta, prefix, plan, softmax_scale, window, softcap)
     arguments |= dict(d_out=d_out, lse=lse, delta=delta, stride_do=d_out.stride())

@@ -266,19 +266,8 @@ def forward(
     out, k_mixed, v_mixed, streams, lse = outputs
     k_written, v_written = (k_cache, v_cache) if to_cache else (k_mixed, v_mixed)
     tile = tile or tiles.choose("forward_two_parts" if two_parts else "forward", q, v)
-    items = schedule.cached(
-        plan,
-        q.device,
-        schedule.forward_items,
-        group_size=group,
-        block=tile.block_m,
-        window=window,
-        stream_mask=stream_mask,
-        shared_qkv=shared_qkv,
-        beta=has_beta,
-        answer_only=answer_only,
-        to_cache=to_cache,
-    )
+    launch = schedule.Launch(group, window, stream_mask, shared_qkv, has_beta, answer_only)
+    items = schedule.cached(plan, q.device, schedule.forward_items, launch, tile.block_m, to_cache)
     if not len(items):
         return outputs
     arguments = launch_arguments(q, k, v, alpha_k, alpha_v, beta, prefix, plan, softmax_scale, window, softcap)
