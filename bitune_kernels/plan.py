@@ -17,6 +17,7 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 
 import torch
+from torch.nn.functional import pad
 
 
 def _cumulative(lengths: Sequence[int], device) -> torch.Tensor:
@@ -105,18 +106,15 @@ def find_turns(
     is_answer = (labels != -100).flatten().cpu()
     turns, prompts, history = [], [], []
     for (first, length), n in zip(samples, _ints("prompt_lengths", prompt_lengths, len(samples)), strict=True):
-        answered = is_answer[first : first + length].clone()
-        answered[:n] = False
-        before, after = (
-            torch.cat(x) for x in ((answered[:1] & False, answered[:-1]), (answered[1:], answered[:1] & False))
-        )
-        begins, ends = ((answered & ~beside).nonzero()[:, 0].tolist() for beside in (before, after))
+        answered = pad(is_answer[first : first + length].int(), (1, 1))
+        answered[: n + 1] = 0
+        begins, ends = ((answered.diff() == step).nonzero()[:, 0].tolist() for step in (1, -1))
         start = 0
-        for begin, end in zip(begins, ends, strict=True) if begins else [(length, length - 1)]:
-            turns.append((first + start, end + 1 - start))
-            prompts.append((begin if start else min(begin, n)) - start)
+        for begin, end in zip(begins, ends, strict=True) if begins else [(length, length)]:
+            turns.append((first + start, end - start))
+            prompts.append((begin if start else n) - start)
             history.append(start)
-            start = end + 1
+            start = end
     return turns, prompts, history
 
 

@@ -199,6 +199,9 @@ def test_a_prompt_is_as_long_as_it_is_said_to_be(turns):
     for n in (3, 7):
         loss = model(input_ids=ids, labels=labels, prompt_lengths=[n]).loss
         torch.testing.assert_close(loss, one(input_ids=ids, labels=labels, prompt_lengths=[n]).loss)
+    for n in (0, 99):
+        with pytest.raises(ValueError, match=rf"^prompt_lengths: expected 1 to \d+ \(tokens of sample 0\), got {n}"):
+            model(input_ids=ids, labels=labels, prompt_lengths=[n])
 
 
 @pytest.mark.parametrize("fused", [True, False])
