@@ -147,8 +147,7 @@ class Case:
     ) -> tuple[list, Options]:
         """The same as backends get it: q, k, v, alpha_k, alpha_v and plan, and the options with their scale."""
         inputs = self.make(dtype, device, requires_grad)
-        if self.softmax_scale is None:
-            inputs["softmax_scale"] = self.head_dim**-0.5
+        inputs["softmax_scale"] = self.scale
         options = Options(**{name: inputs.pop(name) for name in Options._fields if name in inputs})
         return list(inputs.values()), options
 
@@ -168,6 +167,11 @@ class Case:
             cache = torch.full(shape, float("nan"), dtype=dtype, device=device)
             call[name] = cache.transpose(0, 1) if transposed else cache
         return call
+
+    @property
+    def scale(self) -> float:
+        """softmax_scale, or its default."""
+        return self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
 
     @property
     def dims(self) -> tuple[int, int]:

@@ -105,7 +105,7 @@ def low_precision(
 ) -> dict[str, torch.Tensor]:
     """The same from the formula computed in ``dtype`` throughout: the error that plain PyTorch makes."""
     inputs = case.make(dtype, device, requires_grad=backward)
-    outputs = reference.attention(**inputs | {"softmax_scale": _scale(case)}, upcast=False)
+    outputs = reference.attention(**inputs | {"softmax_scale": case.scale}, upcast=False)
     return _results(case, inputs, outputs, backward)
 
 
@@ -130,11 +130,11 @@ def cancellation(case: Case, dtype: torch.dtype, device: torch.device | str = "c
     longest_k = max(longest(x) for x in (inputs["q"].detach(), k, *(x.detach() for x in prefix[:1])))
     longest_v = max(longest(x) for x in (v, *(x.detach() for x in prefix[1:])))
     # |x_i| <= |x| / sqrt(head_dim) times a small factor: the size of one element of P (dP - delta) k.
-    size = abs(_scale(case)) * longest(d_out) * longest_v * longest_k / case.head_dim**0.5
+    size = abs(case.scale) * longest(d_out) * longest_v * longest_k / case.head_dim**0.5
     d_scores = torch.finfo(torch.float32).eps * size
     slack = dict.fromkeys(("d_q", "d_k", "d_prefix[0]"), d_scores)
 
-    scores = min(abs(_scale(case)) * longest(inputs["q"].detach()) * longest_k, case.softcap or float("inf"))
+    scores = min(abs(case.scale) * longest(inputs["q"].detach()) * longest_k, case.softcap or float("inf"))
     relative = torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * scores
 
     def of_sum(terms, weight):  # independent errors add in squares
@@ -158,10 +158,6 @@ def cancellation(case: Case, dtype: torch.dtype, device: torch.device | str = "c
 def _expected(case: Case, dtype: torch.dtype, device: torch.device | str, backward: bool):
     slack = cancellation(case, dtype, device) if backward else {}
     return oracle(case, dtype, device, backward), low_precision(case, dtype, device, backward), slack
-
-
-def _scale(case: Case) -> float:
-    return case.head_dim**-0.5 if case.softmax_scale is None else case.softmax_scale
 
 
 def _double_inputs(case: Case, dtype: torch.dtype, device, requires_grad: bool) -> dict[str, Any]:
