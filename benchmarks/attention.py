@@ -40,7 +40,7 @@ from common.run import (
 )
 
 from bitune_kernels import SegmentPlan, bitune_attention, bitune_prefill, mix_kv
-from bitune_kernels.backends import flash, reference
+from bitune_kernels.backends import Options, flash, reference
 from bitune_kernels.testing.timing import Timing, provenance
 
 EXPLANATION = """\
@@ -264,9 +264,8 @@ class Attention(Case):
             heads_kv = heads // (self.heads_q // self.heads_kv)
             chunk = [x[:, h].requires_grad_(backward) for x, h in ((q, heads), (k, heads_kv), (v, heads_kv))]
             with torch.set_grad_enabled(backward):
-                o, _, _ = reference.attention(
-                    *chunk, *alphas, self.plan, softmax_scale=self.head_dim**-0.5, shared_qkv=self.shared, upcast=upcast
-                )
+                options = Options(softmax_scale=self.head_dim**-0.5, shared_qkv=self.shared)
+                o, _, _ = reference.attention(*chunk, *alphas, self.plan, options, upcast)
             out[:, heads] = o.detach()
             if backward:
                 found = torch.autograd.grad(o, chunk, self.d_out[:, heads].to(dtype))

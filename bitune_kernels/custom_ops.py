@@ -117,11 +117,11 @@ def attention(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 )
 def _attention_op(*arguments):
     call = _Call(*arguments)
-    module, options = call.module(), call.options()._asdict()
+    module, options = call.module(), call.options()
     if hasattr(module, "forward"):
-        out, k_mixed, v_mixed, *saved = module.forward(*call.positional(), **options, save=call.requires_grad)
+        out, k_mixed, v_mixed, *saved = module.forward(*call.positional(), options, save=call.requires_grad)
     else:
-        out, k_mixed, v_mixed = module.attention(*call.positional(), **options)
+        out, k_mixed, v_mixed = module.attention(*call.positional(), options)
         saved = call.unused()
     if call.num_streams == 1:  # rows of k and v themselves, and an operator's outputs may not alias its inputs
         k_mixed, v_mixed = k_mixed.clone(), v_mixed.clone()
@@ -165,7 +165,7 @@ def _attention_backward_op(d_out, d_k_mixed, d_v_mixed, *arguments):
     with autograd_keys, torch.enable_grad():
         leaves = [None if x is None else x.detach().requires_grad_() for x in call.tensors]
         again = _Call(*leaves, *call.rest)
-        outputs = module.attention(*again.positional(), **again.options()._asdict())
+        outputs = module.attention(*again.positional(), again.options())
     given = [x for x in leaves if x is not None]
     pairs = zip(outputs, (d_out, d_k_mixed, d_v_mixed), strict=True)
     used = [(o, d) for o, d in pairs if o.requires_grad]

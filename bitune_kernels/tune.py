@@ -55,7 +55,7 @@ def calls(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device, 
         prompts=(LENGTH, LENGTH), answers=(LENGTH, LENGTH), heads=HEADS[head_dim], head_dim=head_dim, **two_parts
     )
     (*tensors, plan), options = case.call(dtype, device)
-    run = partial(forward, *tensors, plan, **options._asdict(), save=True)
+    run = partial(forward, *tensors, plan, options, save=True)
     if kernel.startswith("forward"):
         return lambda tile: [x for x in run(tile=tile) if x.numel()]
     out, _, _, streams, lse = run(tile=entry("forward_two_parts" if two_parts else "forward"))

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bitune_kernels import bitune_attention, bitune_prefill
-from bitune_kernels.backends import cuda, load, reference, resolve, schedule
+from bitune_kernels.backends import Options, cuda, load, reference, resolve, schedule
 from bitune_kernels.testing import Case
 from tests.test_packaging import NVCC, ROOT, needs_nvcc
 
@@ -99,9 +99,19 @@ def native(monkeypatch):
 
 
 def complete(case: Case, dtype=DTYPE, **changes) -> dict:
-    """The case's call as a backend gets it."""
+    """The arguments of the case's call, by name."""
     options = {"sinks": None, "beta": None, "prefix": None} | case.make(dtype) | changes
     return options | {"softmax_scale": case.softmax_scale or case.head_dim**-0.5}
+
+
+def positional(call: dict) -> list:
+    """The same as a backend gets it."""
+    options = Options(**{name: call[name] for name in Options._fields})
+    return [*(call[name] for name in ("q", "k", "v", "alpha_k", "alpha_v", "plan")), options]
+
+
+def launch(call: dict, save: bool = False):
+    return cuda.forward(*positional(call), save=save)
 
 
 def assert_seen(native, call: dict) -> None:
@@ -118,7 +128,7 @@ def assert_seen(native, call: dict) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_a_launch_is_given_the_call(native, case, save):
     call = complete(case)
-    out, k_mixed, v_mixed, streams, lse = cuda.forward(**call, save=save)
+    out, k_mixed, v_mixed, streams, lse = launch(call, save)
     assert_seen(native, call)
     given, N, prompt = native.call, sum(case.prompts), not case.answer_only
     assert given["num_items"] == native.seen["items"].numel() / len(schedule.FORWARD) > 0
@@ -140,8 +150,9 @@ def test_a_launch_is_given_the_call(native, case, save):
         "v_written": rows_of(v_mixed) if case.num_streams == 2 else None,
     }
     assert {name: given[name] for name in expected} == expected
-    wanted = reference.attention(**call)
-    apart, _, _ = reference.attention(**call | {"beta": None})
+    (*args, options) = positional(call)
+    wanted = reference.attention(*args, options)
+    apart, _, _ = reference.attention(*args, options._replace(beta=None))
     assert [x.shape for x in (out, k_mixed, v_mixed)] == [x.shape for x in wanted]
     assert lse.shape == (len(apart) if save else 0, case.heads[0]) and lse.dtype == torch.float32
     assert len(streams) == (2 * N if save and prompt and case.beta else 0)
@@ -150,13 +161,13 @@ def test_a_launch_is_given_the_call(native, case, save):
 def test_weights_become_float32(native):
     call = complete(PLAIN, torch.bfloat16, sinks=torch.ones(4, dtype=torch.float64))
     call |= {"alpha_k": torch.tensor(0.3, dtype=torch.float64), "alpha_v": torch.rand(4)[::2]}
-    cuda.forward(**call, save=False)
+    launch(call)
     assert native.call["bf16"] is True
     assert_seen(native, call)
 
 
 def test_the_tiles_are_where_the_rows_are(native):
-    cuda.forward(**complete(PLAIN, plan=PLAIN.plan("meta")), save=False)
+    launch(complete(PLAIN, plan=PLAIN.plan("meta")))
     assert native.seen["items"] is not None
 
 
@@ -180,7 +191,7 @@ def test_rows_that_kernels_cannot_address_are_copied(native, change, copied):
     call = complete(Case(prompts=(5,), answers=(3,), prefix=(4,)))
     call |= {name: change(call[name]) for name in "qkv"}
     call["prefix"] = tuple(map(change, call["prefix"]))
-    cuda.forward(**call, save=False)
+    launch(call)
     assert_seen(native, call)
     given = dict(zip(("k_prefix", "v_prefix"), call["prefix"], strict=True), **{name: call[name] for name in "qkv"})
     for name, x in given.items():

@@ -43,7 +43,7 @@ def lse(case):
 def saved(case, dtype, backend):
     (q, k, v, *others), options = case.call(torch.bfloat16)
     q, k, v = (x.to(dtype) for x in (q, k, v))
-    return backends.load(backend).forward(q, k, v, *others, **options._asdict(), save=True)
+    return backends.load(backend).forward(q, k, v, *others, options, save=True)
 
 
 def cache(case):

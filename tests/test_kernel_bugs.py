@@ -468,9 +468,7 @@ def test_tiles_are_arguments_too():
     args, options = case.call(torch.float32, DEVICE)
     results = []
     for sizes in ((Tile(16, 32, 4, 1),) * 3, (Tile(32, 32, 4, 1), Tile(64, 32, 4, 1), Tile(16, 64, 4, 1))):
-        out, k_mixed, v_mixed, streams, lse = attention_forward.forward(
-            *args, **options._asdict(), save=True, tile=sizes[0]
-        )
+        out, k_mixed, v_mixed, streams, lse = attention_forward.forward(*args, options, save=True, tile=sizes[0])
         d_outputs = [random_like(x, seed) for seed, x in enumerate((out, k_mixed, v_mixed))]
         tensors = (*args[:-1], None, None, None, None, out, streams, lse, args[-1])
         tile_of = {"tile_q": sizes[1], "tile_kv": sizes[2]}

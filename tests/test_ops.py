@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bitune_kernels import SegmentPlan, backends, bitune_attention, bitune_prefill, custom_ops, mix_kv
-from bitune_kernels.backends import reference, resolve, sdpa
+from bitune_kernels.backends import Options, reference, resolve, sdpa
 from bitune_kernels.testing import (
     CASES,
     DTYPES,
@@ -57,23 +57,22 @@ class Own:
     def unsupported(self, **call):
         return reference.unsupported(**call)
 
-    def forward(self, q, k, v, alpha_k, alpha_v, plan, *, save, cache_positions=None, **options):
+    def forward(self, q, k, v, alpha_k, alpha_v, plan, options, *, save, cache_positions=None, **caches):
         self.calls.append("forward save" if save else "forward")
         self.plans.add(plan)
-        caches = [options.pop(name, None) for name in ("k_cache", "v_cache")]
-        out, k_mixed, v_mixed = reference.attention(q, k, v, alpha_k, alpha_v, plan, **options)
+        out, k_mixed, v_mixed = reference.attention(q, k, v, alpha_k, alpha_v, plan, options)
         if cache_positions is not None:
             self.calls[-1] += " cache"
-            for cache, mixed, own in zip(caches, (k_mixed, v_mixed), (k, v), strict=True):
-                cache[cache_positions] = torch.cat([mixed, own[plan.answer_start :]])
+            for name, mixed, own in (("k_cache", k_mixed, k), ("v_cache", v_mixed, v)):
+                caches[name][cache_positions] = torch.cat([mixed, own[plan.answer_start :]])
             k_mixed = v_mixed = None
-        streams, lse = self.saved(q, k, v, alpha_k, alpha_v, plan, **options)
+        streams, lse = self.saved(q, k, v, alpha_k, alpha_v, plan, options)
         return out, k_mixed, v_mixed, *((streams, lse) if save else (streams[:0].clone(), lse[:0].clone()))
 
-    def saved(self, q, k, v, alpha_k, alpha_v, plan, **options):
+    def saved(self, q, k, v, alpha_k, alpha_v, plan, options):
         """streams and, in place of lse, something else that backward can hold against what it is given."""
-        apart, _, _ = reference.attention(q, k, v, alpha_k, alpha_v, plan, **options | {"beta": None})
-        mixed = options["beta"] is not None and len(q) == len(k)
+        apart, _, _ = reference.attention(q, k, v, alpha_k, alpha_v, plan, options._replace(beta=None))
+        mixed = options.beta is not None and len(q) == len(k)
         return apart[: 2 * plan.num_prompt if mixed else 0].clone(), apart.sum(dim=2).float()
 
     def backward(self, d_out, d_k_mixed, d_v_mixed, *args, **options):
@@ -84,10 +83,11 @@ class Own:
         autograd_keys = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
         with autograd_keys, torch.enable_grad():
             leaves = [None if x is None else x.detach().requires_grad_() for x in tensors]
-            *args, options["beta"], options["sinks"], k_prefix, v_prefix = leaves
-            options["prefix"] = None if k_prefix is None else (k_prefix, v_prefix)
-            outputs = reference.attention(*args, plan, **options)
-            saved = (outputs[0], *self.saved(*args, plan, **options))
+            *args, beta, sinks, k_prefix, v_prefix = leaves
+            prefix = None if k_prefix is None else (k_prefix, v_prefix)
+            options = Options(**options, beta=beta, sinks=sinks, prefix=prefix)
+            outputs = reference.attention(*args, plan, options)
+            saved = (outputs[0], *self.saved(*args, plan, options))
         if self.check_saved:
             for given, wanted in zip((out, streams, lse), saved, strict=True):
                 assert torch.equal(given, wanted)
@@ -306,8 +306,8 @@ def test_window_beyond_every_integer_of_a_tensor(backend):
 def test_no_value_is_read(options, backend):
     # each would make the host wait for a GPU, in every layer; fake tensors have none
     with FakeTensorMode():
-        args, rest = Case(prompts=(9, 5), answers=(3, 6), **options).call(torch.bfloat16)
-        backends.load(backend).attention(*args, **rest._asdict())
+        args, options = Case(prompts=(9, 5), answers=(3, 6), **options).call(torch.bfloat16)
+        backends.load(backend).attention(*args, options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)

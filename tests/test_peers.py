@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import varlen
 
 from bitune_kernels import SegmentPlan
-from bitune_kernels.backends import flash, flex, resolve
+from bitune_kernels.backends import Options, flash, flex, resolve
 from bitune_kernels.masks import visible_to_answer
 from bitune_kernels.ops import bitune_attention
 from bitune_kernels.testing.cases import CASES
@@ -82,7 +82,7 @@ def test_flash_calls_its_kernels_as_they_are_documented(kernels, request):
     assert len(cases) > 20 and any(case.softcap for case in cases) == (kernels == "package")
     for case in cases:
         args, options = case.call()
-        found = flash.attention(*args, **options._asdict())
+        found = flash.attention(*args, options)
         expected, low = oracle(case, torch.float32, backward=False), low_precision(case, torch.float32, backward=False)
         for name, x in zip(("out", "k_mixed", "v_mixed"), found, strict=True):
             assert_within_budget(name, x, expected[name], low[name], torch.float32, f"flash {case.id}")
@@ -93,7 +93,7 @@ def test_flash_gives_pytorchs_kernels_what_they_can_load(cut, pytorch):
     plan = SegmentPlan.from_lengths([3, 2], [2, 1])
     wide = [torch.randn(plan.num_rows, heads, 17) for heads in (4, 2, 2)]
     q, k, v = (cut(x) for x in wide)
-    found = flash.attention(q, k, v, torch.tensor(0.3), torch.tensor(0.6), plan, softmax_scale=0.2)[0]
+    found = flash.attention(q, k, v, torch.tensor(0.3), torch.tensor(0.6), plan, Options(softmax_scale=0.2))[0]
     expected = bitune_attention(q, k, v, 0.3, 0.6, plan, softmax_scale=0.2, backend="reference")[0]
     torch.testing.assert_close(found, expected)
 

@@ -1,14 +1,14 @@
 """Backends of the attention operators, and the one place that chooses between them.
 
 Each module has ``unsupported(**call)`` and, with the meaning given by ``bitune_kernels.ops.bitune_attention``, either
-``attention(q, k, v, alpha_k, alpha_v, plan, **options)``, differentiable, or ``forward`` and ``backward``. The others
-are tested against ``reference``, the formula. Every field of ``Options`` is given, the weights as float32 or float64
-tensors [] or [heads].
+``attention(q, k, v, alpha_k, alpha_v, plan, options)``, differentiable, or ``forward`` and ``backward``. The others are
+tested against ``reference``, the formula. ``options`` has its scale, and weights are float32 or float64 tensors [] or
+[heads].
 
 The functions of kernels are not seen by autograd. Tensors that come in may have any strides (a gradient also 0); those
 that go out are contiguous and share no memory with each other or what came in.
 
-``forward(q, k, v, alpha_k, alpha_v, plan, **options, save) -> (out, k_mixed, v_mixed, streams, lse)`` and
+``forward(q, k, v, alpha_k, alpha_v, plan, options, *, save) -> (out, k_mixed, v_mixed, streams, lse)`` and
 ``backward(d_out, d_k_mixed, d_v_mixed, q, k, v, alpha_k, alpha_v, beta, sinks, k_prefix, v_prefix, out, streams, lse,
 plan, *, softmax_scale, window, softcap, stream_mask, shared_qkv) -> gradients``
     With one stream k_mixed and v_mixed may be views of k and v. ``save`` says that backward will follow, where
@@ -44,7 +44,7 @@ AUTO = ("sdpa", "reference")
 
 
 class Options(NamedTuple):
-    """The options of ``bitune_attention``; backends get them by name."""
+    """The options of ``bitune_attention``."""
 
     softmax_scale: float | None = None
     window: int | None = None
@@ -114,9 +114,9 @@ def prefill(module: ModuleType, args: tuple, options: Options, k_cache, v_cache,
     """``bitune_prefill`` with this module, in as few launches as it can; ``args``: q, k, v, alpha_k, alpha_v, plan."""
     if hasattr(module, "forward"):
         cache = dict(k_cache=k_cache, v_cache=v_cache, cache_positions=cache_positions)
-        return module.forward(*args, **options._asdict(), **cache, save=False)[0]
+        return module.forward(*args, options, **cache, save=False)[0]
     _, k, v, _, _, plan = args
-    out, k_mixed, v_mixed = module.attention(*args, **options._asdict())
+    out, k_mixed, v_mixed = module.attention(*args, options)
     prompt_slots, answer_slots = cache_positions.split([plan.num_prompt, plan.num_answer])
     for cache, mixed, own in ((k_cache, k_mixed, k), (v_cache, v_mixed, v)):
         cache.index_copy_(0, prompt_slots, mixed)

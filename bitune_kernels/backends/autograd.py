@@ -12,7 +12,7 @@ from . import Options
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, module, plan, options, *inputs):  # q, k, v, alpha_k, alpha_v, beta, sinks, k_prefix, v_prefix
-        out, k_mixed, v_mixed, streams, lse = module.forward(*inputs[:5], plan, **options._asdict(), save=True)
+        out, k_mixed, v_mixed, streams, lse = module.forward(*inputs[:5], plan, options, save=True)
         ctx.save_for_backward(*inputs, out, streams, lse)
         ctx.module, ctx.plan, ctx.options = module, plan, options.without_tensors()
         ctx.given = [x is not None for x in inputs]
@@ -32,9 +32,9 @@ class _Attention(torch.autograd.Function):
 def attention(module: ModuleType, q, k, v, alpha_k, alpha_v, plan, options: Options, requires_grad: bool):
     """``bitune_kernels.ops.bitune_attention`` with this module; differentiable once where it has kernels of its own."""
     if hasattr(module, "attention"):
-        return module.attention(q, k, v, alpha_k, alpha_v, plan, **options._asdict())
+        return module.attention(q, k, v, alpha_k, alpha_v, plan, options)
     if not requires_grad:
-        return module.forward(q, k, v, alpha_k, alpha_v, plan, **options._asdict(), save=False)[:3]
+        return module.forward(q, k, v, alpha_k, alpha_v, plan, options, save=False)[:3]
     inputs = (q, k, v, alpha_k, alpha_v, options.beta, options.sinks, *(options.prefix or (None, None)))
     out, k_mixed, v_mixed = _Attention.apply(module, plan, options, *inputs)
     if plan.num_streams == 1:

@@ -9,7 +9,7 @@ import torch
 
 from .. import env
 from ..plan import SegmentPlan
-from . import load, schedule
+from . import Options, load, schedule
 from .outputs import allocate
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -58,15 +58,8 @@ def forward(
     alpha_k,
     alpha_v,
     plan: SegmentPlan,
+    options: Options,
     *,
-    softmax_scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    stream_mask: str,
-    shared_qkv: bool,
-    beta: torch.Tensor | None,
-    prefix: tuple[torch.Tensor, torch.Tensor] | None,
     save: bool,
     k_cache: torch.Tensor | None = None,
     v_cache: torch.Tensor | None = None,
@@ -80,6 +73,7 @@ def forward(
         ValueError: a cache whose rows the kernels can't address.
         RuntimeError: CUDA refused the launch.
     """
+    softmax_scale, window, softcap, sinks, stream_mask, shared_qkv, beta, prefix = options
     native, index = _native(), _index(q.device)
     heads_kv, dim, dim_v = k.shape[1], q.shape[2], v.shape[2]
     mixes, has_beta, to_cache = plan.num_streams == 2, beta is not None, cache_positions is not None

@@ -76,9 +76,8 @@ def varlen(q, k, v, cu_q, cu_k, max_q: int, max_k: int, *, softmax_scale=None, w
 
 
 @in_own_dtypes
-def attention(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, **options):
+def attention(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, o: Options):
     """``bitune_kernels.ops.bitune_attention`` for calls without sinks, prefix and the anti-causal mask."""
-    o = Options(**options)
     softmax_scale, window = o.softmax_scale, o.window
 
     def attend(q, k, v, cu_q, cu_k, max_q, max_k, causal):

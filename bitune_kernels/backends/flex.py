@@ -98,9 +98,9 @@ def _block_mask(prompts, answers, query_segments, key_segments, stream_mask: str
 
 
 @in_own_dtypes
-def attention(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, **options):
+def attention(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, o: Options):
     """``bitune_kernels.ops.bitune_attention`` for calls without sinks and prefix."""
-    o, N, S, A = Options(**options), plan.num_prompt, plan.answer_start, plan.num_answer
+    N, S, A = plan.num_prompt, plan.answer_start, plan.num_answer
     prompts = q.shape[0] > A
     k_mixed, v_mixed = (mix_prompts(plan.segments(x)[:-1], alpha) for x, alpha in ((k, alpha_k), (v, alpha_v)))
     # With one stream k_mixed and v_mixed are the prompt's one set of keys, which stands once more for each stream.

@@ -62,9 +62,9 @@ def attend(q, k, v, see, softmax_scale, softcap=None, sinks=None, upcast=True):
 
 
 @in_own_dtypes
-def attention(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, *, upcast: bool = True, **options):
+def attention(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, options: Options, upcast: bool = True):
     """``bitune_kernels.ops.bitune_attention`` sample by sample. ``upcast=False`` computes in the input's own dtype."""
-    softmax_scale, window, softcap, sinks, stream_mask, shared_qkv, beta, prefix = Options(**options)
+    softmax_scale, window, softcap, sinks, stream_mask, shared_qkv, beta, prefix = options
     N, prompts = plan.num_prompt, q.shape[0] == plan.num_rows  # False: q holds the answer rows alone
     two_streams = plan.num_streams == 2 or shared_qkv
     dtype = torch.promote_types(q.dtype, torch.float32) if upcast else q.dtype

@@ -104,9 +104,8 @@ def _answer_visibility(a: int, before: int, window: int | None, device):
 
 
 @in_own_dtypes
-def attention(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, **options):
+def attention(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, o: Options):
     """``bitune_kernels.ops.bitune_attention`` for calls without softcap and sinks."""
-    o = Options(**options)
     softmax_scale, prefix = o.softmax_scale, o.prefix
     if softmax_scale <= 0:  # PyTorch's causal kernels scale what they masked: -inf times this is no longer -inf
         q, softmax_scale = (-q, -softmax_scale) if softmax_scale else (q * 0, 1.0)

@@ -223,7 +223,7 @@ def call(
 ) -> None:
     """Launch the forward kernel and, given their tiles, those of the backward, on CPU tensors."""
     (*tensors, plan), options = case.call(dtype)
-    run = partial(attention_forward.forward, *tensors, plan, **options._asdict(), tile=tile)
+    run = partial(attention_forward.forward, *tensors, plan, options, tile=tile)
     if prefill:
         (_, k, v, _, _), rows = tensors, plan.num_prompt + plan.num_answer
         run(save=False, k_cache=k[:rows].clone(), v_cache=v[:rows].clone(), cache_positions=torch.arange(rows))

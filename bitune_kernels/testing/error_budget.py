@@ -104,8 +104,9 @@ def low_precision(
     case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", backward: bool = True
 ) -> dict[str, torch.Tensor]:
     """The same from the formula computed in ``dtype`` throughout: the error that plain PyTorch makes."""
-    inputs = case.make(dtype, device, requires_grad=backward)
-    outputs = reference.attention(**inputs | {"softmax_scale": case.scale}, upcast=False)
+    args, options = case.call(dtype, device, requires_grad=backward)
+    outputs = reference.attention(*args, options, upcast=False)
+    inputs = dict(zip(("q", "k", "v", "alpha_k", "alpha_v"), args, strict=False)) | options._asdict()
     return _results(case, inputs, outputs, backward)
 
 

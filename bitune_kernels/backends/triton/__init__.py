@@ -10,8 +10,6 @@ from importlib.util import find_spec
 
 import torch
 
-from ...plan import SegmentPlan
-
 
 def unsupported(*, device=None, dtype=None, head_dim=None, head_dim_v=None, **call) -> str | None:
     """Why this backend can't run a call, or None."""
@@ -22,11 +20,11 @@ def unsupported(*, device=None, dtype=None, head_dim=None, head_dim_v=None, **ca
     return tiles.unsupported(device, dtype, max(head_dim or 0, head_dim_v or 0))
 
 
-def forward(q, k, v, alpha_k, alpha_v, plan: SegmentPlan, **options):
+def forward(*call, **options) -> tuple[torch.Tensor | None, ...]:
     """``out, k_mixed, v_mixed, streams, lse``: see ``attention_forward.forward``."""
     from .attention_forward import forward
 
-    return forward(q, k, v, alpha_k, alpha_v, plan, **options)
+    return forward(*call, **options)
 
 
 def backward(*tensors, **options) -> list[torch.Tensor]:

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from ...plan import SegmentPlan
-from .. import schedule
+from .. import Options, schedule
 from ..outputs import allocate
 from . import tiles
 from .common import (
@@ -234,15 +234,8 @@ def forward(
     alpha_k,
     alpha_v,
     plan: SegmentPlan,
+    options: Options,
     *,
-    softmax_scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    stream_mask: str,
-    shared_qkv: bool,
-    beta: torch.Tensor | None,
-    prefix: tuple[torch.Tensor, torch.Tensor] | None,
     save: bool,
     k_cache: torch.Tensor | None = None,
     v_cache: torch.Tensor | None = None,
@@ -253,6 +246,7 @@ def forward(
 
     With caches, the mixed and the answer's keys and values go to ``cache_positions`` there; k_mixed, v_mixed are None.
     """
+    softmax_scale, window, softcap, sinks, stream_mask, shared_qkv, beta, prefix = options
     heads_kv, group = k.shape[1], q.shape[1] // k.shape[1]
     q, k, v = tiles.near(q, group), tiles.near(k), tiles.near(v)
     vectors = tiles.in_a_row(alpha_k, alpha_v, beta, sinks, cache_positions)
