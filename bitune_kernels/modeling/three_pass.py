@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..config import BituneConfig
 from ..masks import visible_to_answer, visible_to_prompt
@@ -62,8 +63,8 @@ class PaddedPass(Pass):
 
     def attention(self, module, query, key, value, see: torch.Tensor | str | None, scaling, softcap, sinks):
         """The model's own attention function under a visibility of ``seen``."""
-        function = self._function(module, softcap, sinks)
-        if see is not None and function is not self._registered("sdpa"):  # eager adds a tensor to the scores
+        eager = self._eager(module, softcap, sinks)
+        if see is not None and eager is not None:  # it adds a tensor to the scores
             if isinstance(see, str):
                 length = query.shape[2]
                 see = torch.ones(1, 1, length, length, dtype=torch.bool, device=query.device).tril()
@@ -72,23 +73,18 @@ class PaddedPass(Pass):
         causal = isinstance(see, str)
         options = {k: v for k, v in (("softcap", softcap), ("s_aux", sinks)) if v is not None}
         options |= dict(scaling=scaling, dropout=0.0, is_causal=causal)
+        function = eager or ALL_ATTENTION_FUNCTIONS["sdpa"]
         return function(module, query, key, value, None if causal else see, **options)[0]
 
     def with_prompts(self, layer: int, key: torch.Tensor, value: torch.Tensor):
         return key, value
 
-    @staticmethod
-    def _registered(name: str):
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        return ALL_ATTENTION_FUNCTIONS[name]
-
-    def _function(self, module, softcap, sinks):
-        # The model's own attention function; flash and flex kernels take no dense mask, SDPA no softcap and no sinks.
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        if eager is not None and (self.implementation == "eager" or softcap is not None or sinks is not None):
-            return eager
-        return self._registered("sdpa")
+    def _eager(self, module, softcap, sinks):
+        # The family's own function where it has one and SDPA, which has no softcap and no sinks, isn't the model's. For
+        # flash and flex kernels, which take no dense mask, SDPA stands in.
+        if self.implementation == "eager" or softcap is not None or sinks is not None:
+            return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        return None
 
     def _cached_mask(self, key, build):
         if key not in self._masks:
