@@ -211,20 +211,13 @@ class BackboneHooks:
         if self.merge is not None:
             self.merge.undo()
         self._refuse(tokens, kwargs)
-        batch, positions = tokens.shape[0], kwargs.get("position_ids")
-        if positions is not None:
-            if tuple(positions.shape) not in ((1, tokens.shape[1]), tuple(tokens.shape[:2])):
-                raise ValueError(
-                    f"position_ids: expected shape {list(tokens.shape[:2])} as the tokens, got {list(positions.shape)}"
-                )
-            positions = positions.expand(tokens.shape[:2])
-        call.request = request
+        batch, call.request = tokens.shape[0], request
         if request is None:
-            mask = kwargs.get("attention_mask")
-            tokens, positions = self._take_prompts(backbone, call, tokens, positions, mask, past)
-        else:
+            tokens, positions = self._take_prompts(backbone, call, tokens, kwargs)
+            _refuse_positions(positions, call.plan)
+        else:  # whose plan was made with these positions
             call.plan = request.plan
-        self._refuse_positions(positions, call.plan)
+        self._refuse_length(call.plan)
         if call.plan.batch_size > batch and (kwargs.get("use_cache") or past is not None):
             raise ValueError("use_cache: expected False with packed samples, whose cache nothing can go on from")
         kwargs.pop("logits_to_keep", None)  # the caller keeps its rows itself, once they are back in their places
@@ -245,8 +238,15 @@ class BackboneHooks:
         kwargs.pop("cache_position", None)
         return call, tokens, name, kwargs
 
-    def _take_prompts(self, backbone, call: _Call, tokens, positions, mask, past):
+    def _take_prompts(self, backbone, call: _Call, tokens, kwargs):
         """Plan a call whose tokens are prompts; returns the tokens and positions of the distinct ones."""
+        mask, positions, past = (kwargs.get(x) for x in ("attention_mask", "position_ids", "past_key_values"))
+        if positions is not None:
+            if tuple(positions.shape) not in ((1, tokens.shape[1]), tuple(tokens.shape[:2])):
+                raise ValueError(
+                    f"position_ids: expected shape {list(tokens.shape[:2])} as the tokens, got {list(positions.shape)}"
+                )
+            positions = positions.expand(tokens.shape[:2])
         if backbone.training and torch.is_grad_enabled():
             raise ValueError(
                 "labels: expected labels (or prompt_lengths) in training, to know where the prompt ends; got neither "
@@ -331,15 +331,7 @@ class BackboneHooks:
             if per_token and name not in _UNDERSTOOD:
                 raise ValueError(f"{name}: expected no further input per token with Bitune, got {list(x.shape)}")
 
-    def _refuse_positions(self, positions, plan: SegmentPlan) -> None:
-        if positions is not None:
-            found = positions.flatten()[plan.token_index]
-            expected = plan.positions[-plan.num_prompt - plan.num_answer :]
-            if not torch.equal(found, expected):
-                raise ValueError(
-                    "position_ids: expected 0, 1, 2, ... from the first real token of each row (several samples in one "
-                    "row need labels or prompt_lengths), got others"
-                )
+    def _refuse_length(self, plan: SegmentPlan) -> None:
         limit = self.structure.max_positions
         longest = max(map(sum, zip(plan.past_lengths, plan.prompt_lengths, plan.answer_lengths, strict=True)))
         if limit is not None and longest > limit:
@@ -486,6 +478,16 @@ def _repeats(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.
         return None, None
     first = torch.nn.functional.pad(~same, (1, 0), value=True)
     return first, first.cumsum(0) - 1
+
+
+def _refuse_positions(positions: torch.Tensor | None, plan: SegmentPlan) -> None:
+    if positions is None:
+        return
+    if not torch.equal(positions.flatten()[plan.token_index], plan.positions[-plan.num_prompt - plan.num_answer :]):
+        raise ValueError(
+            "position_ids: expected 0, 1, 2, ... from the first real token of each row (several samples in one row "
+            "need labels or prompt_lengths), got others"
+        )
 
 
 def _padding(positions: torch.Tensor | None) -> torch.Tensor:
