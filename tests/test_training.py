@@ -136,6 +136,21 @@ def test_a_trainer_with_its_own_loss_is_refused_with_loss_per_sample(tmp_path):
         sft_trainer(bitune_model(loss="sample"), tmp_path).train()
 
 
+def test_a_model_that_computes_its_own_loss_is_refused_with_loss_per_sample(monkeypatch):
+    model = bitune_model(loss="sample")
+    causal_lm = model.get_base_model()
+    forward = causal_lm.forward
+
+    def fused(*args, labels, **kwargs):  # as Liger-Kernel's
+        out = forward(*args, **kwargs)
+        return type(out)(loss=out.logits.sum())
+
+    monkeypatch.setattr(causal_lm, "forward", fused)
+    ids, mask, labels = ragged_batch("left")
+    with pytest.raises(ValueError, match=r"^loss: expected 'token' with a causal LM that doesn't ask"):
+        model(input_ids=ids, attention_mask=mask, labels=labels)
+
+
 def test_two_hundred_steps_by_both_schedules_coincide(tmp_path):
     curves = []
     for fused in (True, False):

@@ -91,9 +91,11 @@ def loss_per_sample(causal_lm: nn.Module, plan: SegmentPlan, enabled: bool):
     if not enabled:
         yield
         return
-    before = causal_lm.loss_function
+    before, asked = causal_lm.loss_function, False
 
     def loss_function(logits, labels, vocab_size, **kwargs):
+        nonlocal asked
+        asked = True
         # logits [1, A, vocab], labels int64 [1, A]: the first label of a sample is -100, so no row predicts another's
         labels = nn.functional.pad(labels[0, 1:], (0, 1), value=-100).to(logits.device)
         tokens = nn.functional.cross_entropy(logits.float().view(-1, vocab_size), labels, reduction="none")
@@ -108,3 +110,8 @@ def loss_per_sample(causal_lm: nn.Module, plan: SegmentPlan, enabled: bool):
         yield
     finally:
         causal_lm.loss_function = before
+    if not asked:
+        raise ValueError(
+            "loss: expected 'token' with a causal LM that doesn't ask its loss_function (Liger-Kernel's fused "
+            "cross-entropy), got 'sample'"
+        )
