@@ -147,7 +147,7 @@ class MixingCoefficients(nn.Module):
         """
         state = state * state.square().mean(-1, keepdim=True).add(1e-12).rsqrt()
         with without_autocast(state):
-            gates = (state @ self.gate[layer]).clamp(-20, 20).chunk(2, dim=1)
+            gates = (state @ self.gate[layer].float()).clamp(-20, 20).chunk(2, dim=1)
         pairs = zip(self.alpha(layer, alphas), gates, strict=True)
         return tuple(alpha / (alpha + (1 - alpha) * torch.exp(-gate)) for alpha, gate in pairs)
 
@@ -158,6 +158,7 @@ class MixingCoefficients(nn.Module):
         return (self.alphas() if alphas is None else alphas)[self.weights.index(name)][index]
 
     def _alpha(self, theta: torch.Tensor) -> torch.Tensor:
+        theta = theta.float()  # FSDP2's mixed precision gathers it in a lower dtype
         f = theta.abs() if self.mixing == "abs" else theta.relu()
         return f / (f + self.theta_init)
 

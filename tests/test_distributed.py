@@ -132,7 +132,7 @@ def test_data_parallel_gradients_are_those_of_one_process():
 def fully_sharded(rank: int, folder: str) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     from bitune_kernels import BituneModel
     from bitune_kernels.training.alpha import alphas
@@ -166,6 +166,20 @@ def fully_sharded(rank: int, folder: str) -> None:
         assert p.dtype == q.dtype and (
             q.grad is None or (p.grad.full_tensor() - q.grad).norm() <= 0.05 * q.grad.norm()
         ), name
+
+    # mixed precision: what a layer is given, and all parameters, thetas and gates among them, are cast to bfloat16
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for config in ({}, {"dynamic_mixing": True, "loss_chunk_rows": 3}):
+        rounded, mixed = (bitune_model(**config).train() for _ in range(2))
+        for name, p in rounded.named_parameters():  # thetas are computed with in float32
+            p.data = p.data.bfloat16().float() if name.startswith("mixing.") else p.data.bfloat16()
+        losses = [step(rounded, share(r, batch())) for r in range(RANKS)]
+        for module in (*mixed.get_base_model().model.layers, mixed):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+        torch.testing.assert_close(step(mixed, share(rank, batch())), losses[rank], atol=0, rtol=1e-5)
+        for (name, p), q in zip(mixed.named_parameters(), rounded.parameters(), strict=True):
+            if q.grad is not None:
+                assert (RANKS * p.grad.full_tensor() - q.grad).norm() <= 0.01 * q.grad.norm(), name
 
     with model.use_schedule(use_fused=False), pytest.raises(ValueError, match="use_fused: expected True"):
         step(model, share(rank, batch()))

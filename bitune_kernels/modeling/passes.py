@@ -118,7 +118,8 @@ class Pass:
             each one's gradient then ends there, and what the tensors were made from gets one gradient per step, which
             reentrant checkpointing under DistributedDataParallel needs.
         mask: a tensor handed through the backbone as its attention mask. Its identity proves to attention that this
-            pass is the one it is called for, and a 4-D mask makes transformers build none of its own.
+            pass is the one it is called for, and a 4-D mask makes transformers build none of its own. Of bool: FSDP2
+            casts floating-point inputs of a layer to its dtype of mixed precision, by a copy.
     """
 
     packed = doubles = False
@@ -130,7 +131,7 @@ class Pass:
 
     def __init__(self, structure: Structure, device):
         self.structure = structure
-        self.mask = torch.zeros(1, 1, 1, 1, device=device)
+        self.mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
         self.pending: torch.Tensor | None = None  # of an MLP: its first chunks, until its own call has run the last
 
     def attend(self, module, query, key, value, scaling, softcap, sinks):

@@ -191,7 +191,7 @@ def find_structure(model: nn.Module) -> Structure:
     with _probing(backbone, configs) as probe:
         _check_cached(name, structure, call, out.last_hidden_state)
         probe.mixes = False
-        probe.given_mask = torch.zeros(1, 1, 1, 1, device=device)
+        probe.given_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
         _check_tokens_apart(name, backbone, call | dict(attention_mask=probe.given_mask))
     if probe.problems:
         raise ValueError(f"base_model: {name} can't be used: {probe.problems[0]}")
