@@ -143,6 +143,23 @@ def test_dropout_that_is_switched_off_alone_is_off():
     torch.testing.assert_close(model(input_ids=ids, attention_mask=mask, labels=labels).loss, expected)
 
 
+class Doubling(nn.Module):
+    """Around a module that it passes for, as FSDP1 is."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
 @pytest.mark.parametrize(
     ("tuner", "part"),
     [
@@ -152,8 +169,10 @@ def test_dropout_that_is_switched_off_alone_is_off():
         *[("vera", ""), ("vera", "base_layer"), ("whole modules", "")],
     ],
 )
-@pytest.mark.parametrize("way", ["hook", "pre-hook", "forward"])
+@pytest.mark.parametrize("way", ["hook", "pre-hook", "forward", "wrapper"])
 def test_what_hangs_on_a_layer_or_its_parts_is_run(way, tuner, part):
+    if way == "wrapper" and not part:
+        return  # a layer in a wrapper calls itself
     vera = VeraConfig(r=8, target_modules=["up_proj", "down_proj"])
     peft = {"lora": lora(), "dora": lora(use_dora=True), "vera": vera, "whole modules": None}[tuner]
     model = bitune_model(peft=peft)
@@ -162,6 +181,8 @@ def test_what_hangs_on_a_layer_or_its_parts_is_run(way, tuner, part):
         module.register_forward_hook(lambda module, args, output: 2 * output)
     elif way == "pre-hook":
         module.register_forward_pre_hook(lambda module, args: 2 * args[0])
+    elif way == "wrapper":
+        model.get_base_model().model.layers[1].mlp.up_proj.set_submodule(part, Doubling(module))
     else:
         module.forward = lambda x, plain=module.forward: 2 * plain(x)
     found, expected = step(model), step(model, use_fused=False)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from bitune_kernels import BituneModel
 from tests.tiny import base_model, bitune_model, ragged_batch
 
 SECONDS = 120  # the work itself takes a few
@@ -290,6 +291,42 @@ def test_the_trainer_on_two_ranks_gives_the_losses_of_accumulation(checkpointing
     alone.train()
     assert losses(alone)[-1] < losses(alone)[0]
     on_two_ranks(train, str(tmp_path), losses(alone), checkpointing)
+
+
+def shard(rank: int, folder: str, expected: list[float]) -> None:
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+    from transformers import Trainer, TrainingArguments
+
+    from tests.test_trainers import arguments, collate, losses, tokenized
+
+    fsdp = dict(fsdp=True, fsdp_config={"activation_checkpointing": True})
+    args = arguments(TrainingArguments, folder, per_device_train_batch_size=2, **fsdp)
+    assert args.device.type == "cpu"
+    PartialState().distributed_type = DistributedType.MULTI_XPU  # on CPUs accelerate shards nothing
+    for resume in (None, f"{folder}/checkpoint-2"):
+        model = bitune_model()
+        trainer = Trainer(model=model, args=args, train_dataset=tokenized(), data_collator=collate)
+        trainer.train(resume_from_checkpoint=resume)
+        assert all(hasattr(p, "full_tensor") for p in model.parameters())
+        assert [type(m).__name__ for m in model.get_base_model().model.layers] == ["FSDPCheckpointWrapper"] * 3
+        if rank == 0:
+            assert losses(trainer) == pytest.approx(expected, rel=1e-5)
+    trainer.save_model(f"{folder}/final")
+
+
+def test_the_trainer_shards_recomputes_resumes_and_saves(tmp_path):
+    from tests.test_trainers import hf_trainer, losses
+
+    model = bitune_model()
+    alone = hf_trainer(model, tmp_path / "one")
+    alone.train()
+    on_two_ranks(shard, str(tmp_path), losses(alone))
+    saved = BituneModel.from_pretrained(base_model(), tmp_path / "final", is_trainable=True)
+    expected = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in saved.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(parameter, expected[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_parameters_partitioned_by_zero_3_are_refused():

@@ -10,13 +10,16 @@ import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
 from peft import IA3Config, LilyConfig, LoraConfig, PromptTuningConfig, VBLoRAConfig
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaForSequenceClassification
@@ -248,6 +251,52 @@ def test_compiled_layers_evaluate_as_they_are():
         layer.compile(backend="eager", fullgraph=True)
     found = model(input_ids=ids, attention_mask=mask, labels=labels).logits
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+def wrapped(model, use_reentrant: bool):
+    impl = CheckpointImpl.REENTRANT if use_reentrant else CheckpointImpl.NO_REENTRANT
+    layers = model.get_base_model().model.layers
+    for i, layer in enumerate(layers):
+        layers[i] = checkpoint_wrapper(layer, impl)
+    model.enable_input_require_grads()
+    return model
+
+
+@pytest.mark.parametrize(("use_fused", "use_reentrant"), [(True, False), (True, True), (False, False)])
+def test_layers_in_checkpoint_wrappers_find_their_pass_and_are_saved(use_fused, use_reentrant, tmp_path):
+    ids, mask, labels = ragged_batch()
+    found = []
+    for model in (bitune_model(), wrapped(bitune_model(use_fused=use_fused), use_reentrant)):
+        model.train()(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+        found.append({n.replace("_checkpoint_wrapped_module.", ""): p.grad for n, p in model.named_parameters()})
+    assert found[0].keys() == found[1].keys()
+    for name, pair in zip(found[0], zip(*(x.values() for x in found), strict=True), strict=True):
+        a, b = (torch.zeros(()) if x is None else x for x in pair)  # three passes never reach some
+        torch.testing.assert_close(
+            *torch.broadcast_tensors(a, b), atol=1e-7, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    model.save_pretrained(tmp_path)  # the wrapped one
+    loaded = wrapped(bitune_model(1), use_reentrant)
+    loaded.load_adapter(tmp_path, "causal")
+    for name, p in loaded.named_parameters():
+        if "lora_" in name or "theta" in name:
+            assert torch.equal(p, model.get_parameter(name)), name
+
+
+def test_a_state_dict_of_other_names_is_not_saved(tmp_path):
+    model = bitune_model()
+    state = {f"module.{name}": x for name, x in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"^state_dict: expected the model's own names, got none of adapter 'causal'"):
+        model.save_pretrained(tmp_path, state_dict=state)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sharded_checkpoints_of_the_trainer_are_warned_of(monkeypatch):
+    plugin = SimpleNamespace(state_dict_type=SimpleNamespace(name="SHARDED_STATE_DICT"))
+    monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
+    ids, mask, labels = ragged_batch()
+    with pytest.warns(UserWarning, match="expected FULL_STATE_DICT"):
+        bitune_model().train()(input_ids=ids, attention_mask=mask, labels=labels)
 
 
 def test_reentrant_checkpointing_is_refused_for_three_passes():

@@ -130,10 +130,10 @@ def _parameter(module: nn.Module, name: str) -> torch.Tensor | None:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    """Whether a call of ``module`` does more than its class: somebody's hooks, or a forward of its own."""
+    """Whether a call of a leaf does more than its class: hooks, a forward of its own, a wrapper (FSDP1's)."""
     own = module.__dict__
     hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    return bool(hooks) or "forward" in own
+    return bool(hooks) or "forward" in own or bool(own["_modules"])
 
 
 def _plain_weights(base: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from peft import PeftConfig, PeftModel, PeftModelForCausalLM
+from peft import PeftConfig, PeftModel, PeftModelForCausalLM, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -43,7 +43,7 @@ from .passes import evaluating, one_at_a_time
 from .probe import find_structure
 from .self_test import check_chunked_loss, check_one_pass
 from .structure import Structure
-from .weights import check_weights
+from .weights import check_accelerate, check_weights
 
 _CARD = """
 Adapters and mixing coefficients of [Bitune](https://arxiv.org/abs/2405.14862) for `{base_model}`, which
@@ -349,6 +349,8 @@ class BituneModel(PeftModelForCausalLM):
             # generate() calls the causal LM itself: a logits processor that calls this one has a prompt of its own
             with one_at_a_time, self._hooks.generating(None):
                 return super().forward(input_ids, labels=labels, return_dict=return_dict, **common)
+        if self.training:
+            check_accelerate()
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         check_inputs(input_ids, inputs_embeds)
         if not isinstance(kwargs.get("logits_to_keep", 0), int) or kwargs.get("logits_to_keep", 0):
@@ -490,7 +492,14 @@ class BituneModel(PeftModelForCausalLM):
                 own = name.startswith("mixing.") or not self.peft_config.keys().isdisjoint(name.split("."))
                 if own and hasattr(parameter, "full_tensor"):
                     raise ValueError(f"state_dict: expected a full one for a sharded model ({name} is), got None")
-        super().save_pretrained(folder, **kwargs)
+        with self._hooks.structure.unwrapped():
+            for name in self.peft_config:
+                own = (self, kwargs.get("state_dict"), name)
+                if not get_peft_model_state_dict(*own, save_embedding_layers=False):  # PEFT would write an empty file
+                    raise ValueError(
+                        f"state_dict: expected the model's own names, got none of adapter {name!r} among them"
+                    )
+            super().save_pretrained(folder, **kwargs)
         if kwargs.get("is_main_process", True):
             self.bitune_config.save(folder)
             if "generation_config" in vars(self):  # else it is the base model's
@@ -541,7 +550,7 @@ class BituneModel(PeftModelForCausalLM):
         own = {name: getattr(self.peft_config[adapter_name], name, None) for name in _SCALES}
         _refuse_others(model_id, own, vars(PeftConfig.from_pretrained(str(model_id))))
         kwargs = {"autocast_adapter_dtype": False} | kwargs  # adapters keep the dtype that they have
-        with _trainable_kept(self), evaluating(self):
+        with self._hooks.structure.unwrapped(), _trainable_kept(self), evaluating(self):
             result = super().load_adapter(str(model_id), adapter_name, is_trainable=is_trainable, **kwargs)
         missing = set(result.missing_keys)
         if missing:  # some tuners name one tensor many times

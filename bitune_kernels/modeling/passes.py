@@ -193,28 +193,31 @@ class Pass:
     @contextmanager
     def checkpointing(self):
         """Inside, layers recomputed in the backward pass find this pass again, long after it has ended."""
+        if not torch.is_grad_enabled():
+            yield self
+            return
         trimmed = self.structure.trim.layer if self.trims else None
         # The trimmed layer's hooks would not run again in a recomputation, so it keeps its activations. Its flag is the
         # user's, who may change it before an interrupted pass is ended.
         functions = [
-            (layer, _run if layer is trimmed else self._resumed(layer._gradient_checkpointing_func))
-            for layer in self.structure.checkpointed
+            (m, name, _run if m is trimmed else self._resumed(getattr(m, name)))
+            for m, name in self.structure.checkpointed
         ]
-        with _switching(*((layer, "_gradient_checkpointing_func", function) for layer, function in functions)):
+        with _switching(*functions):
             yield self
 
     def _resumed(self, checkpoint):
-        def checkpointed(run, *args):
-            def run_in_pass(*inner):
+        def checkpointed(run, *args, **kwargs):
+            def run_in_pass(*inner, **named):
                 shared, self.shared = self.shared, inner[:count]
                 try:
                     with one_at_a_time, self.active():
-                        return run(*inner[count:])
+                        return run(*inner[count:], **named)
                 finally:
                     self.shared = shared
 
             count = len(self.shared)
-            return checkpoint(run_in_pass, *self.shared, *args)
+            return checkpoint(run_in_pass, *self.shared, *args, **kwargs)
 
         return checkpointed
 

@@ -140,7 +140,10 @@ def find_structure(model: nn.Module) -> Structure:
     configs = list({id(m.config): m.config for m in [model, *backbone.modules()] if hasattr(m, "config")}.values())
     device = next(backbone.parameters()).device
     if device.type == "meta":
-        raise ValueError("base_model: expected real weights, got parameters on the meta device")
+        raise ValueError(
+            "base_model: expected real weights, got parameters on the meta device (for FSDP on all processes: "
+            "cpu_ram_efficient_loading=False)"
+        )
     ids = torch.arange(1, _PROBE_TOKENS + 1, device=device)[None]
     with _probing(backbone, configs) as probe:
         try:

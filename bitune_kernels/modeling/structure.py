@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -79,6 +80,8 @@ class Structure:
         # weights of one that was replaced from a set
         self.direct = {id(m) for p in self.projections for m in p.direct}
         self._index = {id(m): i for i, m in enumerate(self.attentions)}
+        self._layers = {id(m) for m in self.layers}
+        self._holders = [m for m in self.backbone.modules() if any(id(c) in self._layers for c in m.children())]
 
     def __reduce__(self):
         # pickle and copy make it anew, since addresses change
@@ -89,14 +92,48 @@ class Structure:
         return len(self.attentions)
 
     @property
-    def checkpointed(self) -> list[nn.Module]:
-        """The layers that would be recomputed in a backward pass now."""
-        return [m for m in self.layers if getattr(m, "gradient_checkpointing", False) and m.training]
+    def checkpointed(self) -> list[tuple[nn.Module, str]]:
+        """What would be recomputed in a backward pass now: a module, and the name of its function that sees to it.
+
+        Layers by transformers' own flag, and by torch's CheckpointWrapper in their place, as FSDP's activation
+        checkpointing puts it.
+        """
+        found = [
+            (m, "_gradient_checkpointing_func")
+            for m in self.layers
+            if getattr(m, "gradient_checkpointing", False) and m.training
+        ]
+        for _, _, wrappers, _ in self._wrapped():
+            found += [(m, "checkpoint_fn") for m in wrappers if "checkpoint_fn" in vars(m)]
+        return found
+
+    def _wrapped(self):
+        # Layers in wrappers: (holder, the outermost wrapper's name in it, wrappers from the outside in, layer).
+        for holder in self._holders:
+            for name, m in holder.named_children():
+                wrappers = []
+                while id(m) not in self._layers and len(m._modules) == 1:
+                    wrappers.append(m)
+                    (m,) = m.children()
+                if wrappers and id(m) in self._layers:
+                    yield holder, name, wrappers, m
+
+    @contextmanager
+    def unwrapped(self):
+        """Inside, layers stand in their own places and not in wrappers, whose names PEFT doesn't know."""
+        wrapped = list(self._wrapped())
+        for holder, name, _, layer in wrapped:
+            holder._modules[name] = layer
+        try:
+            yield
+        finally:
+            for holder, name, wrappers, _ in wrapped:
+                holder._modules[name] = wrappers[0]
 
     @property
     def checkpoints_reentrantly(self) -> bool:
         """Whether those layers run without autograd at first, so that nothing they hand on outside has gradients."""
-        keywords = [getattr(m._gradient_checkpointing_func, "keywords", {}) for m in self.checkpointed]
+        keywords = [getattr(getattr(m, name), "keywords", {}) for m, name in self.checkpointed]
         return any(k.get("use_reentrant", True) for k in keywords)
 
     def layer_index(self, attention: nn.Module) -> int:

@@ -1,6 +1,9 @@
-"""What a pass needs the base weights to be: whole, on one device and as they were loaded."""
+"""What a pass needs the base weights to be: whole, on one device and as they were loaded; and accelerate's state."""
 
 from __future__ import annotations
+
+import sys
+import warnings
 
 from torch import nn
 
@@ -27,8 +30,35 @@ def refuse_partitioned(parameters) -> None:
             )
 
 
+def check_accelerate() -> None:
+    """Refuse or warn of what accelerate's state says of this process, where it has any.
+
+    Raises:
+        ValueError: the tokens of a sample are spread over processes.
+    """
+    module = sys.modules.get("accelerate.state")
+    state = module.AcceleratorState._shared_state if module else {}
+    for name in ("cp_size", "sp_size"):
+        size = getattr(state.get("parallelism_config"), name, 1)
+        if size > 1:
+            raise ValueError(f"parallelism_config: expected {name}=1, since a pass needs whole samples, got {size}")
+    kind = getattr(state.get("fsdp_plugin"), "state_dict_type", None)
+    if kind is not None and kind.name == "SHARDED_STATE_DICT":
+        warnings.warn(
+            "state_dict_type: expected FULL_STATE_DICT, since Trainer's sharded checkpoints hold the active adapter "
+            "alone, neither 'bidir' nor the mixing coefficients; got SHARDED_STATE_DICT",
+            stacklevel=3,
+        )
+
+
 def _refuse_dispatched(model: nn.Module) -> None:
-    """Raise ValueError if accelerate moves weights or rows from device to device while the model runs."""
+    """Raise ValueError if the model is spread over devices before it has adapters: by accelerate, or by DTensors."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "full_tensor"):
+            raise ValueError(
+                f"base_model: expected whole weights, got {name} as a DTensor (tp_plan, distributed_config or "
+                "fully_shard); FSDP2 shards a Bitune model once it is one"
+            )
     devices = sorted(set(map(str, getattr(model, "hf_device_map", {}).values())))
     if len(devices) > 1:
         raise ValueError(
