@@ -12,6 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 
 from bitune_kernels import BituneModel
 from tests.tiny import base_model, bitune_model, ragged_batch
@@ -327,6 +330,19 @@ def test_the_trainer_shards_recomputes_resumes_and_saves(tmp_path):
     for name, parameter in saved.named_parameters():
         if name in expected:
             torch.testing.assert_close(parameter, expected[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_a_base_model_that_is_sharded_already_is_refused():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        base = base_model()
+        base.lm_head.weight = nn.Parameter(
+            distribute_tensor(base.lm_head.weight.detach(), init_device_mesh("cpu", (1,)))
+        )
+        with pytest.raises(ValueError, match=r"^base_model: expected whole weights, got lm_head.weight as a DTensor"):
+            bitune_model(base=base)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_parameters_partitioned_by_zero_3_are_refused():

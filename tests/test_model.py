@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
 from peft import IA3Config, LilyConfig, LoraConfig, PromptTuningConfig, VBLoRAConfig
@@ -296,6 +297,16 @@ def test_sharded_checkpoints_of_the_trainer_are_warned_of(monkeypatch):
     monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
     ids, mask, labels = ragged_batch()
     with pytest.warns(UserWarning, match="expected FULL_STATE_DICT"):
+        bitune_model().train()(input_ids=ids, attention_mask=mask, labels=labels)
+
+
+@pytest.mark.parametrize("name", ["cp_size", "sp_size"])
+def test_samples_spread_over_processes_are_refused(monkeypatch, name):
+    monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", ParallelismConfig(**{name: 2}))
+    ids, mask, labels = ragged_batch()
+    with pytest.raises(
+        ValueError, match=f"^parallelism_config: expected {name}=1, since a pass needs whole samples, got 2"
+    ):
         bitune_model().train()(input_ids=ids, attention_mask=mask, labels=labels)
 
 
