@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from peft import PeftConfig, PeftModel, PeftModelForCausalLM, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftModelForCausalLM
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -487,18 +487,15 @@ class BituneModel(PeftModelForCausalLM):
         A model sharded by FSDP2 needs ``state_dict``, the full one of ``get_model_state_dict``.
         """
         folder = os.fspath(save_directory)  # str(None) would be a folder of that name
-        if kwargs.get("state_dict") is None:
-            for name, parameter in self.named_parameters():
-                own = name.startswith("mixing.") or not self.peft_config.keys().isdisjoint(name.split("."))
-                if own and hasattr(parameter, "full_tensor"):
-                    raise ValueError(f"state_dict: expected a full one for a sharded model ({name} is), got None")
+        state = kwargs.get("state_dict")
         with self._hooks.structure.unwrapped():
-            for name in self.peft_config:
-                own = (self, kwargs.get("state_dict"), name)
-                if not get_peft_model_state_dict(*own, save_embedding_layers=False):  # PEFT would write an empty file
-                    raise ValueError(
-                        f"state_dict: expected the model's own names, got none of adapter {name!r} among them"
-                    )
+            for name, parameter in self.named_parameters():
+                if not name.startswith("mixing.") and self.peft_config.keys().isdisjoint(name.split(".")):
+                    continue
+                if state is None and hasattr(parameter, "full_tensor"):
+                    raise ValueError(f"state_dict: expected a full one for a sharded model ({name} is), got None")
+                if state is not None and name not in state:  # PEFT would write what it finds, or nothing
+                    raise ValueError(f"state_dict: expected the model's own names, got none that is {name}")
             super().save_pretrained(folder, **kwargs)
         if kwargs.get("is_main_process", True):
             self.bitune_config.save(folder)
@@ -507,8 +504,8 @@ class BituneModel(PeftModelForCausalLM):
             # empty: the Trainer's load_best_model_at_end takes a folder without it for no checkpoint
             save_file({}, Path(folder, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
             if self.mixing is not None:
-                state = kwargs.get("state_dict") or {}
-                of_mixing = {n.removeprefix("mixing."): x for n, x in state.items() if n.startswith("mixing.")}
+                own = (state or {}).items()
+                of_mixing = {n.removeprefix("mixing."): x for n, x in own if n.startswith("mixing.")}
                 self.mixing.save(folder, of_mixing)
 
     def create_or_update_model_card(self, output_dir: str) -> None:
