@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 import warnings
 
@@ -38,6 +39,13 @@ def _env(given) -> None:
     env.main(["--json"] if given.json else [])
 
 
+def _nobody_reads() -> bool:
+    """Whether what reads the output, `head` for example, has seen enough."""
+    output = select.poll()
+    output.register(1, 0)
+    return any(events & select.POLLERR for _, events in output.poll(0))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0, 1 if nobody reads on, 130 after Ctrl-C, or 2 after an error, which goes to stderr in one line."""
     # what PEFT asks transformers for under an old name is nothing that a user can change
@@ -53,11 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
         if given.fields and given.command not in ("train", "evaluate"):
             raise ValueError(f"{given.fields[0]}: expected an option of bitune {given.command}, got an unknown one")
         given.run(given)
-        sys.stdout.flush()
-    except BrokenPipeError:  # who reads, `head` for example, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the exit
-        return 1
+        print(end="", flush=True)
     except (OSError, ValueError, TypeError, FloatingPointError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is flushed at the exit
+            return 1
         print("bitune:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

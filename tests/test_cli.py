@@ -581,6 +581,14 @@ def test_nothing_is_said_when_nobody_reads_on():
     assert (found.returncode, found.stderr) == (1, b"")
 
 
+def test_a_pipe_of_others_that_breaks_is_an_error_and_no_output_is_none(monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr("bitune_kernels.cli._env", Mock(side_effect=BrokenPipeError("the server of metrics")))
+        assert main(["env"]) == 2 and capsys.readouterr().err == "bitune: the server of metrics\n"
+    monkeypatch.setattr(sys, "stdout", None)  # as behind >&-
+    assert main(["env"]) == 0
+
+
 def test_an_exported_model_decodes_a_mixed_cache(place, trained, monkeypatch, capsys):
     options, model = trained
     assert main(["export", *options, "--output", str(place / "exported")]) == 0
