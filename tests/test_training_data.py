@@ -204,6 +204,12 @@ def test_a_terminal_shows_how_far_it_is(monkeypatch, capsys):
         assert ("tokenizing" in capsys.readouterr().err) == terminal
 
 
+@pytest.mark.parametrize("label", ["1\n", 1.0])
+def test_a_label_may_be_a_line_of_a_file_or_a_float(label):
+    (sample,) = tokenize([ROWS["piqa"][0] | {"label": label}], byte_tokenizer(), reader="piqa")
+    assert byte_tokenizer().decode(sample["input_ids"]).endswith("Answer: heat</s>")
+
+
 def test_null_is_no_text_and_the_word_none_is():
     tok = byte_tokenizer()
     (sample,) = tokenize([{"prompt": "{}", "completion": "None", "input": None}], tok, prompt="{prompt}{input}")

@@ -36,7 +36,8 @@ def _multiple_choice(row):
 
 
 def _piqa(row):
-    return _options(row["goal"], ["A", "B"], [row["sol1"], row["sol2"]], {"0": "A", "1": "B"}.get(str(row["label"])))
+    answer = None if row["label"] == "" else {0: "A", 1: "B"}.get(int(row["label"]))
+    return _options(row["goal"], ["A", "B"], [row["sol1"], row["sol2"]], answer)
 
 
 def _siqa(row):
