@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import re
@@ -711,6 +712,18 @@ def test_another_thread_goes_on_behind_an_interrupt():
     handle.remove()
     with ThreadPoolExecutor(1) as pool:
         assert torch.equal(pool.submit(generate).result(), expected)
+
+
+def test_an_error_that_a_hook_has_handled_ends_no_pass():
+    model, (ids, mask, labels) = bitune_model().eval(), ragged_batch()
+
+    def failing(*_):
+        with contextlib.suppress(ZeroDivisionError), model.disable_bitune():
+            raise ZeroDivisionError
+
+    expected = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    model.get_base_model().model.layers[1].register_forward_hook(failing)
+    assert torch.equal(model(input_ids=ids, attention_mask=mask, labels=labels).loss, expected)
 
 
 def test_logits_that_are_not_computed_are_told():

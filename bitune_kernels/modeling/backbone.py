@@ -112,12 +112,13 @@ class BackboneHooks:
     @contextmanager
     def _setting(self, name: str, value):
         """Inside, an attribute has another value."""
-        outer = getattr(self, name)
+        outer, within = getattr(self, name), open_call()
         setattr(self, name, value)
         try:
             yield
         except BaseException:
-            _end_interrupted()  # here, since the next call may be another thread's
+            if within is None:  # else a hook may handle it, and the call goes on
+                _end_interrupted()  # here, since the next call may be another thread's
             raise
         finally:
             setattr(self, name, outer)
