@@ -558,6 +558,11 @@ def test_without_its_adapters_it_is_the_base_model(peft):
         assert torch.equal(model.unload()(ids).logits, expected)
 
 
+def test_a_copy_of_the_head_is_no_copy_of_the_model():
+    head = bitune_model(peft=lora(target_modules=["q_proj"])).get_output_embeddings()
+    assert len(pickle.dumps(head)) < 2 * head.weight.nbytes
+
+
 @pytest.mark.parametrize("make", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_is_independent(make):
     model = bitune_model().eval()

@@ -22,7 +22,18 @@ from .doubling import DoublingHooks
 from .generate import Generation, check_cache
 from .labels import check_inputs
 from .one_pass import Observer, OnePass, TrimHooks
-from .passes import Pass, Past, current, leave_passes, new_strides, one_at_a_time, open_call, set_open_call
+from .passes import (
+    Pass,
+    Past,
+    current,
+    leave_passes,
+    new_strides,
+    one_at_a_time,
+    open_call,
+    prefilled,
+    set_open_call,
+    set_prefilled,
+)
 from .row_chunks import run_in_chunks
 from .structure import Structure
 from .three_pass import ThreePass
@@ -81,13 +92,12 @@ class BackboneHooks:
         self.merge: CausalMerge | None = None
         self.observer: Observer | None = None
         self._request: Request | None = None
-        self._prefilled = False  # whether the next rows of the head are zeros but for the prompts' last tokens
         backbone = structure.backbone
         self._names = list(inspect.signature(backbone.forward).parameters)  # of positional arguments
         self._handles = [
             backbone.register_forward_pre_hook(self._before, with_kwargs=True),
             backbone.register_forward_hook(self._after, with_kwargs=True, always_call=True),
-            head.register_forward_pre_hook(self._before_head),
+            head.register_forward_pre_hook(_before_head),
         ]
         self._handles += run_in_chunks(structure.mlps)
         self._handles += TrimHooks(structure).handles
@@ -184,7 +194,7 @@ class BackboneHooks:
 
     def _before(self, backbone, args, kwargs):
         _end_interrupted()
-        self._prefilled = False  # of a call whose rows no head has read
+        set_prefilled(False)  # of a call whose rows no head has read
         if not self.enabled or current() is not None:
             return None
         if getattr(backbone, "_is_replica", False):
@@ -412,7 +422,7 @@ class BackboneHooks:
             rows = call.three_pass.rows(rows)
             caches = None if call.cache is None else call.three_pass.caches(call.answer_pass)
         output.last_hidden_state = rows[None] if call.request is not None else _each(plan.unpack_answers(rows), call)
-        self._prefilled = call.request is None and self.generation is None
+        set_prefilled(call.request is None and self.generation is None)
         if call.cache is not None:
             for layer in sorted(caches):
                 k, v = caches.pop(layer)  # the cache copies them, so one layer's are there twice and not all
@@ -425,17 +435,6 @@ class BackboneHooks:
             call.request.output = output
             output = type(output)(**{**output, "last_hidden_state": rows[None, :1]})
         return output
-
-    def _before_head(self, head, args):
-        rows = args[0]
-        if self._prefilled and rows.shape[1] > 1:
-            warnings.warn(
-                "logits: without labels and prompt_lengths all tokens are prompt, and the logits of all but the last "
-                "are zeros that say nothing; for a prefill give logits_to_keep=1",
-                stacklevel=1,
-            )
-        self._prefilled = False
-        return new_strides(rows), *args[1:]  # generate() has it read the last row of each prompt
 
     def _begin_answer(self, cache) -> None:
         if self.generation is not None and self.generation.filled is None:
@@ -458,6 +457,18 @@ def _end_interrupted() -> None:
         if call is not None:
             call.scope.close()
         leave_passes()
+
+
+def _before_head(head, args):  # no method, since a copy of the head alone would copy the model with it
+    rows = args[0]
+    if prefilled() and rows.shape[1] > 1:
+        warnings.warn(
+            "logits: without labels and prompt_lengths all tokens are prompt, and the logits of all but the last "
+            "are zeros that say nothing; for a prefill give logits_to_keep=1",
+            stacklevel=1,
+        )
+    set_prefilled(False)
+    return new_strides(rows), *args[1:]  # generate() has it read the last row of each prompt
 
 
 def _each(x: torch.Tensor, call: _Call) -> torch.Tensor:

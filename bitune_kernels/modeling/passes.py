@@ -18,6 +18,7 @@ from .structure import ATTENTION_NAME, Structure
 class _State(threading.local):
     def __init__(self):
         self.current = self.call = None
+        self.prefilled = False
         self.switched: list[list[tuple]] = []  # (object, name, value outside) of what is switched, outermost first
 
 
@@ -40,6 +41,16 @@ def open_call():
 def set_open_call(call) -> None:
     """Say which one it is from here on."""
     _state.call = call
+
+
+def prefilled() -> bool:
+    """Whether the next rows of the head, in this thread, are zeros but for the prompts' last tokens."""
+    return _state.prefilled
+
+
+def set_prefilled(value: bool) -> None:
+    """Say whether they are."""
+    _state.prefilled = value
 
 
 @contextmanager
