@@ -558,6 +558,14 @@ def test_without_its_adapters_it_is_the_base_model(peft):
         assert torch.equal(model.unload()(ids).logits, expected)
 
 
+@pytest.mark.parametrize(("family", "copied"), [("llama", "mlp"), ("modernbert-decoder", "lm_head")])
+def test_all_that_is_trained_of_copied_modules_gets_a_gradient(family, copied):
+    model = bitune_model(base=BY_ID[family].build(), peft=lora(modules_to_save=[copied]))
+    ids, mask, labels = ragged_batch()
+    model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
 def test_a_copy_of_the_head_is_no_copy_of_the_model():
     head = bitune_model(peft=lora(target_modules=["q_proj"])).get_output_embeddings()
     assert len(pickle.dumps(head)) < 2 * head.weight.nbytes

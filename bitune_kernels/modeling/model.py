@@ -236,7 +236,8 @@ class BituneModel(PeftModelForCausalLM):
         used, unused = set(), set()  # some tuners have parameters that several layers share
         for module in self._hooks.structure.adapted:
             own = {p for name, p in module.named_parameters() if BIDIR in name.split(".")}
-            (unused if base_module(module) in self._hooks.structure.unused_bidir else used).update(own)
+            leaves = {m for m in base_module(module).modules() if not any(True for _ in m.children())}
+            (unused if leaves <= self._hooks.structure.unused_bidir else used).update(own)
         for parameter in unused - used:
             parameter.requires_grad_(False)
 
