@@ -324,6 +324,9 @@ def test_images_that_see_themselves_are_refused():
     types[0, 2:4] = 1
     with pytest.raises(ValueError, match=r"^token_type_ids: expected no further input per token"):
         model(input_ids=ids, labels=labels, token_type_ids=types)
+    for call in (model.eval(), model.generate):
+        with torch.no_grad(), pytest.raises(ValueError, match=r"^token_type_ids: expected no further input per token"):
+            call(input_ids=ids, token_type_ids=types)
 
 
 @pytest.mark.parametrize("name", ["gemma3_text", "exaone4"])

@@ -20,7 +20,7 @@ from ..plan import SegmentPlan
 from .adapters import CAUSAL, CausalMerge
 from .doubling import DoublingHooks
 from .generate import Generation, check_cache
-from .labels import check_inputs
+from .labels import PACKED, check_inputs
 from .one_pass import Observer, OnePass, TrimHooks
 from .passes import (
     Pass,
@@ -41,9 +41,6 @@ from .weights import refuse_partitioned
 
 # Tensors of a backbone call that are understood; any other one per token could not be packed in silence.
 _UNDERSTOOD = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"}
-
-# What collators say about packed samples beside position_ids, in transformers' names.
-PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 @dataclass(eq=False)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .labels import refuse_further_inputs
 from .structure import Structure
 
 _NEEDS_CACHE = "since without the mixed cache each step would read the answer so far as a part of the prompt"
@@ -91,7 +92,9 @@ def prepare(structure: Structure, defaults, inputs, generation_config, kwargs: d
         raise ValueError(f"input_ids: expected one prompt in assisted decoding, got {' and '.join(prompts)}")
     width = 1  # transformers begins with the bos token
     if prompts:
-        width = _width(*next(iter(prompts.items())), kwargs.get("attention_mask"))
+        name, tokens = next(iter(prompts.items()))
+        width = _width(name, tokens, kwargs.get("attention_mask"))
+        refuse_further_inputs(kwargs, tokens.shape[:2])
     if turn is None or turn is not kwargs.get("past_key_values"):
         _refuse_cache(kwargs.get("past_key_values"), config)
     elif assisted:

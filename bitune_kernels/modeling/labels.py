@@ -9,6 +9,12 @@ import torch
 from ..config import BituneConfig
 from ..plan import SegmentPlan, find_samples, find_turns
 
+# What collators say about packed samples beside position_ids, in transformers' names.
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+_PER_TOKEN = ("inputs", "input_ids", "attention_mask", "position_ids", *PACKED)
+_PER_TOKEN += ("negative_prompt_ids", "negative_prompt_attention_mask")  # of generate()
+
 
 def check_tokens(name: str, x) -> None:
     """Refuse what isn't token ids or labels [batch, seq] (TypeError, ValueError)."""
@@ -18,6 +24,14 @@ def check_tokens(name: str, x) -> None:
         raise TypeError(f"{name}: expected integers, got a tensor of {x.dtype}")
     if x.ndim != 2 or not x.numel():
         raise ValueError(f"{name}: expected [batch, seq] with at least one token, got {list(x.shape)}")
+
+
+def refuse_further_inputs(given: dict, shape: torch.Size) -> None:
+    """Refuse tensors per token, [batch, seq] as ``shape``, that a causal LM may make a mask of (ValueError)."""
+    for name, x in given.items():
+        per_token = isinstance(x, torch.Tensor) and x.shape == shape
+        if per_token and name not in _PER_TOKEN and bool(x.any()):
+            raise ValueError(f"{name}: expected no further input per token with Bitune, got {list(x.shape)}")
 
 
 def check_inputs(input_ids, inputs_embeds) -> None:

@@ -35,9 +35,9 @@ from .adapters import (
     restrict,
     route_rows,
 )
-from .backbone import PACKED, BackboneHooks
+from .backbone import BackboneHooks
 from .generate import prepare
-from .labels import check_inputs, plan_batch
+from .labels import PACKED, check_inputs, plan_batch, refuse_further_inputs
 from .loss import chunked_loss, loss_per_sample
 from .passes import evaluating, one_at_a_time
 from .probe import find_structure
@@ -345,6 +345,9 @@ class BituneModel(PeftModelForCausalLM):
             raise ValueError(
                 f"adapter_names: expected None, since each stream has its own adapter, got {kwargs['adapter_names']}"
             )
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if self._hooks.enabled and tokens is not None:
+            refuse_further_inputs(kwargs, tokens.shape[:2])
         common = dict(attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         if (labels is None and prompt_lengths is None) or not self._hooks.enabled:
             # generate() calls the causal LM itself: a logits processor that calls this one has a prompt of its own
@@ -352,17 +355,12 @@ class BituneModel(PeftModelForCausalLM):
                 return super().forward(input_ids, labels=labels, return_dict=return_dict, **common)
         if self.training:
             check_accelerate()
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
         check_inputs(input_ids, inputs_embeds)
         if not isinstance(kwargs.get("logits_to_keep", 0), int) or kwargs.get("logits_to_keep", 0):
             raise ValueError("logits_to_keep: expected 0 with labels or prompt_lengths, which already choose the rows")
         if kwargs.get("shift_labels") is not None:
             raise ValueError("shift_labels: expected None (labels are shifted by the model), got a tensor")
         packed = {name: common.pop(name) for name in PACKED if name in common}
-        for name, x in kwargs.items():  # a causal LM around the backbone may make a mask of them
-            per_token = isinstance(x, torch.Tensor) and x.shape == tokens.shape[:2]
-            if per_token and name not in ("position_ids", *PACKED) and bool(x.any()):
-                raise ValueError(f"{name}: expected no further input per token with Bitune, got {list(x.shape)}")
         plan = plan_batch(
             tokens,
             labels,
