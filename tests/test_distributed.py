@@ -185,6 +185,18 @@ def fully_sharded(rank: int, folder: str) -> None:
             if q.grad is not None:
                 assert (RANKS * p.grad.full_tensor() - q.grad).norm() <= 0.01 * q.grad.norm(), name
 
+    # the embedding and the head in groups of their own, as accelerate has them: 3 chunks of one process, 4 of the other
+    tensors = batch(equal=False)
+    loss, whole = one_process(equal=False)
+    chunked = make("plain", loss_chunk_rows=3)
+    base = chunked.get_base_model()
+    for module in (*base.model.layers, base.model.embed_tokens, base.lm_head, chunked):
+        fully_shard(module, mesh=mesh)
+    count = int((tensors[2] != -100).sum())
+    found = mean(step(chunked, share(rank, tensors), num_items_in_batch=count / RANKS))
+    torch.testing.assert_close(found, loss, atol=0, rtol=1e-6)
+    compare("head of its own", chunked, whole)
+
     with model.use_schedule(use_fused=False), pytest.raises(ValueError, match="use_fused: expected True"):
         step(model, share(rank, batch()))
     with pytest.raises(ValueError, match="state_dict: expected a full one"):

@@ -7,6 +7,7 @@ a backbone that hands it rows computed before. Each chunk is checkpointed: the b
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from contextlib import contextmanager
 
 import torch
@@ -35,13 +36,30 @@ def _behind(model: nn.Module, backbone: nn.Module, rows: _Rows) -> nn.Module:
     def shallow(module, names):
         if not names:
             return rows
-        # not copy.copy, which constructs modules anew where FSDP has changed their class
-        twin = object.__new__(type(module))
-        twin.__dict__.update(module.__dict__)
-        twin.__dict__["_modules"] = module._modules | {names[0]: shallow(module._modules[names[0]], names[1:])}
+        twin = _twin(module)
+        twin.__dict__["_modules"] = {
+            name: shallow(child, names[1:]) if name == names[0] else _twin(child) if _gathers(child) else child
+            for name, child in module._modules.items()
+        }
         return twin
 
     return shallow(model, path)
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    # not copy.copy, which constructs modules anew where FSDP has changed their class
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    if _gathers(module):
+        # Gathered once for all chunks, of which each process may have another number, until the backward pass is over.
+        module.unshard()
+        twin.__dict__ |= {name: OrderedDict() for name in ("_forward_hooks", "_forward_pre_hooks")}
+    return twin
+
+
+def _gathers(module: nn.Module | None) -> bool:
+    # FSDP2, around each call of the module
+    return hasattr(module, "unshard")
 
 
 def chunked_loss(
