@@ -164,12 +164,15 @@ def check_streams_on(model) -> None:
 @contextmanager
 def _trainable_kept(model: nn.Module):
     """Behind it the same parameters are trained as before: PEFT freezes all but those of the adapter it activates."""
-    trainable = [(p, p.requires_grad) for p in model.parameters()]
+    trainable = [(name, p, p.requires_grad) for name, p in model.named_parameters()]
     try:
         yield
     finally:
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
+        # a call in between may leave whole parameters in the place of those that FSDP2 shards
+        present = dict(model.named_parameters())
+        for name, parameter, requires_grad in trainable:
+            for p in (parameter, present[name]):
+                p.requires_grad_(requires_grad)
 
 
 class BituneModel(PeftModelForCausalLM):
