@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 
 from bitune_kernels import BituneModel
-from tests.tiny import base_model, bitune_model, ragged_batch
+from tests.tiny import base_model, bitune_model, lora, ragged_batch
 
 SECONDS = 120  # the work itself takes a few
 RANKS = 2
@@ -57,6 +57,10 @@ def on_two_ranks(function, *args) -> None:
 def batch(equal: bool = True):
     # 7 targets for each rank, or 7 and 11
     return ragged_batch(answers=(3, 4, 4, 3) if equal else (3, 4, 4, 7))
+
+
+# prompts of one token alone in process 1, which are no prompt rows: the adapter "bidir" has nothing to do there
+ONE_TOKEN = ragged_batch(prompts=(5, 3, 1, 1), answers=(3, 4, 4, 3))
 
 
 def share(rank: int, tensors):
@@ -128,6 +132,13 @@ def data_parallel(rank: int) -> None:
     torch.testing.assert_close(found, loss, atol=0, rtol=1e-6)
     compare("ragged", model, expected)
 
+    for config in ({"dynamic_mixing": True}, {"variant": "single_stream_dual"}, {"peft": lora(use_dora=True)}):
+        expected = make("plain", **config)
+        step(expected, ONE_TOKEN)
+        model = make("plain", **config)
+        step(DistributedDataParallel(model), share(rank, ONE_TOKEN))
+        compare(f"one token {config}", model, expected)
+
 
 def test_data_parallel_gradients_are_those_of_one_process():
     on_two_ranks(data_parallel)
@@ -198,6 +209,12 @@ def fully_sharded(rank: int, folder: str) -> None:
     found = mean(step(chunked, share(rank, tensors), num_items_in_batch=count / RANKS))
     torch.testing.assert_close(found, loss, atol=0, rtol=1e-6)
     compare("head of its own", chunked, whole)
+
+    whole = make("plain")
+    step(whole, ONE_TOKEN)
+    chunked.zero_grad()
+    step(chunked, share(rank, ONE_TOKEN))
+    compare("one token", chunked, whole)
 
     with model.use_schedule(use_fused=False), pytest.raises(ValueError, match="use_fused: expected True"):
         step(model, share(rank, batch()))

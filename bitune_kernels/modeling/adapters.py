@@ -76,13 +76,13 @@ class SegmentLora(SegmentLinear):
     """Before a LoRA layer of PEFT over a linear one, plain or quantized."""
 
     def _rows(self, x, n):
-        names = (BIDIR, CAUSAL) if n else (CAUSAL,)
+        names = (BIDIR, CAUSAL) if n or _idles(self.lora_A) else (CAUSAL,)
         variants = self.lora_variant and [self.lora_variant[name] for name in names if name in self.lora_variant]
         foreign = variants and any(type(v) is not DoraLinearVariant for v in variants)
         adapters = None if foreign else self._adapters(names)
         if adapters is None:
             return by_blocks(self, super(SegmentLayer, self).forward, 0, n, x)
-        both = adapters if n else (None, *adapters)
+        both = (None, *adapters)[-2:]
         base = self._modules["base_layer"]
         weights = _plain_weights(base, x)
         if variants:
@@ -92,7 +92,7 @@ class SegmentLora(SegmentLinear):
             y = segment_lora_linear(x, weight, None, n, *both)
             norms = adapted_row_norms(weight, adapters)
             factors = [self.lora_magnitude_vector[name].weight / x for name, x in zip(names, norms, strict=True)]
-            return segment_scale(y, n, *(factors if n else [None, *factors]), bias)
+            return segment_scale(y, n, *[None, *factors][-2:], bias)
         if weights is None:
             return segment_lora_add(base(x), x, n, *both)  # the library that owns the weights multiplies by them
         twice = n > 0 and current().repeats(base)
@@ -117,10 +117,16 @@ class SegmentIA3(SegmentLinear):
     """Before an IA3 layer of PEFT over a linear one."""
 
     def _rows(self, x, n):
-        bidir, causal = self.ia3_l[BIDIR].flatten() if n else None, self.ia3_l[CAUSAL].flatten()
+        bidir = self.ia3_l[BIDIR].flatten() if n or _idles(self.ia3_l) else None
+        causal = self.ia3_l[CAUSAL].flatten()
         if self.is_feedforward:
             return self.base_layer(segment_scale(x, n, bidir, causal))
         return segment_scale(self.base_layer(x), n, bidir, causal)
+
+
+def _idles(adapters: nn.Module) -> bool:
+    """Whether a layer's adapter "bidir" serves none of the pass's rows, but takes part in it (``Pass.idle``)."""
+    return current().idle and BIDIR in adapters
 
 
 def _parameter(module: nn.Module, name: str) -> torch.Tensor | None:
@@ -171,7 +177,7 @@ def by_blocks(module, forward, dim: int, n: int, x: torch.Tensor, *args, **kwarg
     """``forward``, of a tuner layer, on rows [0, n) along ``dim`` with "bidir" and on the others with "causal"."""
     blocks = []
     for name, first, length in ((BIDIR, 0, n), (CAUSAL, n, x.shape[dim] - n)):
-        if length:
+        if length or current().idle:
             rows = x.narrow(dim, first, length)
             with _using(module, name):
                 blocks.append(forward(new_strides(rows) if dim else rows, *args, **kwargs))

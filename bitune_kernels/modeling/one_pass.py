@@ -45,6 +45,8 @@ class OnePass(Pass):
         super().__init__(structure, plan.cu_prompt.device)
         if plan.num_streams < config.num_streams:
             mixing, config = None, replace(config, dynamic_mixing=False)
+        own = config.separate_adapters and plan.num_streams == config.num_streams
+        self.idle = torch.is_grad_enabled() and own and not plan.num_prompt
         self.past, self.config = past, config
         self.plan, self.mixing, self.stream_masks = plan, mixing, config.stream_masks(structure.num_layers)
         self.shared = () if mixing is None else mixing.alphas()
@@ -118,6 +120,8 @@ class OnePass(Pass):
         elif plan.prefix_index is not None:
             options["prefix"] = self._earlier_turns(k, alpha_k), self._earlier_turns(v, alpha_v)
         out = self._run(layer, (q, k, v, alpha_k, alpha_v, plan), options)
+        if not self.plan.num_prompt:
+            out = out + sum(0 * x.sum() for x in (alpha_k, alpha_v, beta) if x is not None)
         if last or self.doubles:
             # attention must return as many rows as it was given; the module behind it drops these again
             out = pad(out, (0, 0, 0, 0, rows - out.shape[0], 0))

@@ -123,6 +123,8 @@ class Pass:
         answer_rows: rows after the last layer's trimming; they all use the adapter "causal".
         chunk: (first, end) of the rows, among all, that an MLP's own modules get now (``row_chunks``), or None: all.
         packed: whether the rows are those of all streams and segments, without padding.
+        idle: whether a training step has no rows for the adapter "bidir", since all prompts are one token long. It then
+            takes part with nothing: processes wait for each other's gradients, and another has some.
         doubles: whether attention is given the prompt rows twice, the rest of the model once.
         adapter: the adapter that serves all rows, where that isn't the active one ("causal"); else None.
         shared: trained tensors that several layers read. Layers recomputed in the backward pass get them as arguments:
@@ -133,7 +135,7 @@ class Pass:
             casts floating-point inputs of a layer to its dtype of mixed precision, by a copy.
     """
 
-    packed = doubles = False
+    packed = idle = doubles = False
     adapter: str | None = None
     shared: tuple[torch.Tensor, ...] = ()
     trims = False
@@ -170,7 +172,7 @@ class Pass:
     def split(self, x: torch.Tensor) -> tuple[int, int] | None:
         """(dim, n) where rows [0, n) of ``x`` along dim belong to the adapter "bidir", or None if no row does."""
         bidir_rows = self.bidir_rows
-        if not bidir_rows:
+        if not bidir_rows and not self.idle:
             return None
         # [1, rows, features] or token ids [1, rows]; some families flatten to [rows, features] before a linear
         flat = (x.ndim == 2 and x.is_floating_point()) or x.shape[0] != 1
