@@ -426,6 +426,15 @@ def test_variants(case):
 SAME_PARAMETERS = [c for c in VARIANTS[1:] if "mixing_granularity" not in c.options]
 
 
+def test_what_is_trained_has_a_gradient_where_layers_share_keys_and_values():
+    """A gate of a layer that takes another one's mix has none, for which distributed training would wait."""
+    model = attach(BY_ID["gemma4_shared_kv"], True, dynamic_mixing=True).train()
+    batch = ragged("right")
+    model(**vars(batch)).loss.backward()
+    assert [g.requires_grad for g in model.mixing.gate] == [True, True, False, False]
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
 @pytest.mark.parametrize("case", SAME_PARAMETERS, ids=lambda c: c.id)
 def test_variants_differ(case):
     # The comparison above would hold for options that both schedules ignore.

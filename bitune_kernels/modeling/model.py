@@ -234,6 +234,9 @@ class BituneModel(PeftModelForCausalLM):
             super().set_requires_grad(name, trainable)
         if self.mixing is not None:
             self.mixing.requires_grad_(trainable)
+            for layer, source in enumerate(self._hooks.structure.kv_layers):
+                if self.mixing.gate is not None and layer != source:  # it takes the other layer's mix
+                    self.mixing.gate[layer].requires_grad_(False)
         if not trainable or BIDIR not in self.peft_config:
             return
         used, unused = set(), set()  # some tuners have parameters that several layers share
