@@ -232,6 +232,50 @@ def test_fully_sharded_gradients_are_those_of_one_process_and_save_whole(tmp_pat
     on_two_ranks(fully_sharded, str(tmp_path))
 
 
+class Encoder(torch.nn.Module):
+    """What DistributedDataParallel and FSDP2 wrap, since they act around a call of their own module."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        model.set_requires_grad("causal", False)
+        model.mixing.requires_grad_(False)
+
+    def forward(self, ids, mask, labels):
+        from bitune_kernels.modeling import encode, masked_next_token_loss
+
+        masked = masked_next_token_loss(self.model, ids, labels, mask)
+        return masked + encode(self.model, ids, mask).sin().mean()
+
+
+def encoded(rank: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    def sharded(encoder):
+        mesh = init_device_mesh("cpu", (RANKS,))
+        base = encoder.model.get_base_model()
+        for module in (*base.model.layers, base.lm_head, encoder):
+            fully_shard(module, mesh=mesh)
+        return encoder
+
+    ids, mask, labels = batch()
+    for wrap in (DistributedDataParallel, sharded):
+        expected = Encoder(bitune_model().train())
+        expected(ids, mask, labels).backward()
+        model = bitune_model().train()
+        wrapped = wrap(Encoder(model))
+        for _ in range(2):
+            model.zero_grad()
+            wrapped(*share(rank, (ids, mask, labels))).backward()
+            compare(wrap.__name__, model, expected.model)
+
+
+def test_vectors_of_two_processes_have_the_gradients_of_one():
+    on_two_ranks(encoded)
+
+
 TWO_BATCHES = batch(), ragged_batch(seed=1, answers=(3, 4, 4, 3))  # training and validation
 
 
