@@ -59,6 +59,7 @@ def batch(equal: bool = True):
     return ragged_batch(answers=(3, 4, 4, 3) if equal else (3, 4, 4, 7))
 
 
+PROMPTS = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[9, 3], [4, 5]])
 # prompts of one token alone in process 1, which are no prompt rows: the adapter "bidir" has nothing to do there
 ONE_TOKEN = ragged_batch(prompts=(5, 3, 1, 1), answers=(3, 4, 4, 3))
 
@@ -147,7 +148,7 @@ def test_data_parallel_gradients_are_those_of_one_process():
 def fully_sharded(rank: int, folder: str) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     from bitune_kernels import BituneModel
     from bitune_kernels.training.alpha import alphas
@@ -215,6 +216,12 @@ def fully_sharded(rank: int, folder: str) -> None:
     chunked.zero_grad()
     step(chunked, share(rank, ONE_TOKEN))
     compare("one token", chunked, whole)
+
+    # which isn't the forward that weights are gathered for; one process makes more tokens than the other
+    register_fsdp_forward_method(model, "generate")
+    options = dict(input_ids=PROMPTS[rank], max_new_tokens=3 + rank, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(model.eval().generate(**options, synced_gpus=True), expected.eval().generate(**options))
+    model.train()
 
     with model.use_schedule(use_fused=False), pytest.raises(ValueError, match="use_fused: expected True"):
         step(model, share(rank, batch()))
