@@ -293,6 +293,7 @@ def test_a_state_dict_of_other_names_is_not_saved(tmp_path):
     ):
         model.save_pretrained(tmp_path, state_dict=state)
     assert not list(tmp_path.iterdir())
+    model.save_pretrained(tmp_path, state_dict={}, is_main_process=False)  # what processes that write nothing have
 
 
 def test_sharded_checkpoints_of_the_trainer_are_warned_of(monkeypatch):

@@ -352,7 +352,7 @@ class BituneModel(PeftModelForCausalLM):
                 f"adapter_names: expected None, since each stream has its own adapter, got {kwargs['adapter_names']}"
             )
         tokens = input_ids if inputs_embeds is None else inputs_embeds
-        if self._hooks.enabled and tokens is not None:
+        if self._hooks.enabled and isinstance(tokens, torch.Tensor):
             refuse_further_inputs(kwargs, tokens.shape[:2])
         common = dict(attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         if (labels is None and prompt_lengths is None) or not self._hooks.enabled:
@@ -492,17 +492,17 @@ class BituneModel(PeftModelForCausalLM):
         A model sharded by FSDP2 needs ``state_dict``, the full one of ``get_model_state_dict``.
         """
         folder = os.fspath(save_directory)  # str(None) would be a folder of that name
-        state = kwargs.get("state_dict")
+        state, writes = kwargs.get("state_dict"), kwargs.get("is_main_process", True)
         with self._hooks.structure.unwrapped():
             for name, parameter in self.named_parameters():
                 if not name.startswith("mixing.") and self.peft_config.keys().isdisjoint(name.split(".")):
                     continue
                 if state is None and hasattr(parameter, "full_tensor"):
                     raise ValueError(f"state_dict: expected a full one for a sharded model ({name} is), got None")
-                if state is not None and name not in state:  # PEFT would write what it finds, or nothing
+                if writes and state is not None and name not in state:  # PEFT would write what it finds, or nothing
                     raise ValueError(f"state_dict: expected the model's own names, got none that is {name}")
             super().save_pretrained(folder, **kwargs)
-        if kwargs.get("is_main_process", True):
+        if writes:
             self.bitune_config.save(folder)
             if "generation_config" in vars(self):  # else it is the base model's
                 GenerationConfig(eos_token_id=self.generation_config.eos_token_id).save_pretrained(folder)
