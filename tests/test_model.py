@@ -277,7 +277,8 @@ def test_layers_in_checkpoint_wrappers_find_their_pass_and_are_saved(use_fused, 
         torch.testing.assert_close(
             *torch.broadcast_tensors(a, b), atol=1e-7, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
-    model.save_pretrained(tmp_path)  # the wrapped one
+    model = copy.deepcopy(model)  # the wrapped one
+    model.save_pretrained(tmp_path)
     loaded = wrapped(bitune_model(1), use_reentrant)
     loaded.load_adapter(tmp_path, "causal")
     for name, p in loaded.named_parameters():

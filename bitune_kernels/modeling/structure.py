@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import nn
 
 ATTENTION_NAME = "bitune"  # under which our attention function is registered with transformers
+
+
+# The name of the one child of torch's wrappers: CheckpointWrapper, FSDP1, a compiled module.
+_WRAPPED = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
+
+
+def _unwrap(module: nn.Module) -> list[nn.Module]:
+    """The wrappers around a module from the outside in, and the module."""
+    found = [module]
+    while inner := [found[-1]._modules[name] for name in _WRAPPED if name in found[-1]._modules]:
+        found += inner
+    return found
 
 
 @dataclass(eq=False)
@@ -81,7 +94,6 @@ class Structure:
         self.direct = {id(m) for p in self.projections for m in p.direct}
         self._index = {id(m): i for i, m in enumerate(self.attentions)}
         self._layers = {id(m) for m in self.layers}
-        self._holders = [m for m in self.backbone.modules() if any(id(c) in self._layers for c in m.children())]
 
     def __reduce__(self):
         # pickle and copy make it anew, since addresses change
@@ -107,14 +119,20 @@ class Structure:
             found += [(m, "checkpoint_fn") for m in wrappers if "checkpoint_fn" in vars(m)]
         return found
 
+    @cached_property
+    def _holders(self) -> list[nn.Module]:
+        # Modules whose children are layers. Not made with the rest: a copy is made before its modules have children.
+        return [
+            m
+            for m in self.backbone.modules()
+            if m._modules.keys().isdisjoint(_WRAPPED) and any(id(_unwrap(c)[-1]) in self._layers for c in m.children())
+        ]
+
     def _wrapped(self):
         # Layers in wrappers: (holder, the outermost wrapper's name in it, wrappers from the outside in, layer).
         for holder in self._holders:
-            for name, m in holder.named_children():
-                wrappers = []
-                while id(m) not in self._layers and len(m._modules) == 1:
-                    wrappers.append(m)
-                    (m,) = m.children()
+            for name, child in holder.named_children():
+                *wrappers, m = _unwrap(child)
                 if wrappers and id(m) in self._layers:
                     yield holder, name, wrappers, m
 
