@@ -28,6 +28,7 @@ from triton.runtime import driver
 from ..backends.triton import attention_backward, attention_forward, tiles
 from ..backends.triton.tiles import Tile
 from .cases import Case
+from .sass import overwritten
 
 ARCHS = (80, 89, 90, 100)
 
@@ -77,6 +78,7 @@ class Binary:
     wgmma: int  # instructions of Hopper's matrix unit, HGMMA
     mma: int  # of other matrix units: HMMA, and Blackwell's UTC*MMA
     loops: tuple[int, ...]  # multiply-adds of HGMMA and HMMA per warp and turn, of each innermost loop that has any
+    overwritten: tuple[str, ...]  # see ``sass.overwritten``
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ class Row:
             return self.error
         if b.shared > tiles.SHARED_MEMORY[self.arch]:
             return f"{b.shared} bytes of shared memory, the part has {tiles.SHARED_MEMORY[self.arch]}"
+        if b.overwritten:
+            return f"overwrites registers of a running product: {b.overwritten[0]}"
         place = (self.arch, self.kernel, self.head_dim)
         accepted = STACK.get(place, 0)
         if self.dtype.itemsize == 2 and (b.stack > accepted or b.local or (b.spills and not accepted)):
@@ -192,7 +196,7 @@ def inspect(name: str, cubin: bytes, shared: int) -> Binary:
     counts = (
         len(re.findall(pattern, code)) for pattern in (r"\b(?:STL|LDL)\b", r"\bHGMMA\b", r"\b(?:HMMA|UTC\w*MMA)\b")
     )
-    return Binary(name, shared, registers, stack, local, *counts, loops(code))
+    return Binary(name, shared, registers, stack, local, *counts, loops(code), tuple(overwritten(code)))
 
 
 def loops(code: str) -> tuple[int, ...]:

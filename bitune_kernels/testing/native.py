@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .. import env
+from .sass import overwritten
 
 # By the architecture of the code: instructions that a kernel must have. GMMA and the tensor copies are Hopper's own.
 REQUIRED = {"sm_80": ("HMMA", "LDSM", "LDGSTS"), "sm_90a": ("HGMMA", "UTMALDG", "USETMAXREG")}
@@ -28,8 +29,8 @@ BESIDE_A_PRODUCT = re.compile(r"DEPBAR\.LE gsb0, 0x1 ;(.*?)DEPBAR\.LE gsb0, 0x0 
 @dataclass(frozen=True)
 class Kernel:
     """registers (sm_90a: at the launch, roles share them out anew) and bytes of stack and local memory per thread, how
-    often each instruction stands in the code, exponentials beside a running product (sm_90a), keys per tile, bytes of
-    dynamic shared memory per block."""
+    often each instruction stands in the code, exponentials beside a running product and what overwrites its registers
+    (sm_90a), keys per tile, bytes of dynamic shared memory per block."""
 
     arch: str
     element: str
@@ -40,6 +41,7 @@ class Kernel:
     local: int
     instructions: dict[str, int]
     overlapped: int
+    overwritten: tuple[str, ...]
     block_n: int
     shared: int
 
@@ -47,6 +49,8 @@ class Kernel:
         """What is wrong with this kernel, or None."""
         if self.stack or self.local or any(self.instructions[name] for name in SPILLS):
             return "spills registers"
+        if self.overwritten:
+            return f"overwrites registers of a running product: {self.overwritten[0]}"
         missing = [name for name in REQUIRED[self.arch] if not self.instructions[name]]
         if missing:
             return f"no {', '.join(missing)}"
@@ -83,9 +87,8 @@ def kernels(library: Path, forward_tile) -> list[Kernel]:
             _, block_n, shared = forward_tile(int(re.sub(r"\D", "", arch)), dim, dim)
             prescaled = match["prescaled"] == "1"
             overlapped = min((x[1].count("MUFU.EX2") for x in BESIDE_A_PRODUCT.finditer(code)), default=0)
-            kernel = Kernel(
-                arch, match["element"], dim, prescaled, *usages[arch, name], counts, overlapped, block_n, shared
-            )
+            code = (counts, overlapped, tuple(overwritten(code)))
+            kernel = Kernel(arch, match["element"], dim, prescaled, *usages[arch, name], *code, block_n, shared)
             found.append(kernel)
     return sorted(found, key=lambda k: (k.arch, k.element, k.head_dim, k.prescaled))
 
