@@ -1,12 +1,19 @@
 // The emulated device as the host sees it.
 #include <device/launch.h>
+#include <dlfcn.h>
 
 #include <mutex>
 
 #include "device_info.h"
 #include "machine.h"
 
+// Runs a kernel that is `offset` bytes into this library. Returns what went wrong.
+using Launcher = const char* (*)(uint64_t offset, int blocks, int threads, int shared_bytes, const void* params, int size);
+static Launcher launcher = nullptr;
+
 extern "C" {
+
+__attribute__((visibility("default"))) void emulator_hand_over(Launcher to) { launcher = to; }
 
 __attribute__((visibility("default"))) void emulator_set(int capability, int multiprocessors, unsigned seed) {
   emulator::settings = {capability, multiprocessors, seed};
@@ -50,7 +57,7 @@ Error map_rows(const Rows& x, Element, int num_heads, int dim, int box_rows, Ten
   return {};
 }
 
-Error run_grid(int blocks, int threads, int shared_bytes, void (*body)(const void*), const void* call) {
+Error run_grid(int blocks, int threads, int shared_bytes, void (*body)(const void*), const void* call, Kernel kernel) {
   static std::mutex one;
   std::lock_guard<std::mutex> lock(one);
   int capability = emulator::settings.capability;
@@ -62,6 +69,13 @@ Error run_grid(int blocks, int threads, int shared_bytes, void (*body)(const voi
   if (shared_bytes < 0 || shared_bytes > limit * 1024) {
     return {1, "asking for shared memory: " + std::to_string(shared_bytes) + " bytes of " +
                    std::to_string(limit * 1024)};
+  }
+  if (launcher) {
+    Dl_info library;
+    dladdr(kernel.code, &library);
+    uint64_t offset = uint64_t(kernel.code) - uint64_t(library.dli_fbase);
+    std::string error = launcher(offset, blocks, threads, shared_bytes, kernel.params, kernel.size);
+    return error.empty() ? Error{} : Error{-2, error};
   }
   gridDim = {uint32_t(blocks), 1, 1};
   blockDim = {uint32_t(threads), 1, 1};

@@ -23,8 +23,15 @@ Error limits_of(int device, DeviceLimits* limits);
 
 Error map_rows(const Rows& x, Element element, int num_heads, int dim, int box_rows, TensorMap* map);
 
-// Runs `body(call)` in every thread.
-Error run_grid(int blocks, int threads, int shared_bytes, void (*body)(const void*), const void* call);
+// A kernel's place in memory, and the bytes of its parameter.
+struct Kernel {
+  const void* code;
+  const void* params;
+  int size;
+};
+
+// Runs `body(call)` in every thread, or hands `kernel` to what emulator_hand_over named.
+Error run_grid(int blocks, int threads, int shared_bytes, void (*body)(const void*), const void* call, Kernel kernel);
 
 template <typename Params>
 Error launch(void (*kernel)(Params), int blocks, int threads, int shared_bytes, void*, const Params& params) {
@@ -36,7 +43,8 @@ Error launch(void (*kernel)(Params), int blocks, int threads, int shared_bytes, 
     const Call& c = *static_cast<const Call*>(p);
     c.kernel(c.params);
   };
-  return run_grid(blocks, threads, shared_bytes, body, &call);
+  Kernel handed{reinterpret_cast<const void*>(kernel), &params, int(sizeof params)};
+  return run_grid(blocks, threads, shared_bytes, body, &call, handed);
 }
 
 }  // namespace bitune
