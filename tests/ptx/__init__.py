@@ -1,6 +1,6 @@
 """Runs PTX on a CPU: what the compilers make of the kernels, for GPUs that need not be here.
 
-``Module`` reads PTX text into numbered registers and handlers of ``machine.cpp``, which says what is checked.
+``Kernel`` reads PTX text into numbered registers and handlers of ``machine.cpp``, which says what is checked.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ SPECIAL += ["%laneid", "%warpid"]
 SHUFFLES = ("bfly", "idx", "up", "down")
 IGNORED = {"prefetch", "setmaxnreg", "griddepcontrol", "pragma"}
 
-
 # What else the machine can do.
 PROXY_OF_COPIES = 1  # wgmma sees what cp.async wrote after a fence.proxy.async only
-ANY_REGISTERS = 4  # registers of wgmma may be written after wgmma.fence: ptxas moves it
-FENCE_OF_WRITER = 16  # fence.proxy.async counts before the barrier only
-APPROXIMATE = 32  # approximate functions are as far off as they may be
+ANY_REGISTERS = 2  # registers of wgmma may be written after wgmma.fence: ptxas moves it
+FENCE_OF_WRITER = 4  # fence.proxy.async counts before the barrier only
+APPROXIMATE = 8  # approximate functions are as far off as they may be
 
 
 class Mistake(RuntimeError):
@@ -425,7 +424,6 @@ class Kernel:
         operands = np.array(self.operands or [0], np.int32)
         names = (ctypes.c_char_p * len(self.handlers))(*[n.encode() for n in self.handlers])
         special = np.array([self.special.get(n, -1) for n in (*SPECIAL, "param", "shared")], np.int32)
-        self.hits = np.zeros(len(code), np.uint8)
         self._keep = code, operands, names, special, bytes(image)
         self.program = self.library.ptx_program(
             names,
@@ -455,7 +453,6 @@ class Kernel:
         start = -memory.ctypes.data % 128
         memory[start : start + len(parameters)] = np.frombuffer(parameters, np.uint8)
         flat = np.array([x for r in ranges for x in r] or [0], np.uint64)
-        executed = ctypes.c_uint64()
         error = self.library.ptx_run(
             ctypes.c_void_p(self.program),
             (ctypes.c_int32 * 3)(*grid),
@@ -467,10 +464,7 @@ class Kernel:
             len(ranges),
             seed,
             flags,
-            ctypes.byref(executed),
-            ctypes.c_void_p(self.hits.ctypes.data),
         ).decode()
-        self.executed = executed.value
         if error:
 
             def line(m):

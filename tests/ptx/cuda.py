@@ -10,7 +10,7 @@ from functools import cache
 from bitune_kernels.backends import cuda, schedule
 from tests import emulator
 
-from . import FENCE_OF_WRITER, Kernel, entries, extent
+from . import APPROXIMATE, FENCE_OF_WRITER, Kernel, entries, extent
 
 INSTANCE = r"attend_sm(\d+)INS\w*?(Bf16|Fp16)ELi(\d+)EEELb([01])E"
 
@@ -28,7 +28,7 @@ def compile_ptx(folder, capability):
 class Native:
     """The emulated extension, whose launches run PTX. ``launched``: capability, element, head dim, scaled first."""
 
-    def __init__(self, machine, library, texts, flags=FENCE_OF_WRITER):
+    def __init__(self, machine, library, texts, flags=FENCE_OF_WRITER | APPROXIMATE):
         self.extension, self.flags = emulator.load(library), flags
         self.launched, self.ranges, self.lse = [], [], None
         self.kernel = cache(lambda instance: Kernel(machine, *self.places[instance]))

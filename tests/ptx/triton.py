@@ -16,9 +16,10 @@ from triton.compiler.compiler import CompiledKernel
 from triton.runtime import driver
 
 from bitune_kernels.backends.triton import attention_backward, attention_forward, mixing, tiles
+from bitune_kernels.ops import mix_kv
 from bitune_kernels.testing import Case, assert_backend_within_budget, compiled
 
-from . import ANY_REGISTERS, PROXY_OF_COPIES, Kernel, Mistake, extent, load
+from . import ANY_REGISTERS, APPROXIMATE, PROXY_OF_COPIES, Kernel, Mistake, extent, load
 
 JITTED = (
     attention_forward.forward_kernel,
@@ -68,7 +69,10 @@ class Driver(compiled.Driver):
 
 @contextmanager
 def running(
-    arch: int, library, flags: int = PROXY_OF_COPIES | ANY_REGISTERS, edit: Callable[[str, str], str] | None = None
+    arch: int,
+    library,
+    flags: int = PROXY_OF_COPIES | ANY_REGISTERS | APPROXIMATE,
+    edit: Callable[[str, str], str] | None = None,
 ):
     """Kernels launched in this block are compiled for this GPU and run here. ``edit(name, ptx)`` changes them first."""
     before, stand_in = driver._active, Driver(arch, library, flags, edit)
@@ -120,6 +124,11 @@ def main(machine, arch):
         with running(arch, library):
             assert_backend_within_budget("triton", case, torch.bfloat16)
         print(f"right: {case.id}")
+    causal, bidir = torch.randn(2, 70, 2, 80, dtype=torch.bfloat16)
+    with running(arch, library):
+        found = mix_kv(causal, bidir, torch.tensor([0.25, 0.75]), backend="triton")
+    torch.testing.assert_close(found, mix_kv(causal, bidir, torch.tensor([0.25, 0.75]), backend="reference"))
+    print("right: mix_kv")
     for what, (name, old, new) in (FAULTS | (FAULTS_90 if arch == 90 else {})).items():
 
         def edit(kernel, text, wanted=f"{name}_kernel", old=old, new=new):
