@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
+import triton
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime import driver
@@ -28,6 +29,11 @@ JITTED = (
     mixing.mix_kernel,
     mixing.mix_backward_kernel,
 )
+
+
+FLAGS = ANY_REGISTERS | APPROXIMATE
+if triton.__version__ >= "3.7":  # before, Triton put no fence between cp.async and wgmma
+    FLAGS |= PROXY_OF_COPIES
 
 
 class Launcher:
@@ -71,7 +77,7 @@ class Driver(compiled.Driver):
 def running(
     arch: int,
     library,
-    flags: int = PROXY_OF_COPIES | ANY_REGISTERS | APPROXIMATE,
+    flags: int = FLAGS,
     edit: Callable[[str, str], str] | None = None,
 ):
     """Kernels launched in this block are compiled for this GPU and run here. ``edit(name, ptx)`` changes them first."""
