@@ -160,19 +160,21 @@ class Doubling(nn.Module):
         return 2 * self.inner(x)
 
 
+PARTS = [
+    *itertools.product(["lora", "dora"], ["", "base_layer", "lora_A.bidir", "lora_B.causal", "lora_dropout.causal"]),
+    *[("vera", ""), ("vera", "base_layer"), ("whole modules", "")],
+]
+
+
 @pytest.mark.parametrize(
-    ("tuner", "part"),
+    ("way", "tuner", "part"),
     [
-        *itertools.product(
-            ["lora", "dora"], ["", "base_layer", "lora_A.bidir", "lora_B.causal", "lora_dropout.causal"]
-        ),
-        *[("vera", ""), ("vera", "base_layer"), ("whole modules", "")],
+        (way, *place)
+        for way, place in itertools.product(["hook", "pre-hook", "forward", "wrapper"], PARTS)
+        if way != "wrapper" or place[1]  # a layer in a wrapper is called by it, as any other
     ],
 )
-@pytest.mark.parametrize("way", ["hook", "pre-hook", "forward", "wrapper"])
 def test_what_hangs_on_a_layer_or_its_parts_is_run(way, tuner, part):
-    if way == "wrapper" and not part:
-        return  # a layer in a wrapper calls itself
     vera = VeraConfig(r=8, target_modules=["up_proj", "down_proj"])
     peft = {"lora": lora(), "dora": lora(use_dora=True), "vera": vera, "whole modules": None}[tuner]
     model = bitune_model(peft=peft)
