@@ -120,7 +120,7 @@ class OnePass(Pass):
         elif plan.prefix_index is not None:
             options["prefix"] = self._earlier_turns(k, alpha_k), self._earlier_turns(v, alpha_v)
         out = self._run(layer, (q, k, v, alpha_k, alpha_v, plan), options)
-        if not self.plan.num_prompt:
+        if not self.plan.num_prompt and torch.is_grad_enabled():  # as idle, for what reads prompts beside adapters
             out = out + sum(0 * x.sum() for x in (alpha_k, alpha_v, beta) if x is not None)
         if last or self.doubles:
             # attention must return as many rows as it was given; the module behind it drops these again
