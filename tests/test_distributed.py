@@ -14,7 +14,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import distribute_tensor
 
 from bitune_kernels import BituneModel
 from tests.tiny import base_model, bitune_model, lora, ragged_batch
@@ -147,10 +146,8 @@ def test_data_parallel_gradients_are_those_of_one_process():
 
 def fully_sharded(rank: int, folder: str) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    from bitune_kernels import BituneModel
     from bitune_kernels.training.alpha import alphas
 
     mesh = init_device_mesh("cpu", (RANKS,))
@@ -256,7 +253,6 @@ class Encoder(torch.nn.Module):
 
 
 def encoded(rank: int) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
@@ -314,7 +310,6 @@ def learn_instructions(model, batches, seed: int = 0) -> list[torch.Tensor]:
 
 
 def instructions(rank: int, expected: list[torch.Tensor]) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
@@ -415,6 +410,8 @@ def test_the_trainer_shards_recomputes_resumes_and_saves(tmp_path):
 
 
 def test_a_base_model_that_is_sharded_already_is_refused():
+    from torch.distributed.tensor import distribute_tensor
+
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         base = base_model()
