@@ -156,6 +156,13 @@ class SegmentPlan:
     _extent: torch.Tensor = field(init=False, repr=False)  # [N, A, 0] on the CPU: N and A as sizes
 
     def __post_init__(self):
+        # Of copies with other lengths too: kernels write where these say.
+        for name in ("prompt_lengths", "answer_lengths", "prefix_lengths"):
+            given = getattr(self, name) or ()
+            if any(n < 0 for n in given):
+                raise ValueError(f"{name}: expected lengths >= 0, got {given}")
+        if type(self.num_streams) is not int or self.num_streams not in (1, 2):
+            raise ValueError(f"num_streams: expected 1 or 2, got {self.num_streams!r}")
         # Plain attributes: torch.compile can't trace the lock of a cached_property, and would guard on each length
         # if it traced the sums.
         counts = {
@@ -193,12 +200,8 @@ class SegmentPlan:
         answer = _ints("answer_lengths", answer_lengths, len(prompt))
         prefix = None if prefix_lengths is None else _ints("prefix_lengths", prefix_lengths, len(prompt))
         for name, lengths in (("prompt", prompt), ("answer", answer), ("prefix", prefix or ())):
-            if any(n < 0 for n in lengths):
-                raise ValueError(f"{name}_lengths: expected lengths >= 0, got {lengths}")
             if sum(lengths) >= 2**31:
                 raise ValueError(f"{name}_lengths: expected fewer than 2**31 rows in all, got {sum(lengths)}")
-        if type(num_streams) is not int or num_streams not in (1, 2):
-            raise ValueError(f"num_streams: expected 1 or 2, got {num_streams!r}")
         return cls(
             prompt_lengths=prompt,
             answer_lengths=answer,

@@ -1,5 +1,7 @@
 """SegmentPlan: which token each packed row is, and the way back."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -194,6 +196,14 @@ BAD_LENGTHS = [
 def test_bad_lengths_are_refused(lengths, options, error, message):
     with pytest.raises(error, match=f"^{message}"):
         SegmentPlan.from_lengths(*lengths, **options)
+
+
+@pytest.mark.parametrize("name", ["prompt_lengths", "answer_lengths", "prefix_lengths"])
+def test_a_copy_with_bad_lengths_is_refused(name):
+    # with the same number of rows, so that tensors fit
+    plan = SegmentPlan.from_lengths([4, 3], [4, 3], prefix_lengths=[4, 3])
+    with pytest.raises(ValueError, match=rf"^{name}: expected lengths >= 0, got \(9, -2\)"):
+        replace(plan, **{name: (9, -2)})
 
 
 GOOD_CU = torch.tensor([0, 2, 5], dtype=torch.int32)
