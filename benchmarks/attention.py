@@ -48,8 +48,9 @@ Both prompt attentions, the mixed cache and the answer's attention of one layer,
 visible query-key pairs only: 4 x head_dim x query heads each, 2.5 times that for a backward pass.
 """
 MODES = ("forward", "backward", "prefill", "shared_qkv")
-# Whose shared-QKV mode is set against its one-stream pass and against two calls.
+# Whose shared-QKV mode is set against a pass of each stream alone and against two calls.
 VARIANTS_OF = ("cuda", "triton", "sdpa")
+ONE_STREAM = {"one-stream": "bidir", "causal": "causal"}
 OUTPUTS = ("out", "mixed", "cache", "d_q", "d_k", "d_v")
 CASE_FIELDS = ("mode", "batch", "length", "answer", "ragged", "heads_q", "heads_kv", "head_dim", "rows", "tokens")
 TIME_FIELDS = (
@@ -148,7 +149,7 @@ class Attention(Case):
     def providers(self, names: Sequence[str]) -> list[str]:
         if not self.shared:
             return list(names)
-        variants = [f"{n}[{kind}]" for n in names if n in VARIANTS_OF for kind in ("one-stream", "two-calls")]
+        variants = [f"{n}[{kind}]" for n in names if n in VARIANTS_OF for kind in (*ONE_STREAM, "two-calls")]
         return [*names, *variants]
 
     def _plan(self, answers: Sequence[int]) -> SegmentPlan:
@@ -192,7 +193,8 @@ class Attention(Case):
                 return full, bitune_attention(*rows, None, None, causal, stream_mask="causal", backend=backend)
 
             return two_calls
-        return partial(bitune_attention, *inputs, self.plan, shared_qkv=self.shared and not kind, backend=backend)
+        options = {"shared_qkv": self.shared and not kind, "stream_mask": "causal" if kind == "causal" else "full"}
+        return partial(bitune_attention, *inputs, self.plan, **options, backend=backend)
 
     def _pieces(self, provider: str, found) -> list[tuple[slice, torch.Tensor]]:
         """What a call returned as rows of [bidir prompts | causal prompts | answers]."""
@@ -204,8 +206,8 @@ class Attention(Case):
             (full, _, _), (second, _, _) = found
             return [(bidir, full[:N]), (answer, full[N:]), (causal, second)]
         out = found if self.mode == "prefill" else found[0]
-        if provider.endswith("[one-stream]"):
-            return [(bidir, out[:N]), (answer, out[N:])]
+        if alone := stream_alone(provider):
+            return [(bidir if alone == "bidir" else causal, out[:N]), (answer, out[N:])]
         return [(slice(0, 2 * N + A), out)]
 
     def memory(self, device: torch.device, provider: str) -> float | None:
@@ -223,8 +225,8 @@ class Attention(Case):
         of_rows = [slice(0, N), slice(start - N, start), slice(start, None)]
         segments = {"out": [slice(0, N), slice(N, 2 * N), slice(2 * N, None)], "mixed": [slice(None)]}
         segments |= {"cache": [slice(None)]} | dict.fromkeys(("d_q", "d_k", "d_v"), of_rows)
-        if provider.endswith("[one-stream]"):
-            segments["out"].pop(1)
+        if alone := stream_alone(provider):
+            segments["out"].pop(1 if alone == "bidir" else 0)
         return {
             name: max(
                 relative_error(f[rows], e[rows])
@@ -287,7 +289,8 @@ class Attention(Case):
 
     def useful_flops(self, provider: str) -> int:
         """Two products of head_dim multiplications and additions per visible pair and head; backward has five."""
-        streams = ("bidir",) if provider.endswith("[one-stream]") else ("bidir", "causal")
+        alone = stream_alone(provider)
+        streams = (alone,) if alone else ("bidir", "causal")
         flops = 4 * self.head_dim * self.heads_q * visible_pairs(self.prompts, self.answers, streams)
         return flops * 5 // 2 if self.mode == "backward" else flops
 
@@ -295,10 +298,15 @@ class Attention(Case):
         """Each input read once and each output written once."""
         rows, N = self.plan.num_rows, self.N
         q, kv = rows * self.heads_q, 2 * rows * self.heads_kv
-        out = (self.tokens if provider.endswith("[one-stream]") else N + self.tokens) * self.heads_q
+        out = (self.tokens if stream_alone(provider) else N + self.tokens) * self.heads_q
         written = {"prefill": self.tokens, "forward": N}.get(self.mode, 0) * 2 * self.heads_kv  # cache or mixed rows
         heads = 2 * (q + kv) + 2 * out if self.mode == "backward" else q + kv + out + written
         return heads * self.head_dim * self.dtype.itemsize
+
+
+def stream_alone(provider: str) -> str | None:
+    """The only stream of the prompt that a variant computes: "bidir" or "causal"."""
+    return ONE_STREAM.get(provider.removesuffix("]").partition("[")[2])
 
 
 def _like_sdpa(rows: torch.Tensor, o: torch.Tensor) -> torch.Tensor:

@@ -274,7 +274,7 @@ def test_attention_leaves_a_table_rows_and_a_plot(dtype, tmp_path, capsys):
     assert printed.startswith(attention.EXPLANATION) and len(attention.EXPLANATION.strip().splitlines()) == 2
     rows = rows_of(tmp_path / "attention.csv")
     assert {(r["mode"], r["ragged"]) for r in rows} == {(m, x) for m in attention.MODES for x in "01"}
-    variants = {"sdpa[one-stream]", "sdpa[two-calls]"}
+    variants = {"sdpa[one-stream]", "sdpa[causal]", "sdpa[two-calls]"}
     outputs = {"forward": ["out", "mixed"], "prefill": ["out", "cache"], "shared_qkv": ["out"]}
     outputs["backward"] = ["d_q", "d_k", "d_v"]
     for mode in attention.MODES:
@@ -345,7 +345,8 @@ def test_a_kernel_is_set_against_its_peers_and_its_own_one_stream_pass(tmp_path,
     rows = rows_of(tmp_path / "attention.csv")
     assert {row["best_peer"] for row in rows} == {"sdpa-flash"}
     shared = {row["provider"]: row for row in rows if row["mode"] == "shared_qkv"}
-    assert set(shared) == {"triton", "sdpa-flash", "triton[one-stream]", "triton[two-calls]"}
+    variants = ("one-stream", "causal", "two-calls")
+    assert set(shared) == {"triton", "sdpa-flash", *(f"triton[{kind}]" for kind in variants)}
     assert float(shared["triton"]["cost_in_one_stream_passes"]) > 0
     assert float(shared["triton"]["useful_gflop"]) == float(shared["triton[two-calls]"]["useful_gflop"])
 
@@ -409,6 +410,7 @@ def test_useful_flops_against_a_count_of_the_visible_pairs(mode, ragged):
     assert case.useful_flops("triton") == flops * sum(pairs.values())
     assert case.useful_flops("triton[two-calls]") == flops * sum(pairs.values())
     assert case.useful_flops("triton[one-stream]") == flops * (pairs["full"] + pairs["answer"])
+    assert case.useful_flops("triton[causal]") == flops * (pairs["causal"] + pairs["answer"])
 
 
 def test_fewest_bytes_against_a_count_by_hand():
@@ -421,7 +423,8 @@ def test_fewest_bytes_against_a_count_by_hand():
     assert of["backward"].floor_bytes("triton") == row * (2 * inputs + 2 * out)  # dq, dk, dv; out and its gradient
     assert of["prefill"].floor_bytes("triton") == row * ((2 * N + 2) * (2 * q + kv) + (N + 2) * kv)
     assert of["shared_qkv"].floor_bytes("triton") == row * ((N + A) * (q + kv) + out)
-    assert of["shared_qkv"].floor_bytes("triton[one-stream]") == row * (N + A) * (2 * q + kv)
+    for kind in attention.ONE_STREAM:
+        assert of["shared_qkv"].floor_bytes(f"triton[{kind}]") == row * (N + A) * (2 * q + kv)
 
 
 def test_a_full_run_on_a_gpu_covers_the_lengths():
