@@ -45,6 +45,7 @@ STACK = {
     (90, "dkv", 256): 192,  # 80 with softcap, else up to 8
     (100, "forward_two_parts", 128): 80,  # 0
 }
+FLOAT32_STACK = {(89, "dq", 256): 296}
 # Work: Hopper's instruction takes 64 rows from four warps, so with eight each score of a tile of 64 rows is computed
 # twice. The registers have no room for 128 rows of two accumulators, or of two parts.
 WORK = {(90, "forward_two_parts", 256): 3 / 2, (90, "dq_two_parts", 256): 5 / 3, (90, "dkv", 256): 3 / 2}
@@ -116,9 +117,9 @@ class Row:
         if b.overwritten:
             return f"overwrites registers of a running product: {b.overwritten[0]}"
         place = (self.arch, self.kernel, self.head_dim)
-        accepted = STACK.get(place, 0)
-        if self.dtype.itemsize == 2 and (b.stack > accepted or b.local or (b.spills and not accepted)):
-            return "spills registers"  # float32 is for checks
+        accepted = (STACK if self.dtype.itemsize == 2 else FLOAT32_STACK).get(place, 0)
+        if b.stack > accepted or b.local or (b.spills and not accepted):
+            return "spills registers"
         if self.dtype.itemsize == 2 and not (b.wgmma if self.arch == 90 else b.mma or b.wgmma):
             return "no matrix instructions"
         if self.work()[0] > WORK.get(place, 1):
@@ -270,7 +271,7 @@ def compile_rows(
 
 def table_rows(arch: int, head_dims: Sequence[int] = tiles.HEAD_DIMS) -> Iterator[Row]:
     """Every entry of the table for two-byte elements, on two parts also with Gemma 2's head dim, softcap and window,
-    and on Hopper every variant; float32 where memory is tightest."""
+    and on Hopper every variant; for float32, where memory is tightest."""
     for head_dim in head_dims:
         yield from compile_rows(arch, "two", head_dim, torch.bfloat16)
         yield from compile_rows(arch, "shared", head_dim, torch.bfloat16)
@@ -282,6 +283,7 @@ def table_rows(arch: int, head_dims: Sequence[int] = tiles.HEAD_DIMS) -> Iterato
             yield from compile_rows(arch, "beta", head_dim, torch.bfloat16)
         if arch == 89:
             yield from compile_rows(arch, "two", head_dim, torch.float32)
+            yield from compile_rows(arch, "shared", head_dim, torch.float32)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -87,10 +87,10 @@ HALF = {  # float16, bfloat16
 # Exact products are no work of matrix units: the same on every part, and small enough for each.
 FLOAT32 = {
     "forward":               (Tile( 32,  32, 4, 2), Tile( 32,  16, 4, 1), Tile( 16,  16, 4, 1)),
-    "forward_two_parts":     (Tile( 32,  32, 4, 2), Tile( 32,  16, 4, 1), Tile( 16,  16, 4, 1)),
-    "dq":                    (Tile( 32,  16, 4, 1), Tile( 32,  16, 4, 2), Tile( 16,  16, 4, 1)),
-    "dq_two_parts":          (Tile( 32,  16, 4, 1), Tile( 32,  16, 4, 2), Tile( 16,  16, 4, 1)),
-    "dkv":                   (Tile( 16,  32, 4, 1), Tile( 16,  32, 4, 1), Tile( 16,  16, 4, 1)),
+    "forward_two_parts":     (Tile( 32,  32, 4, 2), Tile( 16,  16, 8, 1), Tile( 16,  16, 8, 2)),
+    "dq":                    (Tile( 32,  16, 4, 1), Tile( 16,  16, 8, 1), Tile( 16,  16, 8, 1)),
+    "dq_two_parts":          (Tile( 32,  16, 4, 1), Tile( 16,  16, 8, 1), Tile( 16,  16, 8, 2)),
+    "dkv":                   (Tile( 16,  32, 8, 1), Tile( 16,  32, 8, 1), Tile( 16,  16, 4, 1)),
 }
 # fmt: on
 
