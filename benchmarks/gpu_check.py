@@ -68,8 +68,7 @@ SECONDS = {
 ENDED = "ended at its limit"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 TIMED = ("attention", "prefill", "train_step", "generate", "lora")
-# The others run on the debug build, whose counters cost registers: some of Hopper's products then wait for each other,
-# which may hide a race.
+# The others run on the debug build.
 ON_RELEASE = ("repeats", "large", *TIMED)
 # The longest prompt of each model: phi-2 has learned no more positions.
 MODELS = {"gemma-2b": 8192, "llama3-8b": 8192, "phi-2": 2048}

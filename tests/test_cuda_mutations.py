@@ -183,6 +183,17 @@ def test_a_softmax_after_its_product_is_found(tmp_path):
     assert rules == ["0 of 66 exponentials beside a product", "64 of 130 exponentials beside a product"]
 
 
+@needs_nvcc
+def test_a_debug_build_keeps_its_products_running(tmp_path):
+    """What the tools that look for races run is the kernel that users have: waits that end cost it no registers."""
+    csrc = shutil.copytree(emulator.CSRC, tmp_path / "csrc")
+    keep_one_shape(csrc)
+    flags = "-std=c++17 -O3 -DBITUNE_DEBUG -gencode=arch=compute_90a,code=sm_90a -Xptxas=-v,--warn-on-spills".split()
+    command = [NVCC, *flags, "-I", csrc, "-c", csrc / SM90, "-o", tmp_path / "kernels.o"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    assert "registers" in said and "C75" not in said and "warning" not in said, said
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("case", [PLAIN, LONG, SHARED, BETA, WINDOW, SINKS], ids=lambda case: case.id)
 def test_no_fault_no_error(case, capability, tmp_path_factory, monkeypatch):

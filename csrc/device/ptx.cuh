@@ -143,22 +143,28 @@ __device__ inline void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
 // Until the phase of this parity has ended; that before the first counts as ended, with parity 1.
 __device__ inline void mbarrier_wait(uint32_t barrier, int parity) {
 #ifdef BITUNE_DEBUG
-  uint32_t began, now;  // in 2^32 cycles, about 2 seconds
-  asm volatile("mov.u32 %0, %%clock_hi;" : "=r"(began));
-#endif
-  for (;;) {
-    uint32_t done;
+  // Ends in a trap after 2^32 to 2^33 cycles, some seconds: a hang is the usual failure. The loop isn't one of C++: that
+  // one's way out costs registers, and the products would wait for each other.
+  asm volatile(
+      "{.reg .pred p; .reg .b32 began, now;\n"
+      "mov.u32 began, %%clock_hi;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+      "@p bra done;\n"
+      "mov.u32 now, %%clock_hi; sub.u32 now, now, began; setp.gt.u32 p, now, 1;\n"
+      "@!p bra again;\n"
+      "trap;\n"
+      "done:}" ::"r"(barrier), "r"(parity)
+      : "memory");
+#else
+  uint32_t done;
+  do {
     asm volatile(
         "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
         : "=r"(done)
         : "r"(barrier), "r"(parity)
         : "memory");
-    if (done) return;
-#ifdef BITUNE_DEBUG
-    asm volatile("mov.u32 %0, %%clock_hi;" : "=r"(now));
-    if (now - began > 1) __trap();  // a hang is the usual failure
+  } while (!done);
 #endif
-  }
 }
 
 // The copy engine (TMA). Shared memory written by ordinary stores is visible to it, and to wgmma, after
