@@ -218,13 +218,18 @@ def test_sdist_has_the_sources_and_nothing_generated(sdist):
     assert not list(sdist.rglob("*.so"))
 
 
-def test_wheel_without_cuda(source, tmp_path):
-    wheel, content, _ = unpacked_wheel(source, tmp_path / "out", BITUNE_BUILD_CUDA="0")
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [({"BITUNE_BUILD_CUDA": "0"}, "BITUNE_BUILD_CUDA=0"), ({"PATH": ""}, "nvcc was not found at build time")],
+    ids=["off", "hidden"],
+)
+def test_wheel_without_cuda(source, tmp_path, variables, reason):
+    wheel, content, _ = unpacked_wheel(source, tmp_path / "out", **variables)
     assert wheel.name == f"bitune_kernels-{__version__}-py3-none-any.whl"
     assert not list(content.glob("bitune_kernels/_C*"))
     state = json.loads(run_env(content, "--json"))["native_extension"]
     assert (state["built"], state["importable"]) == (False, False)
-    assert "BITUNE_BUILD_CUDA=0" in state["reason"]
+    assert reason in state["reason"]
 
 
 def test_required_extension_without_nvcc_fails(source, tmp_path):
@@ -327,7 +332,7 @@ def test_an_endless_wait_is_an_error_in_a_debug_build(tmp_path):
 
 @needs_cmake
 @needs_nvcc
-@pytest.mark.parametrize("archs", ["sm_80", "75", "80;100a"])
+@pytest.mark.parametrize("archs", ["sm_80", "75", "80;100a", ""])
 def test_architectures_are_checked(source, tmp_path, archs):
     result = build("build_wheel", source, tmp_path / "out", CUDACXX=NVCC, BITUNE_CUDA_ARCHS=archs)
     assert result.returncode != 0
