@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from contextlib import contextmanager
 from types import ModuleType
 
 import pytest
@@ -219,6 +220,21 @@ def test_a_cache_is_not_copied(native, change):
     with pytest.raises(ValueError, match=r"^v_cache: expected contiguous rows at .* 16 bytes, got strides \["):
         bitune_prefill(**prefill(change=change), backend="cuda")
     assert native.launches == 0
+
+
+def test_torch_too_works_on_the_device_of_the_rows(native, monkeypatch):
+    call, guarded = complete(PLAIN), []
+
+    @contextmanager
+    def device_of(x):
+        assert x is call["q"]
+        guarded.append(native.launches)
+        yield
+        guarded.append(native.launches)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    launch(call)
+    assert guarded == [0, 1]
 
 
 def test_nothing_to_compute_launches_nothing(native):

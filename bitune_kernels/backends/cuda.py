@@ -101,38 +101,40 @@ def forward(
     )
     slots = cache_positions.contiguous() if to_cache else None
     writes = mixes or to_cache
-    code, text = native.forward(
-        items=items.data_ptr(),
-        num_items=len(items),
-        bf16=q.dtype == torch.bfloat16,
-        num_heads_kv=heads_kv,
-        group_size=launch.group_size,
-        head_dim=dim,
-        head_dim_v=dim_v,
-        num_prompt=plan.num_prompt,
-        q=_rows(q),
-        k=_rows(k),
-        v=_rows(v),
-        k_prefix=_rows(prefix[0]) if plan.num_prefix else None,
-        v_prefix=_rows(prefix[1]) if plan.num_prefix else None,
-        out=_rows(out),
-        streams=_rows(streams) if len(streams) else None,
-        k_written=_rows(k_written) if writes else None,
-        v_written=_rows(v_written) if writes else None,
-        slots=slots.data_ptr() if to_cache else 0,
-        lse=lse.data_ptr(),
-        alpha_k=_per_head(alpha_k),
-        alpha_v=_per_head(alpha_v),
-        beta=_per_head(beta) if two_parts else None,
-        sinks=0 if sinks is None else sinks.data_ptr(),
-        softmax_scale=softmax_scale,
-        softcap=softcap or 0.0,
-        window=window or 0,
-        two_parts=two_parts,
-        goes_on=shared_qkv and stream_mask != "anti_causal",
-        device=index,
-        stream=torch._C._cuda_getCurrentRawStream(index) if q.is_cuda else 0,  # without a Stream around it
-    )
+    # Torch's guard around the kernels' own: on its way back that one would open a context on a device that has none.
+    with torch.cuda.device_of(q):
+        code, text = native.forward(
+            items=items.data_ptr(),
+            num_items=len(items),
+            bf16=q.dtype == torch.bfloat16,
+            num_heads_kv=heads_kv,
+            group_size=launch.group_size,
+            head_dim=dim,
+            head_dim_v=dim_v,
+            num_prompt=plan.num_prompt,
+            q=_rows(q),
+            k=_rows(k),
+            v=_rows(v),
+            k_prefix=_rows(prefix[0]) if plan.num_prefix else None,
+            v_prefix=_rows(prefix[1]) if plan.num_prefix else None,
+            out=_rows(out),
+            streams=_rows(streams) if len(streams) else None,
+            k_written=_rows(k_written) if writes else None,
+            v_written=_rows(v_written) if writes else None,
+            slots=slots.data_ptr() if to_cache else 0,
+            lse=lse.data_ptr(),
+            alpha_k=_per_head(alpha_k),
+            alpha_v=_per_head(alpha_v),
+            beta=_per_head(beta) if two_parts else None,
+            sinks=0 if sinks is None else sinks.data_ptr(),
+            softmax_scale=softmax_scale,
+            softcap=softcap or 0.0,
+            window=window or 0,
+            two_parts=two_parts,
+            goes_on=shared_qkv and stream_mask != "anti_causal",
+            device=index,
+            stream=torch._C._cuda_getCurrentRawStream(index) if q.is_cuda else 0,  # without a Stream around it
+        )
     if code:
         raise RuntimeError(f"{text} (error {code})")
     return outputs
