@@ -6,6 +6,7 @@ The kernels themselves run in tests/emulator.
 from __future__ import annotations
 
 import ctypes
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -302,17 +303,37 @@ def test_it_is_not_the_choice_of_auto(native):
     assert resolve("auto", device=torch.device("cpu"), dtype=DTYPE, head_dim=64)[0] == "sdpa"
 
 
-# The host's side of a launch, with a CUDA runtime of two devices that notes which was made current.
+# The host's side of a launch, with a CUDA runtime of two devices that notes what it and the driver are asked.
 RUNTIME = """
+#include <cstdint>
 #include <string>
 int current;
 std::string asked;
+template <typename T>
+void note(const T* values, int count) {
+  for (int i = 0; i < count; ++i) asked += std::to_string(values[i]) + (i + 1 < count ? " " : ", ");
+}
+int encode(void*, int type, unsigned rank, void*, const uint64_t* sizes, const uint64_t* strides, const uint32_t* box,
+           const uint32_t* steps, int interleave, int swizzle, int, int fill) {
+  asked = "";
+  note(&type, 1), note(sizes, rank), note(strides, rank - 1), note(box, rank), note(steps, rank);
+  int modes[] = {interleave, swizzle, fill};
+  note(modes, 3);
+  return sizes[1] == 0;
+}
 extern "C" {
+int driver = 0;
 int cudaGetDevice(int* device) { *device = current; return 0; }
 int cudaSetDevice(int device) { asked += std::to_string(current = device); return 0; }
-const char* devices() { return asked.c_str(); }
-int cudaGetDriverEntryPoint() { return 999; }
-int cudaGetDriverEntryPointByVersion() { return 999; }
+const char* notes() { return asked.c_str(); }
+int cudaGetDriverEntryPoint(const char* symbol, void** found, unsigned long long, int* result) {
+  if (!driver || symbol != std::string("cuTensorMapEncodeTiled")) return 999;
+  *found = reinterpret_cast<void*>(encode);
+  return *result = 0;
+}
+int cudaGetDriverEntryPointByVersion(const char* symbol, void** found, unsigned, unsigned long long, int* result) {
+  return cudaGetDriverEntryPoint(symbol, found, 0, result);
+}
 int cudaDeviceGetAttribute() { return 0; }
 int cudaGetLastError() { return 0; }
 const char* cudaGetErrorString() { return ""; }
@@ -328,20 +349,58 @@ LAUNCH = """
 using namespace bitune;
 extern std::string asked;
 extern "C" void work_on(int device) { DeviceGuard guard(device); asked += '!'; }
-extern "C" int map() { TensorMap map; return map_rows({}, Element::bf16, 1, 64, 64, &map).code; }
+extern "C" int map(bool bf16, int64_t rows, int heads, int dim, int64_t stride_row, int64_t stride_head, int box) {
+  TensorMap map;
+  Rows x{nullptr, stride_row, stride_head, rows};
+  return map_rows(x, bf16 ? Element::bf16 : Element::fp16, heads, dim, box, &map).code;
+}
 """
 
 
-@needs_nvcc
-def test_a_new_thread_has_its_device_before_the_driver_is_asked(tmp_path):
-    (tmp_path / "runtime.cpp").write_text(RUNTIME)
-    (tmp_path / "test.cu").write_text(LAUNCH)
+@pytest.fixture(scope="module")
+def launch_library(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launch")
+    (folder / "runtime.cpp").write_text(RUNTIME)
+    (folder / "test.cu").write_text(LAUNCH)
     # -Bsymbolic: not the runtime that a PyTorch for CUDA has loaded
     flags = "-std=c++17 -cudart none -shared -Xcompiler -fPIC -Xlinker -Bsymbolic -o launch.so".split()
-    subprocess.run([NVCC, *flags, "-I", ROOT / "csrc", "runtime.cpp", "test.cu"], cwd=tmp_path, check=True)
-    library = ctypes.CDLL(str(tmp_path / "launch.so"))
-    library.devices.restype = ctypes.c_char_p
-    library.work_on(0)
-    library.work_on(1)
-    assert library.devices() == b"0!1!0"  # 0 too, though it is the current one
-    assert library.map() == -1  # the driver lacks the function
+    subprocess.run([NVCC, *flags, "-I", ROOT / "csrc", "runtime.cpp", "test.cu"], cwd=folder, check=True)
+    return folder / "launch.so"
+
+
+@pytest.fixture
+def host(launch_library, tmp_path):
+    """The library, loaded anew: it keeps what it has found of the driver."""
+    library = ctypes.CDLL(str(shutil.copy(launch_library, tmp_path)))
+    library.notes.restype = ctypes.c_char_p
+    number, long = ctypes.c_int, ctypes.c_int64
+    library.map.argtypes = ctypes.c_bool, long, number, number, long, long, number
+    return library
+
+
+@needs_nvcc
+def test_a_new_thread_has_its_device_before_the_driver_is_asked(host):
+    host.work_on(0)
+    host.work_on(1)
+    assert host.notes() == b"0!1!0"  # 0 too, though it is the current one
+    assert host.map(True, 1000, 4, 128, 768, 128, 64) == -1  # the driver lacks the function
+
+
+# What make_tma_copy of CuTe (CUTLASS 4.2) hands to cuTensorMapEncodeTiled for such rows, with its 128-byte swizzled
+# K-major layouts: type, sizes, strides in bytes, box, steps, and interleave, swizzle, fill.
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("rows", "wanted"),
+    [
+        ((True, 1000, 4, 128, 768, 128, 128), "9, 128 1000 4, 1536 256, 64 128 1, 1 1 1, 0 3 0, "),
+        ((False, 77, 2, 200, 512, 200, 64), "6, 200 77 2, 1024 400, 64 64 1, 1 1 1, 0 3 0, "),
+        ((True, 1000, 4, 64, 64, 64000, 128), "9, 64 1000 4, 128 128000, 64 128 1, 1 1 1, 0 3 0, "),
+        ((True, 9, 2, 64, 2**38, 64, 128), f"9, 64 9 2, {2**39} 128, 64 128 1, 1 1 1, 0 3 0, "),
+    ],
+    ids=str,
+)
+def test_tensor_maps_are_those_of_cute(host, rows, wanted):
+    ctypes.c_int.in_dll(host, "driver").value = 1
+    assert host.map(*rows) == 0
+    assert host.notes().decode() == wanted
+    assert host.map(True, 0, *rows[2:]) == 1  # what the driver refuses
