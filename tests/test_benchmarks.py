@@ -760,6 +760,16 @@ def test_rows_of_a_gpu_say_that_tiles_were_tuned(monkeypatch):
         assert timing.provenance("cuda")["triton"] == timing.provenance("cpu")["triton"] + said
 
 
+@pytest.mark.parametrize(("name", "asked"), [("auto", []), ("cuda", []), ("cuda:0", [0]), ("cuda:1", [1])])
+def test_the_gpu_that_is_asked_for_becomes_the_current_one(name, asked, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    assert common_models.find_device(common_run.parser("", ""), name).type == "cuda"
+    assert chosen == asked
+
+
 LORA_LINEAR = "--rows 20 --features 24 --seconds 0 --min-rounds 2 --device cpu".split()
 REQUEST = "--model tiny --lengths 9 --new-tokens 4 --seconds 0 --min-rounds 2 --device cpu".split()
 

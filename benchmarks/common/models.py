@@ -97,7 +97,7 @@ def find_device(p: argparse.ArgumentParser, name: str) -> torch.device:
         p.error(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
         p.error(f"--device: {name} asked for, but torch sees {torch.cuda.device_count()} GPUs here")
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:  # set_device refuses "cuda"
         torch.cuda.set_device(device)
     return device
 
