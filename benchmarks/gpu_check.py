@@ -10,6 +10,8 @@
     large      tensors of more than 2^31 elements: samples at both ends against the same samples alone
     attention, prefill, train_step, generate, lora
                the benchmarks of these names, of whole models at full depth, without the backends that are at fault
+    tune       the fastest tiles of the Triton kernels (python -m bitune_kernels.tune), only where --stages has it: they
+               stay in the user's cache, and all that runs from then on has them
 
 All of it takes up to 4 hours. On a GPU that is there for 30 minutes run --stages build,first,repeats,attention, which
 takes up to 27. One line per stage, backend and tool, none of which takes longer than 9 minutes; a failed one does not
@@ -50,6 +52,9 @@ from bitune_kernels import SegmentPlan, backends, bitune_attention, bitune_prefi
 from bitune_kernels.testing import DTYPES, Case, assert_backend_within_budget, assert_prefilled, leaves, run_case  # noqa: E402
 from bitune_kernels.testing.timing import provenance  # noqa: E402
 
+if importlib.util.find_spec("triton") is not None:
+    from bitune_kernels.backends.triton import tiles
+
 # Seconds that each command of a stage may take.
 SECONDS = {
     "build": 300,
@@ -64,7 +69,9 @@ SECONDS = {
     "train_step": 540,
     "generate": 240,
     "lora": 120,
+    "tune": 540,
 }
+DEFAULT_STAGES = ",".join(stage for stage in SECONDS if stage != "tune")
 ENDED = "ended at its limit"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 TIMED = ("attention", "prefill", "train_step", "generate", "lora")
@@ -138,6 +145,12 @@ def build() -> int:
     return int(bool(failed))
 
 
+def search_path() -> str:
+    """PATH, and where NVIDIA's installer puts nvcc and compute-sanitizer without adding it there."""
+    places = os.environ.get("PATH"), os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+    return os.pathsep.join(filter(None, places))
+
+
 def no_compiler() -> str | None:
     """Why the extension can't be built here, or None."""
     try:
@@ -145,7 +158,7 @@ def no_compiler() -> str | None:
         spec.loader.exec_module(setup := importlib.util.module_from_spec(spec))
     except ImportError as e:
         return f"setup.py can't be loaded: {e}"
-    nvcc, looked = setup.find_nvcc(os.environ)
+    nvcc, looked = setup.find_nvcc(os.environ | {"PATH": search_path()})
     return None if nvcc else f"nvcc was not found; looked at {looked}"
 
 
@@ -371,6 +384,9 @@ def commands_of(stage: str, args, failed: dict[str, str], seconds: float) -> lis
         if "cuda" not in args.backends:
             return []
         return [Command("cuda", "", no_compiler() or [*this, "--run", "build"])]
+    if stage == "tune":
+        tune = [python, "-m", "bitune_kernels.tune"]
+        return [Command("triton", "", failed.get("triton", tune))] if "triton" in args.backends else []
     if stage in TIMED:
         without = [x for x in OWN if x not in args.backends or x in skipped or x in failed]
         if stage == "attention" and set(OWN) == set(without):
@@ -382,7 +398,7 @@ def commands_of(stage: str, args, failed: dict[str, str], seconds: float) -> lis
     if stage == "tests":
         commands = _pytest(args.backends)
     elif stage == "sanitizer":
-        missing = None if shutil.which("compute-sanitizer") else "compute-sanitizer is not on PATH"
+        missing = None if shutil.which("compute-sanitizer", path=search_path()) else "compute-sanitizer is not on PATH"
         watch = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
         commands = [
             Command(x, tool, missing or [*watch, tool, *this, "--backends", x, "--run", "small"])
@@ -444,6 +460,7 @@ def execute(command: list[str], log: Path, seconds: float) -> str | None:
     environment = os.environ | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if command[0] == "compute-sanitizer" else {})
     environment["PYTHONUNBUFFERED"] = "1"  # what a process said before it was ended
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment["PATH"] = search_path()
     with log.open("w") as file:
         options = {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
         process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **options)
@@ -458,14 +475,17 @@ def execute(command: list[str], log: Path, seconds: float) -> str | None:
     return None if code == 0 else f"exit code {code}"
 
 
-def perform(command: list[str] | str, log: Path, seconds: float) -> tuple[str, str]:
-    """State and summary of one command of a stage."""
+def perform(command: list[str] | str, log: Path, seconds: float, enough: float) -> tuple[str, str]:
+    """State and summary of one command of a stage. What is ended before ``enough`` seconds is no failure."""
     if isinstance(command, str):
         return "skipped", command
     if seconds < 1:
         return "skipped", "--minutes are over"
     problem = execute(command, log, seconds)
-    return "passed" if problem is None else "FAILED", "; ".join(filter(None, [problem, _last_line(log)]))
+    state = "passed" if problem is None else "FAILED"
+    if problem and problem.startswith(ENDED) and seconds < enough:
+        state, problem = "skipped", f"--minutes were over after {seconds:.0f} s"
+    return state, "; ".join(filter(None, [problem, _last_line(log)]))
 
 
 def _last_line(log: Path) -> str:
@@ -476,7 +496,7 @@ def _last_line(log: Path) -> str:
 def earlier(path: Path, facts: dict) -> tuple[set[str], dict[str, str]]:
     """What has passed in ``path`` by this commit on this machine, builds apart; and what failed there, by backend."""
     last = {}
-    if path.is_file() and facts["git_sha"] and not facts["git_dirty"]:
+    if path.is_file() and not facts["git_dirty"]:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 if all(row[name] == str(value) for name, value in facts.items() if name != "timestamp_utc"):
@@ -489,7 +509,7 @@ def earlier(path: Path, facts: dict) -> tuple[set[str], dict[str, str]]:
 def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--stages", default=",".join(SECONDS), help=f"default: {','.join(SECONDS)}")
+    p.add_argument("--stages", default=DEFAULT_STAGES, help=f"default: {DEFAULT_STAGES}; or tune")
     p.add_argument("--backends", default=",".join(OWN), help=f"default: {','.join(OWN)}")
     p.add_argument("--again", action="store_true", help="run what has passed already, too")
     p.add_argument("--minutes", type=float, help="of all stages together: what runs then is ended, the rest skipped")
@@ -513,6 +533,13 @@ def main(argv: list[str] | None = None) -> int:
         return max(RUNS[args.run](backend, "cuda") for backend in args.backends)
 
     facts = provenance("cuda")
+    if not facts["git_sha"]:
+        print(
+            "gpu_check.py: git finds no commit here, so no row could say what was run. In a copy without .git set "
+            "BITUNE_COMMIT to the hash of its commit, or to the hash and -dirty if something is changed",
+            file=sys.stderr,
+        )
+        return 2
     logs = args.out / "gpu_check"
     logs.mkdir(parents=True, exist_ok=True)
     results = Results(args.out / "gpu_check.csv", [*facts, "backend", "stage", "state", "seconds", "summary"])
@@ -533,8 +560,12 @@ def main(argv: list[str] | None = None) -> int:
                     print(f"{label:<26}  passed     earlier", flush=True)
                     continue
                 begin = time.perf_counter()
-                state, summary = perform(command, logs / f"{label}.log", limit(stage))
+                state, summary = perform(command, logs / f"{label}.log", limit(stage), SECONDS[stage])
                 seconds = round(time.perf_counter() - begin, 1)
+                if stage == "tune" and state != "skipped":  # its row, and what is behind it, is of the tiles it found
+                    tiles.tuned.cache_clear()
+                    facts = provenance("cuda")
+                    done, _ = earlier(results.path, facts)
                 if state == "passed" and failed.get(backend, "").startswith(f"{label}: "):
                     del failed[backend]  # of an earlier run
                 if state == "FAILED":

@@ -750,6 +750,14 @@ def test_provenance_of_this_repository():
         assert len(facts["git_sha"]) == 40 and facts["git_dirty"] in (0, 1)
 
 
+def test_a_copy_without_git_is_of_the_commit_that_it_is_said_to_be(monkeypatch):
+    monkeypatch.setattr(timing, "_run", lambda *command: None)
+    for said, found in (("", ("", "")), ("1" * 40, ("1" * 40, 0)), (f"{'1' * 40}-dirty", ("1" * 40, 1))):
+        monkeypatch.setenv("BITUNE_COMMIT", said)
+        facts = timing.provenance()
+        assert (facts["git_sha"], facts["git_dirty"]) == found
+
+
 def test_rows_of_a_gpu_say_that_tiles_were_tuned(monkeypatch):
     from bitune_kernels.backends.triton import tiles
 

@@ -25,6 +25,13 @@ def test_the_gpu_check_asks_for_a_gpu(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_rows_of_no_commit_are_not_made(checkout, tmp_path, capsys, monkeypatch):
+    facts = gpu_check.provenance("cuda") | {"git_sha": "", "git_dirty": ""}
+    monkeypatch.setattr(gpu_check, "provenance", lambda device: facts)
+    assert gpu_check.main(["--out", str(tmp_path / "out")]) == 2
+    assert "BITUNE_COMMIT" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 # In place of setup.py: "builds" the name of what it was asked for, or fails.
 SETUP = """
 import os, pathlib, sys, sysconfig
@@ -103,6 +110,48 @@ def test_a_failed_stage_does_not_stop_the_others(checkout, tmp_path, capsys, mon
     assert capsys.readouterr().out.count("--minutes are over") == 2
 
 
+def test_what_the_minutes_end_is_no_fault(checkout, tmp_path, capsys, monkeypatch):
+    command = [gpu_check.Command("triton", "", python("import time; print('1st case', flush=True); time.sleep(60)"))]
+    monkeypatch.setattr(gpu_check, "commands_of", lambda *args: command)
+    assert gpu_check.main(["--out", str(tmp_path), "--stages", "first", "--minutes", "0.05"]) == 0
+    assert "skipped" in (printed := capsys.readouterr().out) and "--minutes were over after" in printed
+    assert "1st case" in printed
+    facts = gpu_check.provenance("cuda")
+    assert gpu_check.earlier(tmp_path / "gpu_check.csv", facts) == (set(), {})
+
+
+def test_what_runs_behind_tuning_is_of_the_tiles_it_found(checkout, tmp_path, monkeypatch):
+    assert only("tune", "triton")[1:] == ["-m", "bitune_kernels.tune"] and not commands("tune", "cuda")
+    assert only("tune", failed={"triton": "first-triton: NaN"}) == "first-triton: NaN"
+    assert "tune" not in gpu_check.DEFAULT_STAGES
+    facts, tuned = gpu_check.provenance("cuda"), tmp_path / "tuned"
+    monkeypatch.setattr(gpu_check, "provenance", lambda device: facts | {"triton": str(tuned.exists())})
+    command = {"tune": python(f"open({str(tuned)!r}, 'w')")}
+    right = python("print('right')")
+    monkeypatch.setattr(
+        gpu_check, "commands_of", lambda stage, *_: [gpu_check.Command("triton", "", command.get(stage, right))]
+    )
+    for _ in range(2):
+        assert gpu_check.main(["--out", str(tmp_path), "--stages", "first,tune,large"]) == 0
+    rows = [(row["stage"], row["triton"]) for row in rows_of(tmp_path / "gpu_check.csv")]
+    once = [("first-triton", "False"), ("tune-triton", "True"), ("large-triton", "True")]
+    assert rows == [*once, ("first-triton", "True")], "tiles are tuned once, and what ran before with others runs again"
+
+
+def test_tools_are_found_where_their_installer_puts_them(checkout, tmp_path, monkeypatch):
+    tool = tmp_path / "cuda" / "bin" / "compute-sanitizer"
+    tool.parent.mkdir(parents=True)
+    tool.write_text("#!/bin/sh\necho no leaks")
+    tool.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tool.parents[1]))
+    command = commands("sanitizer", "triton")["triton-memcheck"]
+    assert command[0] == "compute-sanitizer"
+    assert gpu_check.perform(command, tmp_path / "log", 60, 60) == ("passed", "no leaks")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commands("sanitizer", "triton")["triton-memcheck"] == "compute-sanitizer is not on PATH"
+
+
 def test_what_has_passed_is_not_run_again(checkout, tmp_path, capsys, monkeypatch):
     ran = {stage: python(f"print('{stage}')") for stage in ("build", "first", "tests", "large")}
     seen = []
@@ -126,7 +175,7 @@ def test_what_has_passed_is_not_run_again(checkout, tmp_path, capsys, monkeypatc
     assert run() == ["build", "first"] and seen[2] == {}, "what has passed now is at fault no longer"
     assert run() == ["build"]
     assert run("--again") == list(ran)
-    for change in ({"git_sha": "2"}, {"git_sha": "2", "gpu": "another"}, {"git_dirty": 1}, {"git_sha": ""}):
+    for change in ({"git_sha": "2"}, {"git_sha": "2", "gpu": "another"}, {"git_dirty": 1}):
         facts = gpu_check.provenance("cuda") | change
         monkeypatch.setattr(gpu_check, "provenance", lambda device, facts=facts: facts)
         assert run() == list(ran)
@@ -164,7 +213,7 @@ def test_the_docstring_says_how_long_it_takes(checkout):
         return sum(gpu_check.SECONDS[stage] * len(commands(stage)) for stage in stages)
 
     (hours,) = re.findall(r"All of it takes up to (\d+) hours", text)
-    assert seconds(gpu_check.SECONDS) <= 3600 * int(hours)
+    assert seconds(gpu_check.DEFAULT_STAGES.split(",")) <= 3600 * int(hours)
     ((there, stages, minutes),) = re.findall(r"for (\d+) minutes run --stages (\S+), which\ntakes up to (\d+)", text)
     assert seconds(stages.split(",")) <= 60 * int(minutes) < 60 * int(there)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import platform
 import statistics
 import subprocess
@@ -183,7 +184,9 @@ def _git() -> tuple[str, int | str]:
     root = Path(__file__).resolve().parents[2]
     git = ("git", "-C", str(root))
     if _run(*git, "ls-files", "--error-unmatch", "bitune_kernels/__init__.py") is None:
-        return "", ""
+        # A copy without .git: "<commit>" or "<commit>-dirty", as git describe --dirty says it where the copy is from.
+        sha, _, dirty = os.environ.get("BITUNE_COMMIT", "").partition("-")
+        return sha, int(bool(dirty)) if sha else ""
     # A benchmark's own results don't change what is measured.
     changed = _run(*git, "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
     return _run(*git, "rev-parse", "HEAD") or "", "" if changed is None else int(bool(changed))
