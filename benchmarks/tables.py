@@ -1,8 +1,8 @@
 """The tables of docs/measured.md and README.md, from the rows in benchmarks/results/. A test holds the pages to them.
 
-Rows of a changed tree are left out, those of other models than ``small``, whole where time is measured, and those in
-bfloat16 of a CPU that emulates it. A line is the newest run of its shape that has all providers of the table, whose
-commit it names; ranges are over all runs of that shape.
+Rows of a changed tree are left out, and but for the tables of GPUs those of other models than ``small``, whole where
+time is measured, and those in bfloat16 of a CPU that emulates it. A line is the newest run of its shape that has all
+providers of the table, whose commit it names; ranges are over all runs of that shape.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -20,11 +21,15 @@ ONE_PASS, PACKED = "one-pass[sdpa]", "lora-packed[sdpa]"
 CPUS = {"AMD EPYC": "AVX2", "AMD EPYC, AVX512, bfloat16": "AVX512"}
 
 
-def read(benchmark: str) -> list[dict[str, str]]:
+def clean(benchmark: str) -> list[dict[str, str]]:
+    """Without the rows of a changed tree; "cpu" is the GPU where there was one."""
     with (RESULTS / f"{benchmark}.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["git_dirty"] == "0"]
-    rows = [row | {"cpu": row["gpu"] or CPUS.get(row["cpu"], row["cpu"])} for row in rows]
-    rows = [row for row in rows if row.get("model", "small") == "small"]
+    return [row | {"cpu": row["gpu"] or CPUS.get(row["cpu"], row["cpu"])} for row in rows]
+
+
+def read(benchmark: str) -> list[dict[str, str]]:
+    rows = [row for row in clean(benchmark) if row.get("model", "small") == "small"]
     return [row for row in rows if (row["cpu"], row.get("dtype")) != ("AVX2", "bfloat16")]
 
 
@@ -221,6 +226,110 @@ def summary() -> str:
     return markdown(head, lines)
 
 
+# of GPUs, empty without rows of one
+
+OWN, CHECKS = ("cuda", "triton"), ("first", "tests", "operators", "repeats", "sanitizer", "large")
+
+
+def on_gpu(benchmark: str) -> list[dict[str, str]]:
+    return [row for row in clean(benchmark) if row["gpu"]] if (RESULTS / f"{benchmark}.csv").is_file() else []
+
+
+def optional(row: dict, column: str, digits: int = 2, scale: float = 1.0) -> str:
+    return "" if row[column] == "" else number(row, column, digits, scale)
+
+
+def gpu_hardware() -> str:
+    """The newest outcome of each stage of gpu_check.py, with its commit."""
+    found: dict[tuple, dict[str, dict]] = {}
+    for row in on_gpu("gpu_check"):
+        if row["backend"] and row["state"] != "skipped":
+            found.setdefault((row["gpu"], row["backend"]), {})[row["stage"]] = row
+    lines = []
+    for (gpu, backend), last in found.items():
+        cells = []
+        for stage in CHECKS:
+            # of one commit: tools and parts of the stage that another one has passed say nothing about this one
+            rows = [row for label, row in last.items() if label.split("-")[0] == stage]
+            rows = [row for row in rows if row["git_sha"] == max(rows, key=lambda row: row["timestamp_utc"])["git_sha"]]
+            passed = sum(row["state"] == "passed" for row in rows)
+            said = "passed" if passed == len(rows) else "failed" if not passed else f"{passed} of {len(rows)} passed"
+            cells.append(f"{said} {commit(rows[0])}" if rows else "not run")
+        newest_row = max(last.values(), key=lambda row: row["timestamp_utc"])
+        versions = "CUDA {cuda}, driver {driver}, torch {torch}, triton {triton}".format(**newest_row)
+        lines.append([gpu, f"`{backend}`", *cells, versions])
+    return markdown(["GPU", "backend", *CHECKS, "versions, at last"], lines) if lines else ""
+
+
+def gpu_attention() -> str:
+    """TFLOP/s of each provider, one operator call; the fastest of ours over the fastest peer, and over its floor."""
+    rows = [row for row in on_gpu("attention") if "[" not in row["provider"]]
+    names = list(dict.fromkeys([*OWN, *(row["provider"] for row in rows)]))
+    shapes = runs(rows, "gpu", "dtype", "mode", "heads_q", "heads_kv", "head_dim", "batch", "length", "ragged")
+    lines = []
+    for (gpu, dtype, mode, heads_q, heads_kv, dim, batch, length, ragged), found in shapes.items():
+        run = next((run for run in reversed(found) if not run.keys().isdisjoint(OWN)), None)
+        if run is None:
+            continue
+        best = max((run[x] for x in OWN if x in run), key=lambda row: float(row["useful_tflops"]))
+        each = (number(run[x], "useful_tflops", 0) if x in run else "" for x in names)
+        shape = f"{batch} x {length}" + (" ragged" if ragged == "1" else "")
+        ratios = optional(best, "speedup_over_best_peer"), optional(best, "time_over_floor")
+        lines.append([f"{gpu}, {dtype}", mode, f"{heads_q}/{heads_kv} x {dim}", shape, *each, *ratios, commit(best)])
+    head = ["GPU, dtype", "mode", "heads x dim", "prompts", *names, "ours over the best peer", "floor = 1", "commit"]
+    return markdown(head, lines) if lines else ""
+
+
+def gpu_models(benchmark: str) -> str:
+    """Every provider of the newest run of each shape that has one pass."""
+    lines = []
+    shapes = runs(on_gpu(benchmark), "gpu", "dtype", "model", "layers", "batch", "length")
+    for (gpu, dtype, model, layers, batch, length), found in shapes.items():
+        run = next((run for run in reversed(found) if any(name.startswith("one-pass[") for name in run)), {})
+        for name, row in run.items():
+            own = name.startswith("one-pass")
+            lora, packed = (optional(row, f"cost_in_{unit}_passes") for unit in ("lora", "lora_packed"))
+            lora += f" ({number(row, 'floor_linear')})" if own and lora else ""
+            packed += f" ({number(row, 'floor_packed_linear')})" if own and packed else ""
+            cells = number(row, "p50_ms", 1), optional(row, "speedup_over_three_pass"), lora, packed
+            cells = *cells, optional(row, "utilisation"), optional(row, "peak_mib", 1, 1 / 1024)
+            where = [f"{gpu}, {dtype}", f"{model}, {layers} layers", f"{batch} x {length}", f"`{name}`"]
+            lines.append([*where, *cells, commit(row)])
+    head = ["GPU, dtype", "model", "batch x length", "provider", "ms", "faster than three passes, padded"]
+    head += ["padded LoRA = 1 (FLOPs)", "packed LoRA = 1 (floor)", "MFU", "peak GiB", "commit"]
+    return markdown(head, lines) if lines else ""
+
+
+def gpu_request() -> str:
+    lines = []
+    for (gpu, dtype, model, batch, prompt, new), found in runs(
+        on_gpu("generate"), "gpu", "dtype", "model", "batch", "prompt", "new"
+    ).items():
+        run = newest(found, ("bitune",))
+        if run is not None:
+            row = run["bitune"]
+            costs = (optional(row, f"cost_of_{part}") for part in ("first", "decoding", "request"))
+            shape = [f"{gpu}, {dtype}", model, f"{batch} x {prompt} + {new}", number(row, "first_ms", 1)]
+            lines.append([*shape, *costs, commit(row)])
+    head = [
+        "GPU, dtype",
+        "model",
+        "prompts + new tokens",
+        "first token: ms",
+        "padded LoRA = 1: first token",
+        "decoding",
+    ]
+    return markdown([*head, "request", "commit"], lines) if lines else ""
+
+
+GPU_TABLES: dict[str, Callable[[], str]] = {
+    "hardware": gpu_hardware,
+    "attention": gpu_attention,
+    "prefill on a GPU": partial(gpu_models, "prefill"),
+    "train_step on a GPU": partial(gpu_models, "train_step"),
+    "generate on a GPU": gpu_request,
+}
+
 TABLES: dict[str, Callable[[], str]] = {
     "prefill": prefill,
     "train_step": train_step,
@@ -235,8 +344,9 @@ TABLES: dict[str, Callable[[], str]] = {
 def main(argv: list[str] | None = None) -> None:
     options = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     argparse.ArgumentParser(**options).parse_args(argv)
-    for name, table in TABLES.items():
-        print(f"{name}\n\n{table()}\n")
+    for name, table in (TABLES | GPU_TABLES).items():
+        if text := table():
+            print(f"{name}\n\n{text}\n")
 
 
 if __name__ == "__main__":

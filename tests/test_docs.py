@@ -24,7 +24,11 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import attention  # noqa: E402
+import generate  # noqa: E402
 import tables  # noqa: E402
+from common import report as common_report  # noqa: E402
+
+from bitune_kernels.testing import timing  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
 DOCS = {
@@ -248,6 +252,8 @@ def test_the_measured_tables_are_those_of_the_rows(results):
     assert all(table.count("\n") > 1 for table in printed.values())
     pages = {name: DOCS["README.md" if name == "README" else "docs/measured.md"] for name in printed}
     assert not [name for name, table in printed.items() if f"\n{table}\n" not in pages[name]]
+    of_gpus = [table for table in (table() for table in tables.GPU_TABLES.values()) if table]
+    assert all(any(f"\n{table}\n" in page for page in DOCS.values()) for table in of_gpus)
     # the README's first screen says it in words; for one prompt both are the same
     state = re.sub(r"\s+", " ", README)
     found = tables.runs(tables.whole("prefill"), "cpu", "dtype", "batch", "length")
@@ -288,6 +294,72 @@ def test_tables_leave_out_other_models_and_name_a_gpu(tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit):
         tables.main(["--help"])
     assert "usage:" in capsys.readouterr().out
+
+
+def test_the_tables_of_a_gpu(tmp_path, monkeypatch):
+    facts = timing.provenance() | {"git_sha": "1234567", "git_dirty": "0", "gpu": "A GPU", "dtype": "bfloat16"}
+
+    def write(benchmark, *rows):
+        with (tmp_path / f"{benchmark}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, {name: None for row in rows for name in (*facts, *row)}, restval="")
+            writer.writeheader()
+            writer.writerows(facts | row for row in rows)
+
+    def lines(name):
+        return [line.strip("| ").split(" | ") for line in tables.GPU_TABLES[name]().splitlines()[2:]]
+
+    def provider(name, **values):
+        return dict.fromkeys((*common_report.CASE_FIELDS, *common_report.TIME_FIELDS), "") | values | {"provider": name}
+
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert not any(table() for table in tables.GPU_TABLES.values())
+
+    checks = [("first-triton", "FAILED", "1"), ("first-triton", "passed", "2"), ("first-cuda", "skipped", "2")]
+    checks += [("sanitizer-triton-memcheck", "FAILED", "1"), ("sanitizer-triton-racecheck", "passed", "1")]
+    write(
+        "gpu_check",
+        *({"stage": s, "state": x, "timestamp_utc": t, "backend": s.split("-")[1]} for s, x, t in checks),
+        {"stage": "large-triton", "state": "passed", "backend": "triton", "git_dirty": "1"},
+    )
+    (line,) = lines("hardware")
+    nothing = "not run"
+    said = ["passed `1234567`", *[nothing] * 3, "1 of 2 passed `1234567`", nothing]
+    assert line[:-1] == ["A GPU", "`triton`", *said] and f"torch {torch.__version__}" in line[-1]
+
+    shape = dict.fromkeys((*attention.CASE_FIELDS, *attention.TIME_FIELDS), "")
+    shape |= {"mode": "forward", "heads_q": 32, "heads_kv": 8, "head_dim": 128, "batch": 4, "length": 512, "ragged": 0}
+    rows = [("triton", "1", 9, ""), ("triton", "2", 300, ""), ("cuda", "2", 400, "0.8"), ("varlen", "2", 500, "1.0")]
+    rows += [("triton[one-stream]", "2", 900, ""), ("varlen", "3", 1, "1.0")]
+    names = ("provider", "timestamp_utc", "useful_tflops", "speedup_over_best_peer")
+    write("attention", *(shape | dict(zip(names, row, strict=True)) | {"time_over_floor": 2} for row in rows))
+    expected = ["A GPU, bfloat16", "forward", "32/8 x 128", "4 x 512", "400", "300", "500", "0.80", "2.00", "`1234567`"]
+    assert lines("attention") == [expected]
+
+    model = {"model": "gemma-2b", "layers": 18, "batch": 1, "length": 128, "floor_linear": 1.9, "p50_ms": 7}
+    model |= {"floor_packed_linear": 1.95, "utilisation": 0.5, "peak_mib": 2048, "cost_in_lora_packed_passes": 2}
+    write("prefill", provider("one-pass[cuda]", **model), provider("lora-packed[cuda]", **model))
+    one, lora = lines("prefill on a GPU")
+    assert one[1:] == [
+        *(
+            "gemma-2b, 18 layers",
+            "1 x 128",
+            "`one-pass[cuda]`",
+            "7.0",
+            "",
+            "",
+            "2.00 (1.95)",
+            "0.50",
+            "2.0",
+            "`1234567`",
+        )
+    ]
+    assert lora[3] == "`lora-packed[cuda]`" and lora[7] == "2.00"
+    assert not lines("train_step on a GPU")
+
+    request = dict.fromkeys(generate.FIELDS, "") | {"model": "gemma-2b", "batch": 1, "prompt": 128, "new": 50}
+    write("generate", request | {"provider": "bitune", "first_ms": 9, "cost_of_first": 1.2}, request)
+    (line,) = lines("generate on a GPU")
+    assert line[1:] == ["gemma-2b", "1 x 128 + 50", "9.0", "1.20", "", "", "`1234567`"]
 
 
 def test_the_quality_tables_are_those_of_the_rows(results):
