@@ -15,6 +15,10 @@ LOOP = """
         /*0050*/             @!P1  {after} ;
         /*0060*/              @P0  BRA `(.L_x_0) ;
         /*0070*/                   EXIT ;
+.L_x_1:
+        /*0080*/                   BPT.TRAP 0x1 ;
+        /*0090*/                   MOV R8, R2 ;
+        /*00a0*/                   EXIT ;
 """
 
 
@@ -30,6 +34,7 @@ LOOP = """
         ({"beside": "SHFL.BFLY PT, R27, R2, 0x1, 0x1f"}, ["SHFL.BFLY PT, R27, R2, 0x1, 0x1f"]),
         ({"pending": "0x1", "after": "FADD R24, R24, R2"}, ["FADD R24, R24, R2"]),
         ({"pending": "0x1", "after": "FADD R28, R24, R2"}, []),
+        ({"beside": "@P2  BRA `(.L_x_1)"}, []),  # what stands behind a trap belongs to another path
     ],
     ids=str,
 )
@@ -37,4 +42,5 @@ def test_registers_of_running_products(changes, found):
     whole = {"beside": "FADD R12, R2, R3", "pending": "0x0", "after": "FMUL R8, R24, R2"} | changes
     code = LOOP.format(**whole)
     assert overwritten(code) == found
-    assert overwritten(code.replace("`(.L_x_0)", "0x10")) == found  # as cuobjdump prints it
+    as_cuobjdump_prints_it = code.replace("`(.L_x_0)", "0x10").replace("`(.L_x_1)", "0x80")
+    assert overwritten(as_cuobjdump_prints_it) == found

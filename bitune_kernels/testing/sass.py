@@ -45,7 +45,7 @@ def overwritten(code: str) -> list[str]:
                 pending = int(operands[-1], 0)
                 under_way = under_way[max(0, len(under_way) - 1 - pending) :]
                 under_way = under_way if any(map(any, under_way)) else ()
-            if opcode.startswith(("BRA", "EXIT", "RET")):
+            if opcode.startswith(("BRA", "EXIT", "RET", "BPT.TRAP")):
                 conditional |= any(re.fullmatch(r"!?U?P\d", x) for x in operands)
                 if opcode.startswith("BRA"):
                     todo.append((labels[re.search(r"\.L_\w+|0x[0-9a-f]+", operands[-1])[0]], under_way))
