@@ -14,8 +14,8 @@
                stay in the user's cache, and all that runs from then on has them
 
 All of it takes up to 4 hours. On a GPU that is there for 30 minutes run --stages build,first,repeats,attention, which
-takes up to 27. One line per stage, backend and tool, none of which takes longer than 9 minutes; a failed one does not
-stop the others.
+takes up to 27. Where a call must end within ten minutes, --minutes 9 ends it, and the same command goes on from there.
+One line per stage, backend and tool, none of which takes longer than 9 minutes; a failed one does not stop the others.
 Logs go to <out>/gpu_check/, the lines with the commit, the versions and the machine to <out>/gpu_check.csv. What has
 passed there by the same commit on the same machine isn't run again without --again. Nothing is installed:
 build/gpu_check/ has the builds, named by their sources, and bitune_kernels/ the one that a stage uses, in the end the
