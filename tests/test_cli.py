@@ -17,7 +17,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
 from bitune_kernels import BituneChat, BituneConfig, BituneModel, __version__
 from bitune_kernels.cli import main
@@ -27,7 +27,7 @@ from bitune_kernels.modeling import export_merged, stream_attention, stream_dist
 from bitune_kernels.plots import plot_attention
 from bitune_kernels.training.data import READERS, TEMPLATE, tokenize
 from bitune_kernels.training.recipe import Recipe
-from bitune_kernels.training.run import _last_checkpoint
+from bitune_kernels.training.run import _arguments, _last_checkpoint
 from tests.test_training_data import byte_tokenizer
 from tests.test_turns import TEMPLATE as TEMPLATE_OF_CHATS
 from tests.tiny import base_model, bitune_model
@@ -199,6 +199,7 @@ def test_resuming_ends_where_a_whole_run_ends(place, monkeypatch, capsys):
         ),
         (["--betas", "[0.9"], "--betas: expected yaml, got"),
         (["--backend", "fast"], "backend: expected one of"),
+        (["--dtype", "float16"], "dtype: expected bfloat16 or float32 on a CPU, where no loss is scaled, got"),
         (["--data", ""], "data: expected a .json or .jsonl file or an id of the Hub, got nothing"),
         (["--report-to", "paper"], "report_to: expected none"),
         (["--prompt", "{question}" * 50], "max_length: expected at most the 256 tokens of the model, got 2048"),
@@ -224,6 +225,13 @@ def test_a_run_that_would_fail_at_its_end_does_not_begin(place, monkeypatch, cap
     assert run(place) == 2
     assert "bitune train: expected matplotlib, got none" in capsys.readouterr().err and not (place / "run").exists()
     assert run(place, "--variant", "no_mixing", "--max-steps", "1") == 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_loss_of_float16_is_scaled(dtype, tmp_path, monkeypatch):
+    cuda = property(lambda arguments: arguments._setup_devices and torch.device("cuda"))
+    monkeypatch.setattr(TrainingArguments, "device", cuda)
+    assert _arguments(Recipe(data="x.jsonl", dtype=dtype), tmp_path).fp16 == (dtype == "float16")
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(place, capsys):

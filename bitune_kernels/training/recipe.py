@@ -31,7 +31,8 @@ class Recipe:
             skip_bidir; use_fused: false is three passes; backend; loss: token or sample, which it is the mean over;
             loss_chunk_rows: answer tokens whose logits are computed at a time (null: all); turns: one, recompute or
             alternating. All as in BituneConfig.
-        dtype: of the base, float32, bfloat16 or float16; quantize: nf4 or int8, by bitsandbytes.
+        dtype: of the base, float32, bfloat16 or float16 (not on a CPU: it takes a scaled loss); quantize: nf4 or int8,
+            by bitsandbytes.
         lr, theta_lr: of the adapters and of the mixing coefficients (null: lr).
         schedule: a scheduler of transformers; warmup: a share of the steps (below 1) or their number.
         betas (null: 0.9, 0.999), weight_decay: of AdamW; clip: the largest gradient norm (0: none).

@@ -167,6 +167,7 @@ def _arguments(recipe: Recipe, output: Path) -> TrainingArguments:
         lr_scheduler_type=recipe.schedule,
         warmup_steps=recipe.warmup,
         max_grad_norm=recipe.clip,
+        fp16=recipe.dtype == "float16",  # accelerate scales the loss then, without which gradients vanish
         logging_steps=recipe.logging_steps,
         logging_nan_inf_filter=False,
         eval_strategy="no" if recipe.eval_data is None else "steps",
@@ -179,6 +180,8 @@ def _arguments(recipe: Recipe, output: Path) -> TrainingArguments:
         dataloader_pin_memory=torch.accelerator.is_available(),  # else every loader warns
         seed=recipe.seed,
     )
+    if arguments.fp16 and arguments.device.type == "cpu":
+        raise ValueError("dtype: expected bfloat16 or float32 on a CPU, where no loss is scaled, got 'float16'")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes != arguments.world_size:
         raise ValueError(
