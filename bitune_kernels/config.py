@@ -77,7 +77,7 @@ class BituneConfig:
             "alternating" (one pass alone): each turn's prompt is read by both streams over the mixed prompts and the
             answers before it.
         loss_chunk_rows: in training, compute logits and loss for this many answer tokens at a time and their logits
-            once more in the backward pass; the output then has no logits. None: all at once, as loss "sample" needs.
+            once more in the backward pass; the output then has no logits. None: all at once.
 
     Raises:
         ValueError, TypeError: naming the field, what was expected and what came.
@@ -126,8 +126,6 @@ class BituneConfig:
             raise TypeError(f"loss_chunk_rows: expected an int or None, got {type(rows).__name__}")
         if rows is not None and rows < 1:
             raise ValueError(f"loss_chunk_rows: expected at least 1, got {rows}")
-        if rows is not None and self.loss == "sample":
-            raise ValueError("loss_chunk_rows: expected None with loss='sample', whose means need all rows of a sample")
         for name in ("use_fused", "dynamic_mixing"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected a bool, got {type(getattr(self, name)).__name__}")

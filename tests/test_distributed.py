@@ -152,7 +152,8 @@ def fully_sharded(rank: int, folder: str) -> None:
 
     mesh = init_device_mesh("cpu", (RANKS,))
     cases = [(c, {}) for c in CHECKPOINTING]
-    cases += [("plain", {"mixing_granularity": "global"}), ("nonreentrant", {"loss_chunk_rows": 3})]
+    cases += [("plain", {"mixing_granularity": "global"}), ("plain", {"loss": "sample", "loss_chunk_rows": 3})]
+    cases += [("nonreentrant", {"loss_chunk_rows": 3})]
     for checkpointing, config in cases:
         case = f"{checkpointing} {config}"
         loss, expected = one_process(**config)

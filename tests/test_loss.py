@@ -54,10 +54,12 @@ def compare(whole, chunked):
         assert error <= 5e-6 or gradient.norm() < 1e-7, f"{name}: {error:.1e}"
 
 
+@pytest.mark.parametrize("loss", ["token", "sample"])
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 @pytest.mark.parametrize("fused", [True, False])
-def test_the_loss_in_chunks_equals_the_whole_one(fused, chunk):
-    runs = [loss_and_gradients(bitune_model(use_fused=fused, loss_chunk_rows=rows)) for rows in (None, chunk)]
+def test_the_loss_in_chunks_equals_the_whole_one(fused, chunk, loss):
+    options = dict(use_fused=fused, loss=loss)
+    runs = [loss_and_gradients(bitune_model(**options, loss_chunk_rows=rows)) for rows in (None, chunk)]
     compare(*runs)
 
 

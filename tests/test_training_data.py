@@ -293,8 +293,6 @@ def test_a_recipe_has_every_setting_of_the_method():
     changes = {"loss_chunk_rows": 512, "beta_init": 0.25, "variant": "single_stream"}
     found = Recipe(data="x.jsonl", **changes).bitune_config(None)
     assert {name: getattr(found, name) for name in changes} == changes
-    with pytest.raises(ValueError, match=r"^loss_chunk_rows: expected None with loss='sample'"):
-        Recipe(data="x.jsonl", loss="sample", loss_chunk_rows=512)
 
 
 def test_wrong_files_are_refused_by_name(tmp_path):

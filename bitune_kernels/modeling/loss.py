@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -70,6 +71,7 @@ def chunked_loss(
     labels: torch.Tensor,
     chunk_rows: int,
     num_items_in_batch: torch.Tensor | int | None = None,
+    cu_samples: list[int] | None = None,
     **kwargs,
 ) -> torch.Tensor:
     """The causal LM's loss, with logits for at most ``chunk_rows + 1`` rows at a time in both directions.
@@ -81,25 +83,29 @@ def chunked_loss(
         labels: int64 [A], of the rows themselves (the family shifts them), -100 where there is no target.
         chunk_rows: targets per chunk; one more row is computed, since the shift drops the last one.
         num_items_in_batch: what the summed loss is divided by; None: the number of targets.
+        cu_samples: [samples + 1], where samples begin, for the mean over samples of their means. None: over targets.
         kwargs: further arguments of the causal LM's forward.
 
     Returns:
         A scalar; differentiable in ``hidden`` and the parameters behind the backbone.
     """
-    if num_items_in_batch is None:
-        num_items_in_batch = (labels[1:] != -100).sum()
+    spans = [0, len(labels)] if cu_samples is None else cu_samples
+    counts = torch.stack([(labels[start + 1 : end] != -100).sum() for start, end in pairwise(spans)])
+    divisors = counts.clamp(min=1) * counts.count_nonzero().clamp(min=1) if num_items_in_batch is None else None
     behind = _behind(model, backbone, _Rows(output_type))
     forward = type(model).forward  # an instance's own one, as accelerate sets it, is bound to the whole model
 
-    def loss(rows, targets):
-        options = dict(num_items_in_batch=num_items_in_batch, use_cache=False, return_dict=True)
+    def loss(rows, targets, divisor):
+        options = dict(num_items_in_batch=divisor, use_cache=False, return_dict=True)
         return forward(behind, inputs_embeds=rows[None], labels=targets[None], **kwargs | options).loss
 
     total = None
-    for start in range(0, max(len(labels) - 1, 1), chunk_rows):
-        chunk = slice(start, start + chunk_rows + 1)
-        part = checkpoint(loss, hidden[chunk], labels[chunk], use_reentrant=False)
-        total = part if total is None else total + part
+    for i, (first, end) in enumerate(pairwise(spans)):
+        divisor = num_items_in_batch if divisors is None else divisors[i]
+        for start in range(first, max(end - 1, first + 1), chunk_rows):
+            chunk = slice(start, min(start + chunk_rows + 1, end))
+            part = checkpoint(loss, hidden[chunk], labels[chunk], divisor, use_reentrant=False)
+            total = part if total is None else total + part
     return total
 
 
