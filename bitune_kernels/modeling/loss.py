@@ -8,8 +8,9 @@ a backbone that hands it rows computed before. Each chunk is checkpointed: the b
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import nn
@@ -71,7 +72,7 @@ def chunked_loss(
     labels: torch.Tensor,
     chunk_rows: int,
     num_items_in_batch: torch.Tensor | int | None = None,
-    cu_samples: list[int] | None = None,
+    sample_lengths: Sequence[int] | None = None,
     **kwargs,
 ) -> torch.Tensor:
     """The causal LM's loss, with logits for at most ``chunk_rows + 1`` rows at a time in both directions.
@@ -83,13 +84,13 @@ def chunked_loss(
         labels: int64 [A], of the rows themselves (the family shifts them), -100 where there is no target.
         chunk_rows: targets per chunk; one more row is computed, since the shift drops the last one.
         num_items_in_batch: what the summed loss is divided by; None: the number of targets.
-        cu_samples: [samples + 1], where samples begin, for the mean over samples of their means. None: over targets.
+        sample_lengths: rows of each sample, for the mean over samples of their means. None: over targets.
         kwargs: further arguments of the causal LM's forward.
 
     Returns:
         A scalar; differentiable in ``hidden`` and the parameters behind the backbone.
     """
-    spans = [0, len(labels)] if cu_samples is None else cu_samples
+    spans = list(accumulate(sample_lengths or [len(labels)], initial=0))
     counts = torch.stack([(labels[start + 1 : end] != -100).sum() for start, end in pairwise(spans)])
     divisors = counts.clamp(min=1) * counts.count_nonzero().clamp(min=1) if num_items_in_batch is None else None
     behind = _behind(model, backbone, _Rows(output_type))

@@ -426,7 +426,7 @@ class BituneModel(PeftModelForCausalLM):
             request.output.last_hidden_state[0],
             labels[0],
             chunk_rows,
-            cu_samples=plan.cu_answer.tolist() if self.bitune_config.loss == "sample" else None,
+            sample_lengths=plan.answer_lengths if self.bitune_config.loss == "sample" else None,
             **{name: x for name, x in common.items() if name not in tokens},
         )
         return type(out)(**{**out, "loss": loss, "logits": None})
