@@ -7,11 +7,14 @@ import socket
 import time
 from datetime import timedelta
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate import ParallelismConfig
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -438,3 +441,19 @@ def test_parameters_partitioned_by_zero_3_are_refused():
         parameter.ds_id = number
     with pytest.raises(ValueError, match="DeepSpeed ZeRO-3"):
         step(model, batch())
+
+
+def test_sharded_checkpoints_of_the_trainer_are_warned_of(monkeypatch):
+    plugin = SimpleNamespace(state_dict_type=SimpleNamespace(name="SHARDED_STATE_DICT"))
+    monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
+    with pytest.warns(UserWarning, match="expected FULL_STATE_DICT"):
+        step(bitune_model().train(), batch())
+
+
+@pytest.mark.parametrize("name", ["cp_size", "sp_size"])
+def test_samples_spread_over_processes_are_refused(monkeypatch, name):
+    monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", ParallelismConfig(**{name: 2}))
+    with pytest.raises(
+        ValueError, match=f"^parallelism_config: expected {name}=1, since a pass needs whole samples, got 2"
+    ):
+        step(bitune_model().train(), batch())

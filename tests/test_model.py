@@ -11,12 +11,9 @@ import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import count
-from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import ParallelismConfig
-from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
 from peft import IA3Config, LilyConfig, LoraConfig, PromptTuningConfig, VBLoRAConfig
 from safetensors.torch import load_file, save_file
@@ -295,24 +292,6 @@ def test_a_state_dict_of_other_names_is_not_saved(tmp_path):
         model.save_pretrained(tmp_path, state_dict=state)
     assert not list(tmp_path.iterdir())
     model.save_pretrained(tmp_path, state_dict={}, is_main_process=False)  # what processes that write nothing have
-
-
-def test_sharded_checkpoints_of_the_trainer_are_warned_of(monkeypatch):
-    plugin = SimpleNamespace(state_dict_type=SimpleNamespace(name="SHARDED_STATE_DICT"))
-    monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
-    ids, mask, labels = ragged_batch()
-    with pytest.warns(UserWarning, match="expected FULL_STATE_DICT"):
-        bitune_model().train()(input_ids=ids, attention_mask=mask, labels=labels)
-
-
-@pytest.mark.parametrize("name", ["cp_size", "sp_size"])
-def test_samples_spread_over_processes_are_refused(monkeypatch, name):
-    monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", ParallelismConfig(**{name: 2}))
-    ids, mask, labels = ragged_batch()
-    with pytest.raises(
-        ValueError, match=f"^parallelism_config: expected {name}=1, since a pass needs whole samples, got 2"
-    ):
-        bitune_model().train()(input_ids=ids, attention_mask=mask, labels=labels)
 
 
 def test_reentrant_checkpointing_is_refused_for_three_passes():
