@@ -212,7 +212,7 @@ class BackboneHooks:
         past, request = kwargs.get("past_key_values"), self._request
         call, self._request = _Call(), None
         set_open_call(call)
-        refuse_partitioned([("a weight", next(backbone.parameters()))])  # DeepSpeed partitions after the attach
+        refuse_partitioned("a weight", next(backbone.parameters()))  # DeepSpeed partitions after the attach
         name = "inputs_embeds" if kwargs.get("inputs_embeds") is not None else "input_ids"
         tokens = kwargs.get(name)
         check_inputs(kwargs.get("input_ids"), kwargs.get("inputs_embeds"))

@@ -10,24 +10,34 @@ from torch import nn
 
 def check_weights(model: nn.Module) -> None:
     """Refuse weights that a pass can't read (ValueError), and keep 4-bit ones as they are."""
-    refuse_partitioned(model.named_parameters())
-    _refuse_dispatched(model)
+    for name, parameter in model.named_parameters():
+        refuse_partitioned(name, parameter)
+        if hasattr(parameter, "full_tensor"):
+            raise ValueError(
+                f"base_model: expected whole weights, got {name} as a DTensor (tp_plan, distributed_config or "
+                "fully_shard); FSDP2 shards a Bitune model once it is one"
+            )
+    devices = sorted(set(map(str, getattr(model, "hf_device_map", {}).values())))
+    if len(devices) > 1:
+        raise ValueError(
+            f"base_model: expected all layers on one device, got a device_map over {', '.join(devices)}; FSDP2 spreads "
+            "a model over several GPUs"
+        )
     _refuse_packed(model)
     _keep_as_loaded(model)
 
 
-def refuse_partitioned(parameters) -> None:
-    """Raise ValueError if DeepSpeed ZeRO-3 has partitioned one of the named parameters.
+def refuse_partitioned(name: str, parameter: nn.Parameter) -> None:
+    """Raise ValueError if DeepSpeed ZeRO-3 has partitioned the parameter.
 
     It gathers weights while the module that holds them is called. A pass reads adapters and their base weight from one
     place, and the mixing coefficients from outside of their module, where only empty tensors would be found.
     """
-    for name, parameter in parameters:
-        if hasattr(parameter, "ds_id"):
-            raise ValueError(
-                f"base_model: expected whole parameters or FSDP2's (fully_shard), got {name} partitioned by DeepSpeed "
-                "ZeRO-3, which doesn't gather weights where a Bitune pass reads them; use ZeRO stage 1 or 2"
-            )
+    if hasattr(parameter, "ds_id"):
+        raise ValueError(
+            f"base_model: expected whole parameters or FSDP2's (fully_shard), got {name} partitioned by DeepSpeed "
+            "ZeRO-3, which doesn't gather weights where a Bitune pass reads them; use ZeRO stage 1 or 2"
+        )
 
 
 def check_accelerate() -> None:
@@ -48,22 +58,6 @@ def check_accelerate() -> None:
             "state_dict_type: expected FULL_STATE_DICT, since Trainer's sharded checkpoints hold the active adapter "
             "alone, neither 'bidir' nor the mixing coefficients; got SHARDED_STATE_DICT",
             stacklevel=3,
-        )
-
-
-def _refuse_dispatched(model: nn.Module) -> None:
-    """Raise ValueError if the model is spread over devices before it has adapters: by accelerate, or by DTensors."""
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "full_tensor"):
-            raise ValueError(
-                f"base_model: expected whole weights, got {name} as a DTensor (tp_plan, distributed_config or "
-                "fully_shard); FSDP2 shards a Bitune model once it is one"
-            )
-    devices = sorted(set(map(str, getattr(model, "hf_device_map", {}).values())))
-    if len(devices) > 1:
-        raise ValueError(
-            f"base_model: expected all layers on one device, got a device_map over {', '.join(devices)}; FSDP2 spreads "
-            "a model over several GPUs"
         )
 
 
