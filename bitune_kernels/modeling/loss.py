@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..plan import SegmentPlan
+from .structure import gathers
 
 
 class _Rows(nn.Module):
@@ -40,7 +41,7 @@ def _behind(model: nn.Module, backbone: nn.Module, rows: _Rows) -> nn.Module:
             return rows
         twin = _twin(module)
         twin.__dict__["_modules"] = {
-            name: shallow(child, names[1:]) if name == names[0] else _twin(child) if _gathers(child) else child
+            name: shallow(child, names[1:]) if name == names[0] else _twin(child) if gathers(child) else child
             for name, child in module._modules.items()
         }
         return twin
@@ -52,16 +53,11 @@ def _twin(module: nn.Module) -> nn.Module:
     # not copy.copy, which constructs modules anew where FSDP has changed their class
     twin = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
-    if _gathers(module):
+    if gathers(module):
         # Gathered once for all chunks, of which each process may have another number, until the backward pass is over.
         module.unshard()
         twin.__dict__ |= {name: OrderedDict() for name in ("_forward_hooks", "_forward_pre_hooks")}
     return twin
-
-
-def _gathers(module: nn.Module | None) -> bool:
-    # FSDP2, around each call of the module
-    return hasattr(module, "unshard")
 
 
 def chunked_loss(

@@ -23,6 +23,11 @@ def _unwrap(module: nn.Module) -> list[nn.Module]:
     return found
 
 
+def gathers(module: nn.Module | None) -> bool:
+    """Whether FSDP2 gathers the module's weights around each of its calls."""
+    return hasattr(module, "unshard")
+
+
 @dataclass(eq=False)
 class Projections:
     """The modules inside one layer's attention, around its attention function.

@@ -21,15 +21,7 @@ from ..mixing import MixingCoefficients, mix
 from ..plan import SegmentPlan
 from .adapters import BIDIR
 from .passes import Pass, Past
-from .structure import Structure
-
-
-def _sharded(module) -> bool:
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
-    return isinstance(module, (FSDPModule, FullyShardedDataParallel))
+from .structure import Structure, gathers
 
 
 class PaddedPass(Pass):
@@ -231,7 +223,8 @@ class ThreePass:
                 "gradient checkpointing: use_fused=False keeps keys and values between calls and needs "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}, got use_reentrant=True"
             )
-        if torch.is_grad_enabled() and any(_sharded(m) for m in structure.backbone.modules()):
+        sharded = (gathers(m) or "_fsdp_wrapped_module" in m._modules for m in structure.backbone.modules())
+        if torch.is_grad_enabled() and any(sharded):
             raise ValueError(
                 "use_fused: expected True in training with FSDP, which frees a layer's weights until a gradient "
                 "reaches its output, and with three passes one reaches keys and values first; got False"
