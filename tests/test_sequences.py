@@ -164,7 +164,7 @@ def test_what_a_call_gives_does_not_depend_on_those_before(kind):
         if name not in expected:
             expected[name] = CALLS[name](made(kind))
         found = CALLS[name](model)
-        assert passes.current() is None and passes.open_call() is None, told
+        assert passes.current() is None and passes.state.call is None, told
         assert state(model) == before, told
         for x, y in zip(found, expected[name], strict=True):
             torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-4, msg=lambda m, told=told: f"{told}: {m}")

@@ -22,18 +22,7 @@ from .doubling import DoublingHooks
 from .generate import Generation, check_cache
 from .labels import PACKED, check_inputs
 from .one_pass import Observer, OnePass, TrimHooks
-from .passes import (
-    Pass,
-    Past,
-    current,
-    leave_passes,
-    new_strides,
-    one_at_a_time,
-    open_call,
-    prefilled,
-    set_open_call,
-    set_prefilled,
-)
+from .passes import Pass, Past, current, leave_passes, new_strides, one_at_a_time, state
 from .row_chunks import run_in_chunks
 from .structure import Structure
 from .three_pass import ThreePass
@@ -119,7 +108,7 @@ class BackboneHooks:
     @contextmanager
     def _setting(self, name: str, value):
         """Inside, an attribute has another value."""
-        outer, within = getattr(self, name), open_call()
+        outer, within = getattr(self, name), state.call
         setattr(self, name, value)
         try:
             yield
@@ -191,7 +180,7 @@ class BackboneHooks:
 
     def _before(self, backbone, args, kwargs):
         _end_interrupted()
-        set_prefilled(False)  # of a call whose rows no head has read
+        state.prefilled = False  # of a call whose rows no head has read
         if not self.enabled or current() is not None:
             return None
         if getattr(backbone, "_is_replica", False):
@@ -211,7 +200,7 @@ class BackboneHooks:
     def _begin(self, backbone, kwargs) -> tuple[_Call, torch.Tensor, str, dict]:
         past, request = kwargs.get("past_key_values"), self._request
         call, self._request = _Call(), None
-        set_open_call(call)
+        state.call = call
         refuse_partitioned("a weight", next(backbone.parameters()))  # DeepSpeed partitions after the attach
         name = "inputs_embeds" if kwargs.get("inputs_embeds") is not None else "input_ids"
         tokens = kwargs.get(name)
@@ -402,12 +391,12 @@ class BackboneHooks:
         return inputs
 
     def _after(self, backbone, args, kwargs, output):
-        call = open_call()
+        call = state.call
         return None if call is None or call.prepares else self._end(call, output)
 
     @torch.compiler.disable
     def _end(self, call: _Call, output):
-        set_open_call(None)
+        state.call = None
         call.scope.close()
         if call.plan is None or output is None:  # an exception is on its way
             return None
@@ -419,7 +408,7 @@ class BackboneHooks:
             rows = call.three_pass.rows(rows)
             caches = None if call.cache is None else call.three_pass.caches(call.answer_pass)
         output.last_hidden_state = rows[None] if call.request is not None else _each(plan.unpack_answers(rows), call)
-        set_prefilled(call.request is None and self.generation is None)
+        state.prefilled = call.request is None and self.generation is None
         if call.cache is not None:
             for layer in sorted(caches):
                 k, v = caches.pop(layer)  # the cache copies them, so one layer's are there twice and not all
@@ -448,9 +437,9 @@ def _enter(call: _Call, p: Pass) -> None:
 
 def _end_interrupted() -> None:
     """End a call that a KeyboardInterrupt left open: torch runs the hooks behind a module for an Exception alone."""
-    call = open_call()
+    call = state.call
     if call is None or not call.prepares:
-        set_open_call(None)
+        state.call = None
         if call is not None:
             call.scope.close()
         leave_passes()
@@ -458,13 +447,13 @@ def _end_interrupted() -> None:
 
 def _before_head(head, args):  # no method, since a copy of the head alone would copy the model with it
     rows = args[0]
-    if prefilled() and rows.shape[1] > 1:
+    if state.prefilled and rows.shape[1] > 1:
         warnings.warn(
             "logits: without labels and prompt_lengths all tokens are prompt, and the logits of all but the last "
             "are zeros that say nothing; for a prefill give logits_to_keep=1",
             stacklevel=1,
         )
-    set_prefilled(False)
+    state.prefilled = False
     return new_strides(rows), *args[1:]  # generate() has it read the last row of each prompt
 
 

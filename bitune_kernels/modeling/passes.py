@@ -16,13 +16,21 @@ from .structure import ATTENTION_NAME, Structure
 
 
 class _State(threading.local):
+    """Of one thread.
+
+    Attributes:
+        current: the pass that it is in, or None.
+        call: the call of a backbone, over packed or padded rows, that it is in, or None.
+        prefilled: whether the next rows of the head are zeros but for the prompts' last tokens.
+    """
+
     def __init__(self):
         self.current = self.call = None
         self.prefilled = False
         self.switched: list[list[tuple]] = []  # (object, name, value outside) of what is switched, outermost first
 
 
-_state = _State()
+state = _State()
 
 # A pass switches what belongs to the model (its attention implementation, for one): threads take turns.
 one_at_a_time = threading.RLock()
@@ -30,52 +38,32 @@ one_at_a_time = threading.RLock()
 
 def current() -> Pass | None:
     """The pass that this thread is in, or None."""
-    return _state.current
-
-
-def open_call():
-    """The call of a backbone, over packed or padded rows, that this thread is in, or None."""
-    return _state.call
-
-
-def set_open_call(call) -> None:
-    """Say which one it is from here on."""
-    _state.call = call
-
-
-def prefilled() -> bool:
-    """Whether the next rows of the head, in this thread, are zeros but for the prompts' last tokens."""
-    return _state.prefilled
-
-
-def set_prefilled(value: bool) -> None:
-    """Say whether they are."""
-    _state.prefilled = value
+    return state.current
 
 
 @contextmanager
 def _switching(*changes: tuple):
     """Inside, attributes have other values: (object, name, value) of each."""
     before = [(x, name, getattr(x, name)) for x, name, _ in changes]
-    _state.switched.append(before)
+    state.switched.append(before)
     try:
         for change in changes:
             setattr(*change)
         yield
     finally:
-        while any(x is before for x in _state.switched):
+        while any(x is before for x in state.switched):
             _switch_back()
 
 
 def _switch_back() -> None:
-    for change in _state.switched[-1]:
+    for change in state.switched[-1]:
         setattr(*change)
-    _state.switched.pop()
+    state.switched.pop()
 
 
 def leave_passes() -> None:
     """Put back what passes of this thread have switched, wherever a KeyboardInterrupt ended them."""
-    while _state.switched:
+    while state.switched:
         _switch_back()
 
 
@@ -197,7 +185,7 @@ class Pass:
         adapted = [] if self.adapter is None else self.structure.adapted
         # PEFT's public set_adapter also switches requires_grad, which must not change in the middle of a pass.
         with _switching(
-            (_state, "current", self),
+            (state, "current", self),
             *((c, "_attn_implementation", ATTENTION_NAME) for c in self.structure.configs),
             *((m, "_active_adapter", [self.adapter]) for m in adapted),
         ):
