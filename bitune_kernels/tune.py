@@ -16,15 +16,11 @@ from dataclasses import asdict, astuple, replace
 from functools import partial
 
 import torch
+from tqdm import tqdm
 
 from .backends.triton import tiles
 from .backends.triton.tiles import MAX_BLOCK, Tile
 from .testing.timing import Timing, interleaved
-
-try:
-    from tqdm import tqdm
-except ModuleNotFoundError:
-    tqdm = None
 
 # (query heads, key/value heads) of common models, by head dim; two samples, half prompt and half answer.
 HEADS = {64: (32, 8), 128: (32, 8), 256: (8, 1)}
@@ -112,12 +108,12 @@ def main(argv: list[str] | None = None, measure=None) -> int:
     gpu = torch.cuda.get_device_name(device)
     measure = measure or partial(interleaved, seconds=args.seconds, device=device, device_alone=True)
     todo, found = [(kernel, head_dim) for head_dim in HEADS for kernel in tiles.KERNELS], {}
-    for kernel, head_dim in tqdm(todo, unit="kernel", leave=False, disable=None) if tqdm else todo:
+    for kernel, head_dim in tqdm(todo, unit="kernel", leave=False, disable=None):
         table = partial(tiles.of_device, head_dim=head_dim, element_size=dtype.itemsize, device=device)
         best, ratio = fastest(table(kernel), calls(kernel, head_dim, dtype, device, table), measure)
         found[tiles.tuned_key(gpu, kernel, head_dim, dtype.itemsize)] = best
         line = f"{kernel}, head dim {head_dim}: {best}, {ratio:.2f} times as fast as the table's {table(kernel)}"
-        tqdm.write(line) if tqdm else print(line)
+        tqdm.write(line)
         store(found)  # what is done is kept when the rest is interrupted
     print(f"written to {tiles.tuned_path()}")
     return 0
