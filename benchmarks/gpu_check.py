@@ -10,14 +10,16 @@
     large      tensors of more than 2^31 elements: samples at both ends against the same samples alone
     attention, prefill, train_step, generate, lora
                the benchmarks of these names, of whole models at full depth, without the backends that are at fault
+    brief      of prefill and train_step what the paper's sizes need: one prompt of 128 and of 2,000 tokens, and its
+               update, of gemma-2b; only where --stages has it
     tune       the fastest tiles of the Triton kernels (python -m bitune_kernels.tune), only where --stages has it: they
                stay in the user's cache, and all that runs from then on has them
 
-All of it takes up to 4 hours. On a GPU that is there for 30 minutes run --stages build,first,repeats,attention, which
-takes up to 27. Where a call must end within ten minutes, --minutes 9 ends it, and the same command goes on from there.
-One line per stage, backend and tool, none of which takes longer than 9 minutes; a failed one does not stop the others.
-Logs go to <out>/gpu_check/, the lines with the commit, the versions and the machine to <out>/gpu_check.csv. What has
-passed there by the same commit on the same machine isn't run again without --again. Nothing is installed:
+All of it takes up to 4 hours. On a GPU that is there for 30 minutes run --stages build,first,repeats,brief,attention,
+which takes up to 28. Where a call must end within ten minutes, --minutes 9 ends it, and the same command goes on from
+there. One line per stage, backend and tool, none of which takes longer than 9 minutes; a failed one does not stop the
+others. Logs go to <out>/gpu_check/, the lines with the commit, the versions and the machine to <out>/gpu_check.csv.
+What has passed there by the same commit on the same machine isn't run again without --again. Nothing is installed:
 build/gpu_check/ has the builds, named by their sources, and bitune_kernels/ the one that a stage uses, in the end the
 one that users have.
 BITUNE_CUDA_ARCHS=90 gives a Hopper GPU the kernels for Ampere and later.
@@ -57,13 +59,14 @@ if importlib.util.find_spec("triton") is not None:
 
 # Seconds that each command of a stage may take.
 SECONDS = {
-    "build": 300,
-    "first": 150,
+    "build": 180,
+    "first": 120,
     "tests": 400,
     "operators": 240,
-    "repeats": 240,
+    "repeats": 180,
     "sanitizer": 300,
     "large": 240,
+    "brief": 180,
     "attention": 540,
     "prefill": 540,
     "train_step": 540,
@@ -71,10 +74,10 @@ SECONDS = {
     "lora": 120,
     "tune": 540,
 }
-DEFAULT_STAGES = ",".join(stage for stage in SECONDS if stage != "tune")
+DEFAULT_STAGES = ",".join(stage for stage in SECONDS if stage not in ("brief", "tune"))
 ENDED = "ended at its limit"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-TIMED = ("attention", "prefill", "train_step", "generate", "lora")
+TIMED = ("brief", "attention", "prefill", "train_step", "generate", "lora")
 # The others run on the debug build.
 ON_RELEASE = ("repeats", "large", *TIMED)
 # The longest prompt of each model: phi-2 has learned no more positions.
@@ -411,6 +414,15 @@ def commands_of(stage: str, args, failed: dict[str, str], seconds: float) -> lis
 
 
 def _benchmarks(stage: str, out: Path, without: list[str], seconds: float) -> list[Command]:
+    if stage == "brief":  # the peers flex, which compiles for minutes, and flash are left to the whole benchmarks
+        shapes = {
+            "prefill": ["--lengths", "128", "2000", "--batch-sizes", "1"],
+            "train_step": ["--samples", "10", "--max-lengths", "512"],
+        }
+        options = ["--out", str(out), "--model", "gemma-2b", "--seconds", "3", "--without", "flex", "flash", *without]
+        return [
+            Command("", name, [sys.executable, f"benchmarks/{name}.py", *options, *shapes[name]]) for name in shapes
+        ]
     command = [sys.executable, f"benchmarks/{stage}.py", "--out", str(out)]
     sweep = ["--minutes", str(max(0.5, seconds / 60 - 1))]  # ends by itself before it is ended
     sweep += ["--without", *without] if without else []
@@ -509,7 +521,7 @@ def earlier(path: Path, facts: dict) -> tuple[set[str], dict[str, str]]:
 def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--stages", default=DEFAULT_STAGES, help=f"default: {DEFAULT_STAGES}; or tune")
+    p.add_argument("--stages", default=DEFAULT_STAGES, help=f"default: {DEFAULT_STAGES}; or brief, tune")
     p.add_argument("--backends", default=",".join(OWN), help=f"default: {','.join(OWN)}")
     p.add_argument("--again", action="store_true", help="run what has passed already, too")
     p.add_argument("--minutes", type=float, help="of all stages together: what runs then is ended, the rest skipped")

@@ -123,7 +123,7 @@ def test_what_the_minutes_end_is_no_fault(checkout, tmp_path, capsys, monkeypatc
 def test_what_runs_behind_tuning_is_of_the_tiles_it_found(checkout, tmp_path, monkeypatch):
     assert only("tune", "triton")[1:] == ["-m", "bitune_kernels.tune"] and not commands("tune", "cuda")
     assert only("tune", failed={"triton": "first-triton: NaN"}) == "first-triton: NaN"
-    assert "tune" not in gpu_check.DEFAULT_STAGES
+    assert {"brief", "tune"}.isdisjoint(gpu_check.DEFAULT_STAGES.split(","))
     facts, tuned = gpu_check.provenance("cuda"), tmp_path / "tuned"
     monkeypatch.setattr(gpu_check, "provenance", lambda device: facts | {"triton": str(tuned.exists())})
     command = {"tune": python(f"open({str(tuned)!r}, 'w')")}
@@ -196,6 +196,14 @@ def test_the_benchmarks_of_a_gpu_are_asked_for_rightly(checkout):
             if name in ("prefill", "train_step"):
                 assert args.without == ["cuda"] and args.minutes == 4 and len(args.providers) >= 4
                 assert args.model in gpu_check.MODELS and args.layers is None
+    brief = commands("brief", failed={"cuda": "large-cuda: NaN"})
+    found = [
+        m.parse([*brief[f"{n}-without-cuda"][2:], "--device", "cpu"])[0]
+        for n, m in (("prefill", prefill), ("train_step", train_step))
+    ]
+    assert all(args.without == ["flex", "flash", "cuda"] and args.model == "gemma-2b" for args in found)
+    assert (found[0].lengths, found[0].batch_sizes) == ([128, 2000], [1])
+    assert (found[1].max_lengths, found[1].samples) == ([512], [10])
     found = commands("prefill").items()
     assert {*commands("prefill", "triton")} == {f"{model}-without-cuda" for model in gpu_check.MODELS}
     lengths = {name: prefill.parse([*command[2:], "--device", "cpu"])[0].lengths for name, command in found}
@@ -214,7 +222,7 @@ def test_the_docstring_says_how_long_it_takes(checkout):
 
     (hours,) = re.findall(r"All of it takes up to (\d+) hours", text)
     assert seconds(gpu_check.DEFAULT_STAGES.split(",")) <= 3600 * int(hours)
-    ((there, stages, minutes),) = re.findall(r"for (\d+) minutes run --stages (\S+), which\ntakes up to (\d+)", text)
+    ((there, stages, minutes),) = re.findall(r"for (\d+) minutes run --stages (\S+),\nwhich takes up to (\d+)", text)
     assert seconds(stages.split(",")) <= 60 * int(minutes) < 60 * int(there)
 
 
