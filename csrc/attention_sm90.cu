@@ -31,6 +31,7 @@ constexpr int kCopyThreads = 32 * kCopyWarps;
 // Of 65536 per multiprocessor, 168 per thread until the roles are known.
 constexpr int kFetchRegisters = 72;
 constexpr int kComputeRegisters = 216;
+static_assert(kFetchRegisters + kConsumers * kComputeRegisters <= (1 + kConsumers) * 168, "more than a block has");
 
 // The named barriers of the consumers' turns are this one and the next.
 constexpr int kTurns = 1;

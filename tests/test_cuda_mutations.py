@@ -165,6 +165,16 @@ def test_fault_is_found(file, old, new, case, error, check, capability, objects,
         check(case)
 
 
+def test_roles_get_no_more_registers_than_a_block_has(tmp_path):
+    """On a GPU the consumers would wait for them forever, and neither the compiler nor the emulator says a word."""
+    csrc = shutil.copytree(emulator.CSRC, tmp_path / "csrc")
+    keep_one_shape(csrc)
+    path = csrc / SM90
+    path.write_text(path.read_text().replace("kComputeRegisters = 216", "kComputeRegisters = 224"))
+    with pytest.raises(RuntimeError, match="static assertion failed: more than a block has"):
+        emulator.compile_objects([path], tmp_path / "objects", csrc=csrc)
+
+
 @needs_nvcc
 def test_a_softmax_after_its_product_is_found(tmp_path):
     """Only the machine code shows it: without the branch the compiler waits for the values before the softmax."""
