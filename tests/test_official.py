@@ -107,6 +107,15 @@ def test_base_weights_may_be_absent():
     assert torch.equal(fresh.mixing.theta_k, trained.mixing.theta_k)
 
 
+def test_a_file_saved_on_a_gpu_is_read_without_one(tmp_path, monkeypatch):
+    trained, fresh = build(llama, "lora", 0), build(llama, "lora", 1)
+    with monkeypatch.context() as m:
+        m.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save(authors_names(trained), tmp_path / "adapter_model.bin")
+    load_official_checkpoint(fresh, tmp_path)
+    assert torch.equal(fresh.mixing.theta_k, trained.mixing.theta_k)
+
+
 def test_gelu_in_an_old_gemma_config_means_the_tanh_approximation():
     # Newer transformers versions read such a config so; on older ones the exact gelu would be silently wrong.
     model = build(lambda: gemma(hidden_act="gelu"), "lora", 0)

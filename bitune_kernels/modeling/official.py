@@ -27,7 +27,10 @@ def _read_folder(folder: Path) -> dict[str, torch.Tensor]:
     for adapter, place in (("default", folder), ("prefill", folder / "prefill")):
         files = [*sorted(place.glob("*.safetensors")), *sorted(place.glob("*.bin"))] if place.is_dir() else []
         for file in files:
-            weights = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+            if file.suffix == ".safetensors":
+                weights = load_file(file)
+            else:  # which names the device that the tensors were saved from
+                weights = torch.load(file, map_location="cpu", weights_only=True)
             for name, tensor in weights.items():
                 if adapter == "prefill" and "pass_scale" in name:
                     continue
