@@ -54,6 +54,19 @@ def test_one_text_by_hand():
     assert corrupt([5, 6], [], []) == ([5, 6], [])
 
 
+def test_the_default_device_makes_no_difference():
+    # a GPU has no use for a generator of the CPU, and no DataLoader's worker may use a GPU
+    def run():
+        collate = UL2Collator(tokenizer(), MODES, SENTINELS, generator=seeded())
+        drawn = [denoiser.draw_spans(64, seeded()) for denoiser in UL2_DENOISERS]
+        return drawn, [collate._sample(text["input_ids"]) for text in given]
+
+    given = texts([64] * 8)
+    expected = run()
+    with torch.device("meta"):
+        assert run() == expected
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_one_batch_by_hand(side):
     # at these lengths the sequential denoiser has one choice: the last token

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaForSequenceClassification
 
 from bitune_kernels import BituneConfig, BituneModel, get_bitune_model
-from bitune_kernels.modeling import adapters, encode, one_pass, passes, score_choices, stream_distance
+from bitune_kernels.modeling import adapters, encode, one_pass, passes, score_choices, self_test, stream_distance
 from bitune_kernels.modeling import model as model_module
 from bitune_kernels.modeling.adapters import SegmentLora
 from bitune_kernels.modeling.one_pass import OnePass
@@ -857,6 +857,15 @@ def test_the_default_device_makes_no_difference(config):
         found = run()
     for x, y in zip(found, expected, strict=True):
         assert torch.equal(x, y)
+
+
+def test_the_default_device_makes_no_difference_to_the_self_test():
+    model = bitune_model(loss_chunk_rows=2)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with torch.device("meta"):
+        self_test.check_one_pass(model)
+        self_test.check_chunked_loss(model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 @pytest.mark.parametrize("fused", [True, False])

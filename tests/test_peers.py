@@ -112,6 +112,14 @@ def test_flash_says_why_it_cannot_run(pytorch):
             resolve("flash", **facts)
 
 
+def test_the_default_device_makes_no_difference_to_flex():
+    arguments = (5, 0, 2), (1, 3, 0), (0, 1, 3), torch.device("cpu")
+    expected = flex._labels(*arguments)
+    with torch.device("meta"):
+        found = flex._labels(*arguments)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
 def test_flex_compiles_and_agrees():
     # compiling takes a quarter of a minute per kind of graph, so one ragged case with a window stands for all
     case = next(c for c in calls(flex, dtype=torch.float32, device="cpu") if "w" in c.id and len(c.prompts) > 1)

@@ -52,15 +52,15 @@ def _compiled_block_mask():
 def _labels(prompts: tuple[int, ...], answers: tuple[int, ...], segments: tuple[int, ...], device):
     # segment, sample and position of each row, for prompt rows (segments 0-2) and answer rows (segment 3): a vector
     # each, since labels[:, i] reads i, which no graph can
-    index = torch.arange(len(prompts))
+    index = torch.arange(len(prompts), device="cpu")
     parts = []
     for s in segments:
-        lengths = torch.tensor(answers if s == 3 else prompts)
+        lengths = torch.tensor(answers if s == 3 else prompts, device="cpu")
         starts = lengths.cumsum(0) - lengths
         sample = index.repeat_interleave(lengths)
-        position = torch.arange(int(lengths.sum())) - starts[sample]
+        position = torch.arange(int(lengths.sum()), device="cpu") - starts[sample]
         if s == 3:
-            position = position + torch.tensor(prompts)[sample]
+            position = position + torch.tensor(prompts, device="cpu")[sample]
         parts.append(torch.stack([torch.full_like(sample, s), sample, position]))
     return torch.cat(parts, dim=1).to(device).unbind()
 

@@ -41,7 +41,8 @@ def _as_trained(model):
         for p, _ in changed:
             scale = p.abs().mean() / 2
             # .data, since a loss from before may still need the weights, which will be the same then
-            p.data.add_(torch.randn(p.shape, generator=generator).to(p) * (scale if scale > 0 else 0.01))
+            noise = torch.randn(p.shape, generator=generator, device="cpu")
+            p.data.add_(noise.to(p) * (scale if scale > 0 else 0.01))
     try:
         yield
     finally:

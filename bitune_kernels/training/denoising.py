@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers import DataCollatorForSeq2Seq
 
 
@@ -74,7 +75,8 @@ class Denoiser:
         spans = self.num_spans(length)
         if self.mean_span_length is None:
             longest = max(1, round(2 * self.corruption_rate * length) - 1)
-            return [(length - int(torch.randint(1, longest + 1, (), generator=generator)), length)]
+            drawn = torch.randint(1, longest + 1, (), generator=generator, device="cpu")
+            return [(length - int(drawn), length)]
         corrupted = round(self.corruption_rate * length)
         lengths = _partition(corrupted, spans, generator)
         gaps = _partition(length - corrupted + 2, spans + 1, generator)  # the outer two are one less, so may be empty
@@ -84,8 +86,8 @@ class Denoiser:
 
 def _partition(total: int, parts: int, generator: torch.Generator | None) -> torch.Tensor:
     """int64 [parts]: positive numbers with this sum, each such list equally likely."""
-    cuts = torch.randperm(total - 1, generator=generator)[: parts - 1].sort().values + 1
-    return torch.diff(cuts, prepend=torch.tensor([0]), append=torch.tensor([total]))
+    cuts = torch.randperm(total - 1, generator=generator, device="cpu")[: parts - 1].sort().values + 1
+    return torch.diff(pad(cuts, (1, 0)), append=cuts.new_full((1,), total))
 
 
 # Each (corruption rate, mean span length) of UL2.
@@ -191,7 +193,8 @@ class UL2Collator:
             raise ValueError(
                 f"sentinels: expected at least {needed} for a text of {len(tokens)} tokens, got {len(self.sentinels)}"
             )
-        denoiser = self.denoisers[int(torch.randint(len(self.denoisers), (), generator=self.generator))]
+        drawn = torch.randint(len(self.denoisers), (), generator=self.generator, device="cpu")
+        denoiser = self.denoisers[int(drawn)]
         corrupted, answer = corrupt(tokens, denoiser.draw_spans(len(tokens), self.generator), self.sentinels)
         prompt, answer = [*self.mode_tokens[denoiser.mode], *corrupted, self.end], [*answer, self.end]
         both = prompt + answer
