@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from bitune_kernels import SegmentPlan, backends, bitune_attention, bitune_prefill, custom_ops, mix_kv
 from bitune_kernels.backends import Options, reference, resolve, sdpa
+from bitune_kernels.backends.outputs import allocate
 from bitune_kernels.testing import (
     CASES,
     DTYPES,
@@ -129,6 +130,18 @@ def own(monkeypatch):
 )
 def test_backend_against_oracle(case, dtype, backend):
     assert_backend_within_budget(backend, case, dtype, default_device())
+
+
+@pytest.mark.skipif(not ON_CPU and not torch.cuda.is_available(), reason="needs triton")
+def test_a_kernel_that_writes_nothing_has_no_value_of_an_earlier_call(monkeypatch):
+    def forward(q, k, v, alpha_k, alpha_v, plan, options, *, save):
+        return allocate(q, k, v, plan, shared_qkv=options.shared_qkv, beta=False, save=save, to_cache=False)
+
+    case = Case(prompts=(5,), answers=(4,))
+    run_case(case, "triton", torch.float16, default_device(), backward=False)
+    monkeypatch.setattr(backends.load("triton"), "forward", forward)
+    found = run_case(case, "triton", torch.float16, default_device(), backward=False)
+    assert all(bool(x.isnan().all()) for x in found.values())
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.softcap is None and not c.sinks], ids=lambda c: c.id)
