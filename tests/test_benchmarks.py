@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bitune_kernels import backends, masks
 from bitune_kernels.backends import flash, sdpa
+from bitune_kernels.backends.outputs import allocate
 from bitune_kernels.modeling import row_chunks
 from bitune_kernels.testing import timing
 from tests.test_peers import varlen_attn
@@ -411,6 +412,19 @@ def test_useful_flops_against_a_count_of_the_visible_pairs(mode, ragged):
     assert case.useful_flops("triton[two-calls]") == flops * sum(pairs.values())
     assert case.useful_flops("triton[one-stream]") == flops * (pairs["full"] + pairs["answer"])
     assert case.useful_flops("triton[causal]") == flops * (pairs["causal"] + pairs["answer"])
+
+
+@pytest.mark.skipif(backends.load("triton").unsupported(dtype=torch.float32) is not None, reason="needs triton")
+def test_a_launch_that_writes_nothing_is_wrong(monkeypatch):
+    def forward(q, k, v, alpha_k, alpha_v, plan, options, **call):
+        return allocate(q, k, v, plan, shared_qkv=False, beta=False, save=call["save"], to_cache=False)
+
+    case = attention.Attention(
+        common_models.Machine(torch.device("cpu"), torch.float32), 2, 12, "forward", False, 4, 2, 8
+    )
+    case.errors("sdpa")
+    monkeypatch.setattr(backends.load("triton"), "forward", forward)
+    assert not max(case.errors("triton").values()) < float("inf")
 
 
 def test_fewest_bytes_against_a_count_by_hand():
