@@ -86,6 +86,43 @@ def plan_batch(
     return SegmentPlan.from_turns(shape, turns, prompts, earlier, **options)
 
 
+def pack_labels(
+    labels: torch.Tensor,
+    prompt_lengths: torch.Tensor | Sequence[int] | None,
+    plan: SegmentPlan,
+    config: BituneConfig,
+    *,
+    num_items_in_batch: torch.Tensor | int | None,
+    fused_lm_head: object,
+) -> torch.Tensor:
+    """The labels of the answer rows, int64 [1, A], -100 where nothing is predicted.
+
+    Arguments as in ``BituneModel.forward``, the last two as trainers give them there: transformers' divides the sum
+    over tokens by the first, TRL's computes a loss of its own.
+
+    Raises:
+        ValueError: labels without a target, or a loss that isn't the config's.
+    """
+    targets = plan.pack_answers(labels).long()
+    targets[plan.cu_answer[:-1].long()] = -100  # the last prompt token is not predicted
+    # where nobody else divides the sum over tokens, a batch without an answer would be 0 / 0
+    mean = config.loss == "token" and num_items_in_batch is None and not fused_lm_head
+    if mean and not bool((targets != -100).any()):
+        raise ValueError(
+            "labels: expected an answer token (a label behind the prompt that is not -100), got none in the whole batch"
+        )
+    if prompt_lengths is not None and num_items_in_batch is not None:
+        extra = int((labels != -100).sum() - (targets != -100).sum())
+        if extra:  # counted by the trainer, and not in the loss
+            raise ValueError(f"labels: expected -100 on the prompt with num_items_in_batch, got {extra} others")
+    if config.loss == "sample" and (num_items_in_batch is not None or fused_lm_head):
+        raise ValueError(
+            "loss: expected 'token' with num_items_in_batch or a trainer's own loss over tokens (TRL), got 'sample', "
+            "which transformers' Trainer takes"
+        )
+    return targets[None]
+
+
 def _check_packed(given: dict, samples: list[tuple[int, int]], position_ids: torch.Tensor | None) -> None:
     # what a collator says about packed samples must agree with position_ids
     for name, value in given.items():

@@ -37,7 +37,7 @@ from .adapters import (
 )
 from .backbone import BackboneHooks
 from .generate import prepare
-from .labels import PACKED, check_inputs, plan_batch, refuse_further_inputs
+from .labels import PACKED, check_inputs, pack_labels, plan_batch, refuse_further_inputs
 from .loss import chunked_loss, loss_per_sample
 from .passes import evaluating, one_at_a_time
 from .probe import find_structure
@@ -377,26 +377,9 @@ class BituneModel(PeftModelForCausalLM):
             config=self.bitune_config,
         )
         if labels is not None:
-            given, labels = labels, plan.pack_answers(labels).long()
-            labels[plan.cu_answer[:-1].long()] = -100  # the last prompt token is not predicted
-            # where nobody else divides the sum over tokens, a batch without an answer would be 0 / 0
-            mean = self.bitune_config.loss == "token" and kwargs.get("num_items_in_batch") is None
-            if mean and not kwargs.get("fused_lm_head") and not bool((labels != -100).any()):
-                raise ValueError(
-                    "labels: expected an answer token (a label behind the prompt that is not -100), got none in the "
-                    "whole batch"
-                )
-            labels = labels[None]
-            if prompt_lengths is not None and kwargs.get("num_items_in_batch") is not None:
-                extra = int((given != -100).sum() - (labels != -100).sum())
-                if extra:  # counted by the trainer, and not in the loss
-                    raise ValueError(f"labels: expected -100 on the prompt with num_items_in_batch, got {extra} others")
+            of_trainer = {name: kwargs.get(name) for name in ("num_items_in_batch", "fused_lm_head")}
+            labels = pack_labels(labels, prompt_lengths, plan, self.bitune_config, **of_trainer)
         per_sample = labels is not None and self.bitune_config.loss == "sample"
-        if per_sample and (kwargs.get("num_items_in_batch") is not None or kwargs.get("fused_lm_head")):
-            raise ValueError(
-                "loss: expected 'token' with num_items_in_batch or a trainer's own loss over tokens (TRL), got "
-                "'sample', which transformers' Trainer takes"
-            )
         # TRL's trainers ask for their own fused head, which reads the backbone's rows and never has all logits either.
         chunk_rows = None if kwargs.get("fused_lm_head") else self.bitune_config.loss_chunk_rows
         with one_at_a_time:  # the mode is this thread's then, and not that of one which evaluates
