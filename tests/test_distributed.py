@@ -172,6 +172,10 @@ def fully_sharded(rank: int, folder: str) -> None:
             torch.testing.assert_close(found, loss, atol=0, rtol=1e-6, msg=lambda m, c=case: f"{c}: {m}")
             compare(case, model, expected)
         assert alphas(model.mixing) == alphas(expected.mixing), case
+        with torch.no_grad():
+            model(input_ids=batch()[0])
+        with pytest.raises(ValueError, match="state_dict: expected a full one"):  # also of layers that are whole now
+            model.save_pretrained(folder)
 
     # frozen weights in bfloat16, adapters and thetas in float32: one group of FSDP with two dtypes
     bfloat16 = bitune_model(base=base_model(dtype=torch.bfloat16)).train()
@@ -226,8 +230,6 @@ def fully_sharded(rank: int, folder: str) -> None:
 
     with model.use_schedule(use_fused=False), pytest.raises(ValueError, match="use_fused: expected True"):
         step(model, share(rank, batch()))
-    with pytest.raises(ValueError, match="state_dict: expected a full one"):
-        model.save_pretrained(folder)
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
         model.save_pretrained(folder, state_dict=state)

@@ -42,7 +42,7 @@ from .loss import chunked_loss, loss_per_sample
 from .passes import evaluating, one_at_a_time
 from .probe import find_structure
 from .self_test import check_chunked_loss, check_one_pass
-from .structure import Structure
+from .structure import Structure, gathers
 from .weights import check_accelerate, check_weights
 
 _CARD = """
@@ -477,12 +477,12 @@ class BituneModel(PeftModelForCausalLM):
         """
         folder = os.fspath(save_directory)  # str(None) would be a folder of that name
         state, writes = kwargs.get("state_dict"), kwargs.get("is_main_process", True)
+        if state is None and any(gathers(module) for module in self.modules()):
+            raise ValueError("state_dict: expected a full one for a model sharded by fully_shard, got None")
         with self._hooks.structure.unwrapped():
-            for name, parameter in self.named_parameters():
+            for name, _ in self.named_parameters():
                 if not name.startswith("mixing.") and self.peft_config.keys().isdisjoint(name.split(".")):
                     continue
-                if state is None and hasattr(parameter, "full_tensor"):
-                    raise ValueError(f"state_dict: expected a full one for a sharded model ({name} is), got None")
                 if writes and state is not None and name not in state:  # PEFT would write what it finds, or nothing
                     raise ValueError(f"state_dict: expected the model's own names, got none that is {name}")
             super().save_pretrained(folder, **kwargs)
