@@ -12,13 +12,13 @@
     large      tensors of more than 2^31 elements: samples at both ends against the same samples alone
     attention, prefill, train_step, generate, lora
                the benchmarks of these names, of whole models at full depth, without the backends that are at fault
-    brief      of prefill and train_step what the paper's sizes need: one prompt of 128 and of 2,000 tokens, and its
-               update, of gemma-2b; only where --stages has it
+    brief      the least of them, only where --stages has it: attention at three lengths, a prompt of 128 and of 2,000
+               tokens and the paper's update of gemma-2b; without the peers flex, which compiles for minutes, and flash
     tune       the fastest tiles of the Triton kernels (python -m bitune_kernels.tune), only where --stages has it: they
                stay in the user's cache, and all that runs from then on has them
 
-All of it takes up to 4 hours. On a GPU that is there for 30 minutes run --stages build,first,repeats,brief,attention,
-which takes up to 28. Where a call must end within ten minutes, --minutes 9 ends it, and the same command goes on from
+All of it takes up to 4 hours. On a GPU that is there for 30 minutes run --stages build,first,repeats,brief, which
+takes up to 25. Where a call must end within ten minutes, --minutes 9 ends it, and the same command goes on from
 there. One line per stage, backend and tool, none of which takes longer than 9 minutes; a failed one does not stop the
 others. Logs go to <out>/gpu_check/, the lines with the commit, the versions and the machine to <out>/gpu_check.csv.
 What has passed there by the same commit on the same machine isn't run again without --again. Nothing is installed:
@@ -68,7 +68,7 @@ SECONDS = {
     "repeats": 180,
     "sanitizer": 300,
     "large": 240,
-    "brief": 180,
+    "brief": 240,
     "attention": 540,
     "prefill": 540,
     "train_step": 540,
@@ -419,17 +419,17 @@ def commands_of(stage: str, args, failed: dict[str, str], seconds: float) -> lis
 
 
 def _benchmarks(stage: str, out: Path, without: list[str], seconds: float) -> list[Command]:
-    if stage == "brief":  # the peers flex, which compiles for minutes, and flash are left to the whole benchmarks
-        shapes = {
-            "prefill": ["--lengths", "128", "2000", "--batch-sizes", "1"],
-            "train_step": ["--samples", "10", "--max-lengths", "512"],
-        }
-        options = ["--out", str(out), "--model", "gemma-2b", "--seconds", "3", "--without", "flex", "flash", *without]
-        return [
-            Command("", name, [sys.executable, f"benchmarks/{name}.py", *options, *shapes[name]]) for name in shapes
-        ]
     command = [sys.executable, f"benchmarks/{stage}.py", "--out", str(out)]
     sweep = ["--minutes", str(max(0.5, seconds / 60 - 1))]  # ends by itself before it is ended
+    if stage == "brief":
+        sweep += ["--out", str(out), "--without", "flex", "flash", *without]
+        shapes = {
+            "attention": "--lengths 512 4096 16384 --only equal",
+            "prefill": "--model gemma-2b --seconds 3 --lengths 128 2000 --batch-sizes 1",
+            "train_step": "--model gemma-2b --seconds 3 --samples 10 --max-lengths 512",
+        }
+        commands = {name: [sys.executable, f"benchmarks/{name}.py", *sweep, *shapes[name].split()] for name in shapes}
+        return [Command("", name, command) for name, command in commands.items()]
     sweep += ["--without", *without] if without else []
     if stage == "attention":
         return [Command("", "", [*command, *sweep])]

@@ -13,7 +13,7 @@ import torch
 
 from bitune_kernels import backends
 from bitune_kernels.testing import timing
-from tests.test_benchmarks import generate, lora_linear, prefill, rows_of, train_step
+from tests.test_benchmarks import attention, generate, lora_linear, prefill, rows_of, train_step
 
 gpu_check = importlib.import_module("gpu_check")  # the import before has made benchmarks/ known
 
@@ -197,13 +197,13 @@ def test_the_benchmarks_of_a_gpu_are_asked_for_rightly(checkout):
                 assert args.without == ["cuda"] and args.minutes == 4 and len(args.providers) >= 4
                 assert args.model in gpu_check.MODELS and args.layers is None
     brief = commands("brief", failed={"cuda": "large-cuda: NaN"})
-    found = [
-        m.parse([*brief[f"{n}-without-cuda"][2:], "--device", "cpu"])[0]
-        for n, m in (("prefill", prefill), ("train_step", train_step))
-    ]
-    assert all(args.without == ["flex", "flash", "cuda"] and args.model == "gemma-2b" for args in found)
-    assert (found[0].lengths, found[0].batch_sizes) == ([128, 2000], [1])
-    assert (found[1].max_lengths, found[1].samples) == ([512], [10])
+    modules = {"attention": attention, "prefill": prefill, "train_step": train_step}
+    found = {n: m.parse([*brief[f"{n}-without-cuda"][2:], "--device", "cpu"])[0] for n, m in modules.items()}
+    assert all(args.without == ["flex", "flash", "cuda"] and args.minutes == 4 for args in found.values())
+    assert found["attention"].lengths == [512, 4096, 16384] and found["attention"].heads is None
+    assert {found[name].model for name in ("prefill", "train_step")} == {"gemma-2b"}
+    assert (found["prefill"].lengths, found["prefill"].batch_sizes) == ([128, 2000], [1])
+    assert (found["train_step"].max_lengths, found["train_step"].samples) == ([512], [10])
     found = commands("prefill").items()
     assert {*commands("prefill", "triton")} == {f"{model}-without-cuda" for model in gpu_check.MODELS}
     lengths = {name: prefill.parse([*command[2:], "--device", "cpu"])[0].lengths for name, command in found}
@@ -222,7 +222,7 @@ def test_the_docstring_says_how_long_it_takes(checkout):
 
     (hours,) = re.findall(r"All of it takes up to (\d+) hours", text)
     assert seconds(gpu_check.DEFAULT_STAGES.split(",")) <= 3600 * int(hours)
-    ((there, stages, minutes),) = re.findall(r"for (\d+) minutes run --stages (\S+),\nwhich takes up to (\d+)", text)
+    ((there, stages, minutes),) = re.findall(r"for (\d+) minutes run --stages (\S+), which\ntakes up to (\d+)", text)
     assert seconds(stages.split(",")) <= 60 * int(minutes) < 60 * int(there)
 
 
