@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 import transformers
+import transformers.modeling_flash_attention_utils as flash_attention
 from packaging.version import parse
 from peft import IA3Config
 from peft.tuners.lora import layer as lora_layer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer
 from transformers.generation.configuration_utils import GenerationMode
@@ -335,6 +337,45 @@ def test_streamer_and_stopping_criteria_see_the_answer(tiny):
     stop = [lambda tokens, scores, **kwargs: torch.tensor([tokens.shape[1] >= 8])]
     found = tiny.generate(ids, **TINY, streamer=stream, stopping_criteria=stop)
     assert found.tolist() == whole[:, :8].tolist() == [stream.tokens] and stream.ended
+
+
+class FlashAttention:
+    """The functions of flash-attn that transformers calls, on a CPU, for what that takes: two bytes, no dense mask."""
+
+    def __init__(self):
+        self.samples = 0
+
+    def padded(self, q, k, v, softmax_scale=None, causal=False):  # [batch, length, heads, head_dim]
+        assert q.dtype == k.dtype == v.dtype == torch.bfloat16
+        self.samples += len(q)
+        see = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
+        see = see.tril(k.shape[1] - q.shape[1]) if causal else see
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return scaled_dot_product_attention(q, k, v, see, scale=softmax_scale, enable_gqa=True).transpose(1, 2)
+
+    def varlen(self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False):
+        lengths = [cu.diff().tolist() for cu in (cu_seqlens_q, cu_seqlens_k, cu_seqlens_k)]
+        samples = zip(*(x[None].split(n, 1) for x, n in zip((q, k, v), lengths, strict=True)), strict=True)
+        return torch.cat([self.padded(*qkv, softmax_scale, causal)[0] for qkv in samples])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_model_that_was_loaded_with_flash_attention_decodes_with_it(fused, monkeypatch):
+    flash = FlashAttention()
+    functions = flash.padded, flash.varlen, None, flash_attention._pad_input, flash_attention._unpad_input
+    monkeypatch.setattr(flash_attention, "_lazy_imports", lambda *args, **options: functions)
+    monkeypatch.setattr(flash_attention, "_loaded_implementation", None)
+    ids, mask, _ = ragged_batch("left", answers=(0, 0, 0, 0))
+    options = dict(output_logits=True, return_dict_in_generate=True)
+    found = []
+    for implementation in ("sdpa", "flash_attention_2"):
+        base = base_model(dtype=torch.bfloat16)
+        base.config._attn_implementation = implementation  # loading with it looks for the package
+        model = bitune_model(base=base, use_fused=fused).eval()
+        assert flash.samples == 0
+        found.append(torch.stack(model.generate(ids, attention_mask=mask, **TINY, **options).logits))
+    assert flash.samples == (TINY["max_new_tokens"] - 1) * len(ids) * base.config.num_hidden_layers
+    assert float((found[1] - found[0]).norm() / found[0].norm()) < 2**-6
 
 
 graphs = []
