@@ -12,7 +12,6 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 
 import matplotlib.figure
@@ -42,7 +41,7 @@ from common.run import (
 
 from bitune_kernels import SegmentPlan, bitune_attention, bitune_prefill, mix_kv
 from bitune_kernels.backends import Options, flash, reference
-from bitune_kernels.testing.error_budget import PoisonedMemory
+from bitune_kernels.testing.error_budget import poisoned
 from bitune_kernels.testing.timing import Timing, provenance
 
 EXPLANATION = """\
@@ -241,8 +240,7 @@ class Attention(Case):
 
     def _results(self, provider: str) -> dict[str, list[torch.Tensor]]:
         """The outputs of a call by name; what it didn't write is NaN."""
-        own = provider.partition("[")[0] in OWN
-        with PoisonedMemory() if own else nullcontext():  # not around torch.compile
+        with poisoned(provider.partition("[")[0]):
             return self._found(provider)
 
     def _found(self, provider: str) -> dict[str, list[torch.Tensor]]:

@@ -16,6 +16,7 @@ import torch._dynamo.config
 from tqdm import tqdm
 
 from bitune_kernels import backends
+from bitune_kernels.backends import OWN
 from bitune_kernels.testing.timing import interleaved, provenance
 
 from .floor import PEAK_FIELDS, Floor, dims_of, head_dim_of, measured_peaks
@@ -40,7 +41,6 @@ DTYPES = ("bfloat16", "float16", "float32")
 # A provider may be off by twice the error of the reference backend in the same dtype, or by this much: relative,
 # norm of the difference over norm. A mask that is wrong in one layer of many shows as several percent.
 SMALLEST_BOUND = {"bfloat16": 2 * 2**-7, "float16": 2 * 2**-10, "float32": 1e-4}
-OWN = ("cuda", "triton")  # backends with kernels of this package; others are peers, and on a CPU all there is
 INTERRUPTED = "interrupted: shapes that were done are kept"
 PER_BACKEND = ("one-pass", "one-pass+peft", *TWINS)  # providers with an attention backend in brackets
 

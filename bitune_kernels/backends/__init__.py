@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 BACKENDS = ("sdpa", "cuda", "triton", "flash", "flex", "reference")
 
+# With kernels of this package; others are peers, and on a CPU all there is.
+OWN = ("cuda", "triton")
+
 # "auto" takes the first that supports the call, of what is tested wherever the tests run; others are asked for by name.
 AUTO = ("sdpa", "reference")
 

@@ -38,6 +38,11 @@ class PoisonedMemory(TorchDispatchMode):
         return x.fill_(torch.nan) if operator in _NEW_MEMORY and x.is_floating_point() else x
 
 
+def poisoned(backend: str):
+    """``PoisonedMemory`` for our own kernels: torch.compile, which a peer needs, can't be in it."""
+    return PoisonedMemory() if backend in backends.OWN else nullcontext()
+
+
 def assert_within_budget(
     name: str,
     actual: torch.Tensor,
@@ -106,8 +111,7 @@ def run_case(
 ) -> dict[str, torch.Tensor]:
     """Outputs of ``bitune_attention`` and, as ``d_<input>``, the gradients for one fixed random cotangent."""
     inputs = case.make(dtype, device, requires_grad=backward)
-    # of our own kernels: torch.compile, which flex needs, can't be in it
-    with PoisonedMemory() if backend in ("cuda", "triton") else nullcontext():
+    with poisoned(backend):
         return _results(case, inputs, bitune_attention(**inputs, backend=backend), backward)
 
 
