@@ -56,9 +56,6 @@ from bitune_kernels import SegmentPlan, backends, bitune_attention, bitune_prefi
 from bitune_kernels.testing import DTYPES, Case, assert_backend_within_budget, assert_prefilled, leaves, run_case  # noqa: E402
 from bitune_kernels.testing.timing import provenance  # noqa: E402
 
-if importlib.util.find_spec("triton") is not None:
-    from bitune_kernels.backends.triton import tiles
-
 # Seconds that each command of a stage may take.
 SECONDS = {
     "build": 180,
@@ -390,7 +387,8 @@ def commands_of(stage: str, args, failed: dict[str, str], seconds: float) -> lis
             return []
         return [Command("cuda", "", no_compiler() or [*this, "--run", "build"])]
     if stage == "tune":
-        tune = [python, "-m", "bitune_kernels.tune"]
+        missing = None if importlib.util.find_spec("triton") else "triton is not installed"
+        tune = missing or [python, "-m", "bitune_kernels.tune"]
         return [Command("triton", "", failed.get("triton", tune))] if "triton" in args.backends else []
     if stage in TIMED:
         without = [x for x in OWN if x not in args.backends or x in skipped or x in failed]
@@ -419,17 +417,19 @@ def commands_of(stage: str, args, failed: dict[str, str], seconds: float) -> lis
 
 
 def _benchmarks(stage: str, out: Path, without: list[str], seconds: float) -> list[Command]:
-    command = [sys.executable, f"benchmarks/{stage}.py", "--out", str(out)]
+    def script(name: str) -> list[str]:
+        return [sys.executable, f"benchmarks/{name}.py", "--out", str(out)]
+
+    command = script(stage)
     sweep = ["--minutes", str(max(0.5, seconds / 60 - 1))]  # ends by itself before it is ended
     if stage == "brief":
-        sweep += ["--out", str(out), "--without", "flex", "flash", *without]
+        sweep += ["--without", "flex", "flash", *without]
         shapes = {
             "attention": "--lengths 512 4096 16384 --only equal",
             "prefill": "--model gemma-2b --seconds 3 --lengths 128 2000 --batch-sizes 1",
             "train_step": "--model gemma-2b --seconds 3 --samples 10 --max-lengths 512",
         }
-        commands = {name: [sys.executable, f"benchmarks/{name}.py", *sweep, *shapes[name].split()] for name in shapes}
-        return [Command("", name, command) for name, command in commands.items()]
+        return [Command("", name, [*script(name), *sweep, *shape.split()]) for name, shape in shapes.items()]
     sweep += ["--without", *without] if without else []
     if stage == "attention":
         return [Command("", "", [*command, *sweep])]
@@ -580,6 +580,8 @@ def main(argv: list[str] | None = None) -> int:
                 state, summary = perform(command, logs / f"{label}.log", limit(stage), SECONDS[stage])
                 seconds = round(time.perf_counter() - begin, 1)
                 if stage == "tune" and state != "skipped":  # its row, and what is behind it, is of the tiles it found
+                    from bitune_kernels.backends.triton import tiles
+
                     tiles.tuned.cache_clear()
                     facts = provenance("cuda")
                     done, _ = earlier(results.path, facts)
