@@ -86,9 +86,11 @@ def chunked_loss(
     Returns:
         A scalar; differentiable in ``hidden`` and the parameters behind the backbone.
     """
-    spans = list(accumulate(sample_lengths or [len(labels)], initial=0))
-    counts = torch.stack([(labels[start + 1 : end] != -100).sum() for start, end in pairwise(spans)])
-    divisors = counts.clamp(min=1) * counts.count_nonzero().clamp(min=1) if num_items_in_batch is None else None
+    spans = list(pairwise(accumulate(sample_lengths or [len(labels)], initial=0)))
+    divisors = [num_items_in_batch] * len(spans)
+    if num_items_in_batch is None:
+        counts = torch.stack([(labels[first + 1 : end] != -100).sum() for first, end in spans])
+        divisors = counts.clamp(min=1) * counts.count_nonzero().clamp(min=1)
     behind = _behind(model, backbone, _Rows(output_type))
     forward = type(model).forward  # an instance's own one, as accelerate sets it, is bound to the whole model
 
@@ -97,8 +99,7 @@ def chunked_loss(
         return forward(behind, inputs_embeds=rows[None], labels=targets[None], **kwargs | options).loss
 
     total = None
-    for i, (first, end) in enumerate(pairwise(spans)):
-        divisor = num_items_in_batch if divisors is None else divisors[i]
+    for (first, end), divisor in zip(spans, divisors, strict=True):
         for start in range(first, max(end - 1, first + 1), chunk_rows):
             chunk = slice(start, min(start + chunk_rows + 1, end))
             part = checkpoint(loss, hidden[chunk], labels[chunk], divisor, use_reentrant=False)

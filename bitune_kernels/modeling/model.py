@@ -480,11 +480,11 @@ class BituneModel(PeftModelForCausalLM):
         if state is None and any(gathers(module) for module in self.modules()):
             raise ValueError("state_dict: expected a full one for a model sharded by fully_shard, got None")
         with self._hooks.structure.unwrapped():
-            for name, _ in self.named_parameters():
-                if not name.startswith("mixing.") and self.peft_config.keys().isdisjoint(name.split(".")):
-                    continue
-                if writes and state is not None and name not in state:  # PEFT would write what it finds, or nothing
-                    raise ValueError(f"state_dict: expected the model's own names, got none that is {name}")
+            if writes and state is not None:  # PEFT would write what it finds of them, or nothing
+                for name, _ in self.named_parameters():
+                    own = name.startswith("mixing.") or not self.peft_config.keys().isdisjoint(name.split("."))
+                    if own and name not in state:
+                        raise ValueError(f"state_dict: expected the model's own names, got none that is {name}")
             super().save_pretrained(folder, **kwargs)
         if writes:
             self.bitune_config.save(folder)
