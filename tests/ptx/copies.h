@@ -108,9 +108,11 @@ void end_load(size_t k) {
 OP("cp.async.bulk.tensor.3d", [](Warp& w, const Ins& i, uint32_t m) {  // target, map, mbarrier, x, y, z
   lanes(m, [&](int l) {
     uint32_t target = reg<uint32_t>(w, i.o[0])[l];
-    TensorMap map = *reinterpret_cast<const TensorMap*>(reg<uint64_t>(w, i.o[1])[l]);
+    bitune::TensorMap map;
     uint64_t off = reg<uint64_t>(w, i.o[1])[l] - reinterpret_cast<uint64_t>(M->params);
-    if (off >= uint64_t(M->param_bytes) || off % 64) fail("a tensor map at parameter byte %lld", (long long)off);
+    uint64_t bytes_of_params = uint64_t(M->param_bytes);
+    if (off >= bytes_of_params || off + sizeof map > bytes_of_params || off % 64) fail("a tensor map at parameter byte %lld", (long long)off);
+    memcpy(&map, M->params + off, sizeof map);  // parameters need not lie as a map does
     if (!map.box_rows) fail("a tensor map that was never made");
     int k = find(w, reg<uint32_t>(w, i.o[2])[l]);
     if (!M->mbarriers[size_t(k)].done) fail("mbarrier without fence");

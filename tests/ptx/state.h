@@ -17,6 +17,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "../emulator/device/tensor_map.h"
+
 namespace {
 
 constexpr int kMaxWarps = 16, kMaxBarriers = 48, kTimes = kMaxWarps + kMaxBarriers;
@@ -152,13 +154,8 @@ struct MBarrier {
   std::vector<int> waiting;
 };
 
-struct TensorMap {
-  const uint8_t* data;
-  int64_t sizes[3], strides[3];
-  int box_rows;
-};
 struct Load {
-  TensorMap map;
+  bitune::TensorMap map;
   uint32_t target;
   int barrier, x, y, z;
 };
@@ -179,7 +176,6 @@ struct Product {
   std::vector<uint32_t> cells[2];  // by chunk of 8 elements: its address
   std::vector<uint16_t> bytes[2];
   uint16_t pairs[64 * 16];  // a from registers
-  int a_first[4][4];
 };
 struct Group {
   std::vector<std::shared_ptr<Product>> products;
@@ -213,7 +209,6 @@ struct Machine {
   int param_bytes;
   int block;
   uint32_t seed;
-  uint32_t index[12];
   uint64_t executed = 0;
   int flags = 0;
 };
