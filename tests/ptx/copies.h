@@ -111,7 +111,8 @@ OP("cp.async.bulk.tensor.3d", [](Warp& w, const Ins& i, uint32_t m) {  // target
     bitune::TensorMap map;
     uint64_t off = reg<uint64_t>(w, i.o[1])[l] - reinterpret_cast<uint64_t>(M->params);
     uint64_t bytes_of_params = uint64_t(M->param_bytes);
-    if (off >= bytes_of_params || off + sizeof map > bytes_of_params || off % 64) fail("a tensor map at parameter byte %lld", (long long)off);
+    if (off >= bytes_of_params || off + sizeof map > bytes_of_params || off % 64)
+      fail("a tensor map at parameter byte %lld", (long long)off);
     memcpy(&map, M->params + off, sizeof map);  // parameters need not lie as a map does
     if (!map.box_rows) fail("a tensor map that was never made");
     int k = find(w, reg<uint32_t>(w, i.o[2])[l]);
