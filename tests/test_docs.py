@@ -250,7 +250,7 @@ def results(tmp_path, monkeypatch) -> Path:
 def test_the_measured_tables_are_those_of_the_rows(results):
     printed = {name: table() for name, table in tables.TABLES.items()}
     assert all(table.count("\n") > 1 for table in printed.values())
-    pages = {name: DOCS["README.md" if name == "README" else "docs/measured.md"] for name in printed}
+    pages = {name: DOCS["README.md" if name == "README" else "docs/performance.md"] for name in printed}
     assert not [name for name, table in printed.items() if f"\n{table}\n" not in pages[name]]
     of_gpus = [table for table in (table() for table in tables.GPU_TABLES.values()) if table]
     assert all(any(f"\n{table}\n" in page for page in DOCS.values()) for table in of_gpus)
@@ -277,7 +277,7 @@ def test_the_measured_tables_are_those_of_the_rows(results):
     every = [ratio for ratios in steps.values() for ratio in ratios]
     assert f"a training step {min(every):.2f} to {max(every):.2f} times faster than the authors'" in state
     *first, last = (f"{ratio:.2f}" for ratio in steps["AVX512", "bfloat16"])
-    assert f"{', '.join(first)} and {last} times faster" in re.sub(r"\s+", " ", DOCS["docs/measured.md"])
+    assert f"{', '.join(first)} and {last} times faster" in re.sub(r"\s+", " ", DOCS["docs/performance.md"])
 
 
 def test_tables_leave_out_other_models_and_name_a_gpu(tmp_path, monkeypatch, capsys):
