@@ -31,16 +31,8 @@ from common import report as common_report  # noqa: E402
 from bitune_kernels.testing import timing  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
-DOCS = {
-    name: (ROOT / name).read_text()
-    for name in (
-        *("README.md", "CONTRIBUTING.md", "CHANGELOG.md"),
-        *(
-            f"docs/{name}.md"
-            for name in "reproducing measured quality related encoding instructions kernels limits".split()
-        ),
-    )
-}
+PAGES = [*("README.md", "CONTRIBUTING.md", "CHANGELOG.md"), *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
+DOCS = {name: (ROOT / name).read_text() for name in PAGES}
 
 
 def blocks(language: str, document: str = README) -> list[str]:
