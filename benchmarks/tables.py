@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md and README.md, from the rows in benchmarks/results/. A test holds the pages to them.
+"""The tables of docs/performance.md and README.md, from the rows in benchmarks/results/, held to them by a test.
 
 Rows of a changed tree are left out, and but for the tables of GPUs those of other models than ``small``, whole where
 time is measured, and those in bfloat16 of a CPU that emulates it. A line is the newest run of its shape that has all
