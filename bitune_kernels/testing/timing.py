@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -145,7 +145,7 @@ def provenance(device: torch.device | str = "cpu") -> dict[str, str | int]:
 
     sha, dirty = _git()
     return {
-        "timestamp_utc": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "timestamp_utc": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "bitune_kernels": __version__,
         "git_sha": sha,
         "git_dirty": dirty,
