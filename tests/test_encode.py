@@ -236,7 +236,7 @@ def test_families_in_one_pass_as_in_three(name):
 
 
 def test_low_precision_is_averaged_in_float32():
-    model = bitune_model(base=base_model(dtype=torch.bfloat16)).eval()
+    model = bitune_model(base=base_model().to(torch.bfloat16)).eval()
     ids, mask, _ = ragged_batch()
     found = encode(model, ids, mask)
     assert found.dtype == torch.float32

@@ -35,14 +35,20 @@ ARCHS = (80, 89, 90, 100)
 # What is accepted of single kernels, by architecture, kernel and head dim. Everything else keeps all in registers and
 # computes each product of a whole tile once.
 #
-# Bytes of stack per thread, the most of Triton 3.7 and 3.9: accumulators and addresses leave so few registers that,
-# from one option and one version to the next, a few numbers end there. Beside each: with 3.7.
+# Bytes of stack per thread, the most of Triton 3.6, 3.7 and 3.9: accumulators and addresses leave so few registers
+# that, from one option and one version to the next, a few numbers end there. Beside each: with 3.7.
 STACK = {
+    (80, "dq_two_parts", 64): 24,  # 0, as with 3.9
+    (80, "dkv", 64): 8,  # likewise
+    (89, "dq_two_parts", 64): 8,  # likewise
+    (89, "dkv", 64): 8,  # likewise
+    (90, "dkv", 64): 8,  # likewise
     (90, "forward_two_parts", 128): 8,  # 0; heads that aren't grouped
     (90, "dkv", 128): 16,  # 8; likewise
-    (90, "dq", 256): 16,  # 16
+    (90, "dq", 256): 24,  # 16
     (90, "dq_two_parts", 256): 96,  # 0
     (90, "dkv", 256): 192,  # 80 with softcap, else up to 8
+    (100, "dq", 64): 8,  # 0, as with 3.9
     (100, "forward_two_parts", 128): 80,  # 0
 }
 FLOAT32_STACK = {(89, "dq", 256): 296}
