@@ -23,7 +23,6 @@ from common.models import Machine
 from common.peers import PEERS, SdpaCalls, VarlenCalls
 from common.report import Results, Table, milliseconds, worst_error
 from common.run import (
-    OWN,
     Case,
     add_run_options,
     add_sweep_options,
@@ -40,7 +39,7 @@ from common.run import (
 )
 
 from bitune_kernels import SegmentPlan, bitune_attention, bitune_prefill, mix_kv
-from bitune_kernels.backends import Options, flash, reference
+from bitune_kernels.backends import OWN, Options, flash, reference
 from bitune_kernels.testing.error_budget import poisoned
 from bitune_kernels.testing.timing import Timing, provenance
 

@@ -50,9 +50,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package need not be installed
 
 from common.report import Results  # noqa: E402
-from common.run import OWN, check_minutes, relative_error  # noqa: E402
+from common.run import check_minutes, relative_error  # noqa: E402
 
 from bitune_kernels import SegmentPlan, backends, bitune_attention, bitune_prefill, custom_ops  # noqa: E402
+from bitune_kernels.backends import OWN  # noqa: E402
 from bitune_kernels.testing import DTYPES, Case, assert_backend_within_budget, assert_prefilled, leaves, run_case  # noqa: E402
 from bitune_kernels.testing.timing import provenance  # noqa: E402
 
